@@ -1,0 +1,1 @@
+"""Pictures and captions in, numpy batches out; see `sources`, `transforms` and `loader`."""

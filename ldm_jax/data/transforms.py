@@ -1,0 +1,127 @@
+"""Augmentations: pure functions (example, rng) -> example on the dicts that `sources` gives.
+
+All are drawn per example from the generator passed in and from nothing else. Images are
+uint8 (H, W, 3) before and after.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldm_jax.data.images import composite
+
+Example = dict[str, Any]
+Transform = Callable[[Example, np.random.Generator], Example]
+
+
+def background(example: Example, rng: np.random.Generator) -> Example:
+    """Half the time, puts a picture with transparency on a random colour; opaque ones stay."""
+    if "rgba" not in example or rng.random() < 0.5:
+        return example
+    colour = tuple(int(c) for c in rng.integers(0, 256, 3))
+    return example | {"image": composite(example["rgba"], colour), "background": colour}
+
+
+def flip(example: Example, rng: np.random.Generator) -> Example:
+    """Half the time, mirrors left and right; a caption that says which side becomes wrong."""
+    return example | {"image": example["image"][:, ::-1]} if rng.random() < 0.5 else example
+
+
+def shift(example: Example, rng: np.random.Generator) -> Example:
+    """Moves the picture by up to an eighth of its size in each direction."""
+    height, width = example["image"].shape[:2]
+    top = int(rng.integers(-(height // 8), height // 8 + 1))
+    left = int(rng.integers(-(width // 8), width // 8 + 1))
+    return example | {"image": _window(example, example["image"], top, left)}
+
+
+def zoom(example: Example, rng: np.random.Generator) -> Example:
+    """Scales by 0.8 to 1.25, log-uniformly, and cuts or pads to the old size at a random place."""
+    image = example["image"]
+    height, width = image.shape[:2]
+    scale = np.exp(rng.uniform(np.log(0.8), np.log(1.25)))
+    size = (round(width * scale), round(height * scale))
+    scaled = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    top, left = (_between(rng, scaled.shape[axis] - image.shape[axis]) for axis in (0, 1))
+    return example | {"image": _window(example, scaled, top, left)}
+
+
+def color(example: Example, rng: np.random.Generator) -> Example:
+    """Permutes the colour channels, then contrast and brightness by up to a fifth.
+
+    For an autoencoder with few pictures to learn from. With captions it makes "red" wrong.
+    """
+    image = example["image"][..., rng.permutation(3)].astype(np.float32)
+    contrast, brightness = rng.uniform(0.8, 1.2), rng.uniform(-0.2, 0.2)
+    image = (image - 127.5) * contrast + 127.5 + 255 * brightness
+    return example | {"image": np.clip(np.round(image), 0, 255).astype(np.uint8)}
+
+
+def tags(example: Example, rng: np.random.Generator) -> Example:
+    """Half the time, extends the caption by one to three of the tags: "red apple, fruit, diet".
+
+    Raises:
+      ValueError: the example has no "tags".
+    """
+    if "tags" not in example:
+        raise ValueError('augment "tags" needs tags: set data.source="emoji" and data.tags=True')
+    if not example["tags"] or rng.random() < 0.5:
+        return example
+    count = min(int(rng.integers(1, 4)), len(example["tags"]))
+    chosen = rng.permutation(len(example["tags"]))[:count]
+    words = (example["caption"], *(example["tags"][i] for i in chosen))
+    return example | {"caption": ", ".join(words)}
+
+
+# In the order in which they are applied: a background must be under the picture before it moves.
+TRANSFORMS: dict[str, Transform] = {
+    "background": background,
+    "flip": flip,
+    "zoom": zoom,
+    "shift": shift,
+    "color": color,
+    "tags": tags,
+}
+
+
+def compose(names: Sequence[str]) -> Transform:
+    """One transform that applies the named ones, in the order of TRANSFORMS, not that of `names`.
+
+    Raises:
+      ValueError: a name that is not in TRANSFORMS.
+    """
+    unknown = [name for name in names if name not in TRANSFORMS]
+    if unknown:
+        raise ValueError(f"unknown augment {unknown[0]!r}; choose from {', '.join(TRANSFORMS)}")
+    chosen = [transform for name, transform in TRANSFORMS.items() if name in names]
+
+    def apply(example: Example, rng: np.random.Generator) -> Example:
+        for transform in chosen:
+            example = transform(example, rng)
+        return example
+
+    return apply
+
+
+def _between(rng: np.random.Generator, slack: int) -> int:
+    """Uniform in 0..slack, or in slack..0 if slack is negative."""
+    return int(rng.integers(min(slack, 0), max(slack, 0) + 1))
+
+
+def _window(example: Example, image: np.ndarray, top: int, left: int) -> np.ndarray:
+    """Cuts the window of the example's own size out of `image` (h, w, 3), from (top, left).
+
+    Outside of `image` it is filled with the colour the picture stands on, or by repeating the edge.
+    """
+    height, width = example["image"].shape[:2]
+    below, right = top + height - image.shape[0], left + width - image.shape[1]
+    margins = [(max(-top, 0), max(below, 0)), (max(-left, 0), max(right, 0))]
+    top, left = max(top, 0), max(left, 0)
+    if "background" not in example:
+        padded = np.pad(image, [*margins, (0, 0)], mode="edge")
+    else:
+        channels = zip(np.moveaxis(image, -1, 0), example["background"], strict=True)
+        padded = np.stack([np.pad(c, margins, constant_values=v) for c, v in channels], axis=-1)
+    return padded[top : top + height, left : left + width]

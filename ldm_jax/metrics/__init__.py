@@ -1,0 +1,20 @@
+"""Numbers about pictures: pixel by pixel (`image`), and set against set on an extractor's features.
+
+`load_extractor` gives EfficientNet-Lite0 features; `frechet_distance`, `kernel_distance`, `floor`
+and `caption_retrieval` take those of any other extractor too.
+"""
+
+from ldm_jax.metrics.distance import floor, frechet_distance, kernel_distance
+from ldm_jax.metrics.efficientnet import load_extractor
+from ldm_jax.metrics.image import psnr, ssim
+from ldm_jax.metrics.retrieval import caption_retrieval
+
+__all__ = [
+    "caption_retrieval",
+    "floor",
+    "frechet_distance",
+    "kernel_distance",
+    "load_extractor",
+    "psnr",
+    "ssim",
+]

@@ -1,0 +1,1 @@
+"""Flax Linen modules: networks only. No input/output, no noise schedule, no configuration."""

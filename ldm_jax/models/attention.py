@@ -1,0 +1,149 @@
+"""Attention and the transformer blocks of latent diffusion (Rombach et al. 2022, §3.3)."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ldm_jax.models.layers import GroupNorm, conv, uniform_init
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Multi-head attention softmax(QKᵀ/√d)V (Vaswani et al. 2017, eq. 1), softmax in float32.
+
+    Args: query (B, L, heads, d); key and value (B, S, heads, d). Returns (B, L, heads, d).
+    """
+    return jax.nn.dot_product_attention(query, key, value)
+
+
+class Attention(nn.Module):
+    """Self- or cross-attention on tokens (B, L, C); keys and values come from `context` (B, S, D)."""
+
+    heads: int
+    head_dim: int
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        context = x if context is None else context
+        options = dict(kernel_init=uniform_init, dtype=self.dtype, param_dtype=self.param_dtype)
+        width = self.heads * self.head_dim
+
+        def project(name, tokens):
+            projected = nn.Dense(width, use_bias=False, name=name, **options)(tokens)
+            return projected.reshape(*tokens.shape[:-1], self.heads, self.head_dim)
+
+        out = attend(project("to_q", x), project("to_k", context), project("to_v", context))
+        out = out.reshape(*x.shape[:-1], width)
+        return nn.Dense(x.shape[-1], name="to_out", **options)(out)
+
+
+class FeedForward(nn.Module):
+    """Two-layer perceptron, four times as wide inside; GEGLU (Shazeer 2020) or plain GELU.
+
+    GELU is the exact erf form. With `gated`, the first half of the projection is the value and the
+    second the gate, as in the originals.
+    """
+
+    gated: bool
+    dropout: float = 0.0
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        options = dict(kernel_init=uniform_init, dtype=self.dtype, param_dtype=self.param_dtype)
+        width = 4 * x.shape[-1]
+        h = nn.Dense(2 * width if self.gated else width, name="proj_in", **options)(x)
+        if self.gated:
+            value, gate = jnp.split(h, 2, axis=-1)
+            h = value * nn.gelu(gate, approximate=False)
+        else:
+            h = nn.gelu(h, approximate=False)
+        h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
+        return nn.Dense(x.shape[-1], name="proj_out", **options)(h)
+
+
+class TransformerBlock(nn.Module):
+    """x + self-attention, x + cross-attention, x + GEGLU, each on a LayerNorm (LDM, §3.3)."""
+
+    heads: int
+    head_dim: int
+    dropout: float = 0.0
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None = None, deterministic: bool = True
+    ) -> jax.Array:
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        drop = nn.Dropout(self.dropout, deterministic=deterministic)
+
+        def norm(name):
+            return nn.LayerNorm(epsilon=1e-5, name=name, use_fast_variance=False, **types)
+
+        def attention(name):
+            return Attention(self.heads, self.head_dim, name=name, **types)
+
+        x = x + drop(attention("attn1")(norm("norm1")(x)))
+        x = x + drop(attention("attn2")(norm("norm2")(x), context))
+        feed_forward = FeedForward(gated=True, dropout=self.dropout, name="ff", **types)
+        return x + feed_forward(norm("norm3")(x), deterministic)
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer over the pixels of (B, H, W, C), with a context (B, S, D) to cross-attend.
+
+    `use_linear` projects after flattening (SD 2, SDXL) instead of by a 1×1 convolution before: the
+    same product, kept apart because the checkpoints store it differently.
+    """
+
+    heads: int
+    head_dim: int
+    depth: int = 1
+    groups: int = 32
+    dropout: float = 0.0
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None = None, deterministic: bool = True
+    ) -> jax.Array:
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        batch, height, width, channels = x.shape
+        # 1e-6 here and 1e-5 in the other norms of the UNet: so the originals have it.
+        h = GroupNorm(self.groups, 1e-6, name="norm", **types)(x)
+        h = h.reshape(batch, height * width, channels)
+        inner = self.heads * self.head_dim
+        h = nn.Dense(inner, name="proj_in", kernel_init=uniform_init, **types)(h)
+        for i in range(self.depth):
+            block = TransformerBlock(
+                self.heads, self.head_dim, self.dropout, name=f"transformer_blocks_{i}", **types
+            )
+            h = block(h, context, deterministic)
+        h = nn.Dense(channels, name="proj_out", kernel_init=nn.initializers.zeros, **types)(h)
+        return x + h.reshape(batch, height, width, channels)
+
+
+class SpatialSelfAttention(nn.Module):
+    """Single-head self-attention over the pixels of (B, H, W, C): the autoencoder's AttnBlock."""
+
+    groups: int = 32
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        batch, height, width, channels = x.shape
+        h = GroupNorm(self.groups, 1e-6, name="norm", **types)(x)
+
+        def project(name):
+            projected = conv(channels, 1, name=name, **types)(h)
+            return projected.reshape(batch, height * width, 1, channels)
+
+        out = attend(project("q"), project("k"), project("v"))
+        out = out.reshape(batch, height, width, channels)
+        return x + conv(channels, 1, name="proj_out", **types)(out)

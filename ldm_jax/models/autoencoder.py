@@ -1,0 +1,212 @@
+"""The first stage: a convolutional KL autoencoder (Rombach et al. 2022, §3.1 and §G).
+
+An image x (B, H, W, 3) in [−1, 1] becomes a diagonal Gaussian over latents (B, H/f, W/f, C) with
+f = patch_size·2^(levels−1), and comes back. Field names are those of the original configurations;
+`patch_size` is ours: the originals always work on single pixels, where a laptop spends most of its
+time for little.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ldm_jax.models.attention import SpatialSelfAttention
+from ldm_jax.models.layers import GroupNorm, conv
+
+
+class ResnetBlock(nn.Module):
+    """Norm, swish, 3×3 convolution, twice, beside a shortcut (1×1 where the width changes)."""
+
+    features: int
+    groups: int = 32
+    dropout: float = 0.0
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        h = nn.swish(GroupNorm(self.groups, 1e-6, name="norm1", **types)(x))
+        h = conv(self.features, name="conv1", **types)(h)
+        h = nn.swish(GroupNorm(self.groups, 1e-6, name="norm2", **types)(h))
+        h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
+        h = conv(self.features, name="conv2", **types)(h)
+        if x.shape[-1] != self.features:
+            x = conv(self.features, 1, name="nin_shortcut", **types)(x)
+        return x + h
+
+
+def upsample(x: jax.Array) -> jax.Array:
+    """Nearest neighbour ×2: (B, H, W, C) → (B, 2H, 2W, C), each pixel repeated."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def space_to_depth(x: jax.Array, size: int) -> jax.Array:
+    """(B, H, W, C) → (B, H/size, W/size, size²·C): each patch of pixels becomes one."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // size, size, width // size, size, channels)
+    return x.swapaxes(2, 3).reshape(batch, height // size, width // size, size * size * channels)
+
+
+def depth_to_space(x: jax.Array, size: int) -> jax.Array:
+    """Inverse of `space_to_depth`."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height, width, size, size, channels // size**2).swapaxes(2, 3)
+    return x.reshape(batch, height * size, width * size, channels // size**2)
+
+
+class Encoder(nn.Module):
+    """(B, H, W, C) → (B, H/f, W/f, out_channels)."""
+
+    ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    attn_resolutions: tuple[int, ...]
+    resolution: int
+    out_channels: int
+    mid_attn: bool = True
+    groups: int = 32
+    dropout: float = 0.0
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
+        def resnet(features, name):
+            return ResnetBlock(features, self.groups, self.dropout, name=name, **types)
+
+        h = conv(self.ch, name="conv_in", **types)(x)
+        resolution = self.resolution
+        for level, mult in enumerate(self.ch_mult):
+            for j in range(self.num_res_blocks):
+                h = resnet(self.ch * mult, f"down_{level}_block_{j}")(h, deterministic)
+                if resolution in self.attn_resolutions:
+                    h = SpatialSelfAttention(self.groups, name=f"down_{level}_attn_{j}", **types)(h)
+            if level < len(self.ch_mult) - 1:
+                # Zeros on the right and bottom only: the first 3×3 window starts at pixel 0.
+                padding = ((0, 1), (0, 1))
+                name = f"down_{level}_downsample"
+                h = conv(self.ch * mult, stride=2, padding=padding, name=name, **types)(h)
+                resolution //= 2
+        h = resnet(h.shape[-1], "mid_block_1")(h, deterministic)
+        if self.mid_attn:
+            h = SpatialSelfAttention(self.groups, name="mid_attn_1", **types)(h)
+        h = resnet(h.shape[-1], "mid_block_2")(h, deterministic)
+        h = nn.swish(GroupNorm(self.groups, 1e-6, name="norm_out", **types)(h))
+        return conv(self.out_channels, name="conv_out", **types)(h)
+
+
+class Decoder(nn.Module):
+    """(B, h, w, z) → (B, fh, fw, ch): everything before the last convolution."""
+
+    ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    attn_resolutions: tuple[int, ...]
+    resolution: int
+    mid_attn: bool = True
+    groups: int = 32
+    dropout: float = 0.0
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: jax.Array, deterministic: bool = True) -> jax.Array:
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
+        def resnet(features, name):
+            return ResnetBlock(features, self.groups, self.dropout, name=name, **types)
+
+        h = conv(self.ch * self.ch_mult[-1], name="conv_in", **types)(z)
+        h = resnet(h.shape[-1], "mid_block_1")(h, deterministic)
+        if self.mid_attn:
+            h = SpatialSelfAttention(self.groups, name="mid_attn_1", **types)(h)
+        h = resnet(h.shape[-1], "mid_block_2")(h, deterministic)
+        for level in reversed(range(len(self.ch_mult))):
+            resolution = self.resolution // 2**level
+            for j in range(self.num_res_blocks + 1):
+                h = resnet(self.ch * self.ch_mult[level], f"up_{level}_block_{j}")(h, deterministic)
+                if resolution in self.attn_resolutions:
+                    h = SpatialSelfAttention(self.groups, name=f"up_{level}_attn_{j}", **types)(h)
+            if level:
+                h = conv(h.shape[-1], name=f"up_{level}_upsample", **types)(upsample(h))
+        return nn.swish(GroupNorm(self.groups, 1e-6, name="norm_out", **types)(h))
+
+
+class AutoencoderKL(nn.Module):
+    """KL autoencoder. Outside it, latents are already multiplied by `scale_factor`.
+
+    `resolution` is nominal: it only places attention (`attn_resolutions` at levels of that size);
+    any height and width divisible by `downsampling` go through. `groups` must divide every width.
+    """
+
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attn_resolutions: tuple[int, ...] = ()
+    resolution: int = 256
+    in_channels: int = 3
+    out_ch: int = 3
+    z_channels: int = 4
+    embed_dim: int = 4
+    mid_attn: bool = True
+    groups: int = 32
+    dropout: float = 0.0
+    patch_size: int = 1
+    scale_factor: float = 1.0
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    def setup(self):
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        shared = dict(
+            ch=self.ch,
+            ch_mult=self.ch_mult,
+            num_res_blocks=self.num_res_blocks,
+            attn_resolutions=self.attn_resolutions,
+            resolution=self.resolution,
+            mid_attn=self.mid_attn,
+            groups=self.groups,
+            dropout=self.dropout,
+            **types,
+        )
+        self.encoder = Encoder(out_channels=2 * self.z_channels, **shared)
+        self.decoder = Decoder(**shared)
+        self.conv_out = conv(self.out_ch * self.patch_size**2, **types)
+        self.quant_conv = conv(2 * self.embed_dim, 1, **types)
+        self.post_quant_conv = conv(self.z_channels, 1, **types)
+
+    @property
+    def downsampling(self) -> int:
+        return self.patch_size * 2 ** (len(self.ch_mult) - 1)
+
+    def moments(self, x: jax.Array, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
+        """Mean and log-variance (clamped to [−30, 20]) of the posterior, unscaled, float32."""
+        h = self.encoder(space_to_depth(x, self.patch_size), deterministic)
+        moments = self.quant_conv(h).astype(jnp.float32)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """Scaled latents at the posterior's mean: (B, H, W, 3) → (B, H/f, W/f, embed_dim)."""
+        return self.moments(x)[0] * self.scale_factor
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Images (B, H, W, 3), about [−1, 1], from scaled latents (B, H/f, W/f, embed_dim)."""
+        return self.last_layer(self.features(latents / self.scale_factor))
+
+    def features(self, z: jax.Array, deterministic: bool = True) -> jax.Array:
+        """The last convolution's input (B, H, W, ch) for *unscaled* latents z."""
+        return self.decoder(self.post_quant_conv(z), deterministic)
+
+    def last_layer(self, features: jax.Array) -> jax.Array:
+        """The last convolution, apart because LDM weighs its adversarial loss by its gradient."""
+        return depth_to_space(self.conv_out(features), self.patch_size).astype(jnp.float32)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Reconstruction through the posterior's mean."""
+        return self.decode(self.encode(x))

@@ -1,0 +1,46 @@
+"""PatchGAN discriminator (Isola et al. 2017) as the VQGAN and latent diffusion train with it."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+class PatchDiscriminator(nn.Module):
+    """Images (B, H, W, 3) in [−1, 1] → one logit per overlapping patch, (B, h, w, 1).
+
+    Batch normalisation always uses the statistics of the batch at hand: the discriminator exists
+    only during training, so no running averages are kept.
+    """
+
+    ndf: int = 64
+    n_layers: int = 3
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        normal = nn.initializers.normal(0.02)
+
+        def conv(x, features, stride, name, use_bias=True):
+            options = dict(use_bias=use_bias, kernel_init=normal, name=name)
+            return nn.Conv(features, (4, 4), stride, 1, **options)(x)
+
+        h = nn.leaky_relu(conv(x, self.ndf, 2, "conv_0"), 0.2)
+        for i in range(1, self.n_layers + 1):
+            stride = 2 if i < self.n_layers else 1
+            h = conv(h, self.ndf * min(2**i, 8), stride, f"conv_{i}", use_bias=False)
+            h = nn.leaky_relu(BatchNorm(name=f"norm_{i}")(h), 0.2)
+        return conv(h, 1, 1, "conv_out")
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over (B, H, W, C) by the batch's own statistics, ε = 1e-5."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def around_one(key, shape):
+            return 1.0 + 0.02 * jax.random.normal(key, shape)
+
+        scale = self.param("scale", around_one, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        centred = x - jnp.mean(x, axis=(0, 1, 2))
+        variance = jnp.mean(jnp.square(centred), axis=(0, 1, 2))
+        return centred * jax.lax.rsqrt(variance + 1e-5) * scale + bias

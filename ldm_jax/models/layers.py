@@ -1,0 +1,64 @@
+"""Building blocks that the autoencoder and the UNet share. Everything is NHWC.
+
+`dtype` is the type of the arithmetic (None: that of the inputs), `param_dtype` that of the
+parameters; normalisation statistics are always float32.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+# PyTorch's default for convolutions and linear layers, U(±1/√fan_in), which the originals train from.
+uniform_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over (B, ..., C) with float32 statistics (Wu & He 2018, eq. 1).
+
+    Two-pass variance: the one-pass form E[x²] − E[x]² loses half the digits of float32. Each pass
+    sums over space first, channel by channel, which vectorises; groups are formed of the C sums.
+    """
+
+    groups: int = 32
+    epsilon: float = 1e-5
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        if channels % self.groups:
+            raise ValueError(f"GroupNorm: {channels} channels do not divide into {self.groups} groups")
+        scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
+        space = tuple(range(1, x.ndim - 1))
+
+        def group_mean(values):
+            sums = jnp.mean(values, axis=space, keepdims=True)
+            grouped = sums.reshape(*sums.shape[:-1], self.groups, channels // self.groups)
+            return jnp.repeat(jnp.mean(grouped, axis=-1), channels // self.groups, axis=-1)
+
+        h = x.astype(jnp.float32)
+        h = h - group_mean(h)
+        gain = jax.lax.rsqrt(group_mean(jnp.square(h)) + self.epsilon) * scale
+        return (h * gain + bias).astype(self.dtype or x.dtype)
+
+
+def conv(
+    features: int,
+    kernel: int = 3,
+    *,
+    stride: int = 1,
+    padding: int | tuple | None = None,
+    zero_init: bool = False,
+    **options,
+) -> nn.Conv:
+    """A square 2-D convolution, zero-padded to keep its size, initialised as PyTorch does."""
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        strides=stride,
+        padding=kernel // 2 if padding is None else padding,
+        kernel_init=nn.initializers.zeros if zero_init else uniform_init,
+        **options,
+    )

@@ -1,0 +1,1 @@
+"""Where a run lives: devices, checkpoints, logs, the compilation cache."""

@@ -1,0 +1,203 @@
+"""Stage 1: the autoencoder with LDM's complete loss (Rombach et al. 2022, §G; Esser et al. 2021).
+
+    L = Σ|x − x̂| + λ_p·LPIPS(x, x̂)·CHW + λ_KL·KL(q(z|x) ‖ N(0, I)) + λ_d·λ_adaptive·L_GAN
+
+summed over each image, averaged over the batch. The discriminator sees the reconstruction of the
+same forward pass (the originals run a second one with a fresh posterior sample for it).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from ldm_jax.data.loader import Loader, batches_once
+from ldm_jax.diffusion.noise import per_example
+from ldm_jax.metrics.image import psnr, ssim
+from ldm_jax.models.autoencoder import AutoencoderKL
+from ldm_jax.models.discriminator import PatchDiscriminator
+from ldm_jax.models.lpips import lpips
+from ldm_jax.pictures import image_grid, to_float, to_uint8
+from ldm_jax.training.workdir import config_dict
+
+
+def kl_divergence(mean: jax.Array, logvar: jax.Array) -> jax.Array:
+    """KL(N(mean, exp(logvar)) ‖ N(0, I)) = ½Σ(μ² + σ² − 1 − log σ²) per image, (B,)."""
+    terms = jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar
+    return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
+
+
+def hinge_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
+    """½[E max(0, 1 − D(x)) + E max(0, 1 + D(x̂))] (Lim & Ye 2017)."""
+    return 0.5 * (jnp.mean(jax.nn.relu(1.0 - real)) + jnp.mean(jax.nn.relu(1.0 + fake)))
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderTask:
+    """See `ldm_jax.training.state.Task`. `perceptual` are LPIPS parameters, or None for without."""
+
+    config: Any
+    source: Any
+    held_out: Any
+    perceptual: dict[str, jax.Array] | None
+
+    ema_networks = ("autoencoder",)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        return ("autoencoder", "discriminator")
+
+    @property
+    def model(self) -> AutoencoderKL:
+        return AutoencoderKL(**self.config.autoencoder)
+
+    @property
+    def discriminator(self) -> PatchDiscriminator:
+        return PatchDiscriminator(**self.config.discriminator)
+
+    def init(self, key):
+        size = self.config.data.image_size
+        images = jnp.zeros((1, size, size, self.model.in_channels))
+        model_key, discriminator_key = jax.random.split(key)
+        return {
+            "autoencoder": self.model.init(model_key, images)["params"],
+            "discriminator": self.discriminator.init(discriminator_key, images)["params"],
+        }
+
+    def gradients(self, params, batch, key, step):
+        loss_config, model = self.config.loss, self.model
+        x = to_float(batch["image"])
+        batch_size, pixels = x.shape[0], x[0].size
+        layer = params["autoencoder"]["conv_out"]
+
+        def forward(autoencoder):
+            variables = {"params": autoencoder}
+            mean, logvar = model.apply(variables, x, method=model.moments)
+            z = mean + jnp.exp(0.5 * logvar) * per_example(jax.random.normal, key, mean.shape)
+            return model.apply(variables, z, method=model.features), mean, logvar
+
+        def last_layer(layer, features):
+            variables = {"params": {**params["autoencoder"], "conv_out": layer}}
+            return model.apply(variables, features, method=model.last_layer)
+
+        def reconstruction(x_hat):
+            absolute = jnp.sum(jnp.abs(x - x_hat)) / batch_size
+            if self.perceptual is None:
+                return absolute, {"rec_loss": absolute / pixels}
+            distance = jnp.mean(lpips(self.perceptual, x, x_hat))
+            total = absolute + loss_config.perceptual_weight * distance * pixels
+            return total, {"rec_loss": absolute / pixels, "lpips": distance}
+
+        def divergence(mean, logvar):
+            return jnp.mean(kl_divergence(mean, logvar))
+
+        # One pass forward, then gradients from the losses back: to the image, through the last
+        # layer (whose gradients balance the two losses), and once through all the rest.
+        (features, mean, logvar), backward = jax.vjp(forward, params["autoencoder"])
+        x_hat, last_backward = jax.vjp(last_layer, layer, features)
+        (nll, metrics), nll_to_image = jax.value_and_grad(reconstruction, has_aux=True)(x_hat)
+        kl, kl_to_moments = jax.value_and_grad(divergence, argnums=(0, 1))(mean, logvar)
+        nll_to_layer, _ = last_backward(nll_to_image)
+
+        def generator_loss(x_hat):
+            logits = self.discriminator.apply({"params": params["discriminator"]}, x_hat)
+            return -jnp.mean(logits)
+
+        def discriminator_loss(discriminator):
+            real = self.discriminator.apply({"params": discriminator}, x)
+            fake = self.discriminator.apply({"params": discriminator}, x_hat)
+            return hinge_loss(real, fake), (jnp.mean(real), jnp.mean(fake))
+
+        # A hard switch by a factor, not by lax.cond: inside a branch, XLA:CPU computes the
+        # gradients of convolutions fifty times slower.
+        started = (step >= loss_config.disc_start).astype(jnp.float32)
+        g_loss, g_to_image = jax.value_and_grad(generator_loss)(x_hat)
+        g_to_layer, _ = last_backward(g_to_image)
+        balance = jnp.linalg.norm(nll_to_layer["kernel"]) / (
+            jnp.linalg.norm(g_to_layer["kernel"]) + 1e-4
+        )
+        weight = started * loss_config.disc_weight * jnp.clip(balance, 0.0, 1e4)
+        (d_loss, (real, fake)), d_grads = jax.value_and_grad(discriminator_loss, has_aux=True)(
+            params["discriminator"]
+        )
+        d_grads = jax.tree.map(lambda g: started * g, d_grads)
+
+        layer_grads, to_features = last_backward(nll_to_image + weight * g_to_image)
+        to_moments = jax.tree.map(lambda g: loss_config.kl_weight * g, kl_to_moments)
+        (grads,) = backward((to_features, *to_moments))
+        # `forward` stops before the last layer, so its own gradient for it is zero.
+        grads = {"autoencoder": {**grads, "conv_out": layer_grads}, "discriminator": d_grads}
+        metrics |= {
+            "loss": nll + loss_config.kl_weight * kl,
+            "kl": kl,
+            "g_loss": g_loss,
+            "d_loss": d_loss,
+            "d_weight": weight,
+            "logits_real": real,
+            "logits_fake": fake,
+        }
+        return grads, metrics
+
+    def batches(self, start):
+        config = self.config
+        loader = Loader(
+            self.source,
+            config.train.batch_size,
+            config.seed,
+            augment=config.data.augment,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        for step, batch in loader.iterate(start):
+            yield step, {"image": batch["image"]}
+
+    def evaluate(self, ema):
+        """PSNR [dB] and SSIM of held-out pictures, each the mean over pictures of 8-bit images."""
+        scores: dict[str, list] = {"psnr": [], "ssim": []}
+        for batch in batches_once(self.held_out, 32):
+            x, y = batch["image"] / 255.0, self._reconstruct(ema, batch["image"]) / 255.0
+            scores["psnr"].append(psnr(x, y)[batch["valid"]])
+            scores["ssim"].append(ssim(x, y)[batch["valid"]])
+        return {name: float(np.mean(np.concatenate(values))) for name, values in scores.items()}
+
+    def preview(self, ema):
+        """Held-out pictures, each row above its reconstructions."""
+        images = next(batches_once(self.held_out, 32))["image"]
+        pairs = np.stack([images, self._reconstruct(ema, images)])
+        rows = pairs.reshape(2, 2, 16, *images.shape[1:]).swapaxes(0, 1)
+        return image_grid(rows.reshape(64, *images.shape[1:]), columns=16)
+
+    def export(self, ema):
+        """Measures `scale_factor`: 1/std over all latents of all training pictures (LDM, §G)."""
+        count = total = square = 0.0
+        for batch in batches_once(self.source, 32):
+            mean, logvar = (np.float64(a[batch["valid"]]) for a in self._moments(ema, batch["image"]))
+            count += mean.size
+            total += mean.sum()
+            square += (mean**2 + np.exp(logvar)).sum()
+        scale = float((square / count - (total / count) ** 2) ** -0.5)
+        logging.info("scale_factor %.5f, over %d latents", scale, count)
+        first_stage = {**config_dict(self.config)["autoencoder"], "scale_factor": scale}
+        return {"task": "autoencoder", "autoencoder": first_stage}, ema
+
+    @functools.cached_property
+    def _reconstruct(self):
+        def reconstruct(ema, images):
+            decoded = self.model.apply({"params": ema["autoencoder"]}, to_float(images))
+            return (decoded + 1.0) / 2.0
+
+        compiled = jax.jit(reconstruct)
+        return lambda ema, images: to_uint8(compiled(ema, images))
+
+    @functools.cached_property
+    def _moments(self):
+        @jax.jit
+        def moments(ema, images):
+            variables = {"params": ema["autoencoder"]}
+            return self.model.apply(variables, to_float(images), method="moments")
+
+        return lambda ema, images: jax.device_get(moments(ema, images))

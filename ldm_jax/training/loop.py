@@ -1,0 +1,158 @@
+"""The loop: `train(config, workdir)` drives any task from its newest checkpoint to its last step."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from ldm_jax.interop.native import save_model
+from ldm_jax.pictures import save_png
+from ldm_jax.runtime.checkpoints import Checkpoints, abstract_like
+from ldm_jax.runtime.logging import MetricsLog
+from ldm_jax.runtime.mesh import batch_sharding, make_mesh, put_batch, replicated, state_shardings
+from ldm_jax.training.optimizer import make_optimizer, parameter_path
+from ldm_jax.training.report import write_report
+from ldm_jax.training.signals import stop_on_signals
+from ldm_jax.training.state import State, Task, init_state, make_train_step
+from ldm_jax.training.tasks import make_task
+from ldm_jax.training.workdir import config_dict, open_workdir
+from ldm_jax.version import __version__
+
+
+class Interrupted(SystemExit):
+    """Training was asked to stop by SIGINT or SIGTERM, and has saved its state."""
+
+
+def train(config: Any, workdir: str | Path) -> dict[str, float]:
+    """Trains `config` in `workdir`, resuming what is there, and returns the final metrics.
+
+    Leaves there: `config.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `previews/`,
+    `report.html`, and `model.safetensors`, which `ldm_jax.load` opens.
+
+    Raises:
+      ValueError: the workdir belongs to another config, or the config contradicts itself.
+      FloatingPointError: a loss or gradient is not finite; names the first bad tensor and step.
+      OSError: a checkpoint cannot be written; the message names the path.
+      Interrupted: a SystemExit, after SIGINT or SIGTERM; the state is saved.
+    """
+    settings, seed = config.train, config.seed
+    workdir = open_workdir(config, workdir)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh), stop_on_signals() as stop:
+        task = make_task(config)
+        optimizer = make_optimizer(config.optimizer, settings.steps, task.networks)
+
+        # State: the newest checkpoint's or a fresh one, born where it will live.
+        def initial():
+            return init_state(task, optimizer, seed)
+
+        abstract = jax.eval_shape(initial)
+        shardings = state_shardings(mesh, abstract)
+        checkpoints = Checkpoints(workdir / "checkpoints", settings.keep)
+        about = {"config": config_dict(config), "version": __version__}
+        start = checkpoints.latest()
+        if start is None:
+            start, state = 0, jax.jit(initial, out_shardings=shardings)()
+        else:
+            logging.info("Resuming %s at step %d", workdir, start)
+            state = checkpoints.restore(start, abstract_like(abstract, shardings))
+        _describe(state, settings)
+
+        # The step, compiled ahead for the shapes of the first batch.
+        batches = ((step, put_batch(mesh, batch)) for step, batch in task.batches(start))
+        step, batch = next(batches)
+        began = time.perf_counter()
+        train_step = (
+            jax.jit(
+                make_train_step(task, optimizer, seed, settings.ema_decay),
+                donate_argnums=0,
+                in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
+                out_shardings=(shardings, replicated(mesh)),
+            )
+            .lower(state, batch, np.int32(0))
+            .compile()
+        )
+        logging.info("Compiled the training step in %.1f s", time.perf_counter() - began)
+
+        log = MetricsLog(workdir, start)
+        progress = tqdm(total=settings.steps, initial=start, unit="step", dynamic_ncols=True)
+        final, pending, since = {}, [], time.perf_counter()
+        while step < settings.steps:
+            state, metrics = train_step(state, batch, np.int32(step))
+            pending.append(metrics)
+            step, batch = next(batches)
+            progress.update()
+            last = step == settings.steps
+
+            if step % settings.log_every == 0 or last:
+                values = _mean(pending)
+                _stop_if_not_finite(task, state, step, seed, checkpoints)
+                rate = len(pending) * settings.batch_size / (time.perf_counter() - since)
+                log.write(step, "train", values | {"images_per_second": rate})
+                progress.set_postfix_str(f"loss {values['loss']:.4g}, {rate:.0f} images/s")
+                pending, since = [], time.perf_counter()
+            if step % settings.preview_every == 0 or last:
+                paused = time.perf_counter()
+                save_png(workdir / "previews" / f"{step:07d}.png", task.preview(state.ema))
+                final = task.evaluate(state.ema)
+                log.write(step, "held_out", final)
+                since += time.perf_counter() - paused
+            if step % settings.checkpoint_every == 0 or last or stop.requested:
+                _stop_if_not_finite(task, state, step, seed, checkpoints)
+                checkpoints.save(step, state, about)
+            if stop.requested and not last:
+                progress.close()
+                raise Interrupted(f"Stopped by {stop.requested}; step {step} is saved in {workdir}")
+
+        progress.close()
+        log.close()
+        final = final or task.evaluate(state.ema)
+        save_model(workdir / "model.safetensors", *task.export(state.ema))
+        logging.info("Report: %s", write_report(workdir))
+        return final
+
+
+def _describe(state: State, settings: Any) -> None:
+    """Says what will train, once."""
+    for name, params in state.params.items():
+        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        logging.info("%s: %.2f M parameters", name, count / 1e6)
+    logging.info("%d steps of %d images", settings.steps, settings.batch_size)
+
+
+def _mean(metrics: list[dict[str, jax.Array]]) -> dict[str, float]:
+    fetched = jax.device_get(metrics)
+    return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
+
+
+def _stop_if_not_finite(
+    task: Task, state: State, step: int, seed: int, checkpoints: Checkpoints
+) -> None:
+    """Raises when the state froze before `step`: see `make_train_step`.
+
+    A step is a pure function of the state and its number, so the bad one is simply run again to
+    find the tensor that went wrong first.
+    """
+    bad = int(state.step)
+    if bad == step:
+        return
+    key = jax.random.fold_in(jax.random.key(seed), bad)
+    _, batch = next(task.batches(bad))
+    grads, metrics = jax.jit(task.gradients)(state.params, batch, key, state.step)
+    suspects = {"batch": batch, "parameters": state.params, "metrics": metrics, "gradient": grads}
+    names = [
+        parameter_path(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(suspects)
+        if np.issubdtype(leaf.dtype, np.inexact) and not np.isfinite(np.asarray(leaf)).all()
+    ]
+    saved = checkpoints.latest()
+    kept = "no checkpoint was saved yet" if saved is None else f"step {saved} is the last good one"
+    raise FloatingPointError(
+        f"step {bad}: {names[0] if names else 'the gradient norm'} is not finite "
+        f"({len(names)} tensors are not); {kept} in {checkpoints.directory}. A lower "
+        "optimizer.lr, a longer optimizer.warmup or optimizer.clip usually cures it."
+    )

@@ -1,0 +1,87 @@
+"""What a training run is made of between two steps, and how one step changes it."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ldm_jax.training.ema import update_ema
+
+Params = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class State:
+    """Everything a checkpoint holds. `params` and `ema` map a network's name to its parameters.
+
+    Random keys are not here: the key of a step is `fold_in(key(seed), step)`.
+    """
+
+    step: jax.Array
+    params: Params
+    ema: Params
+    opt_state: optax.OptState
+
+
+class Task(Protocol):
+    """What the loop needs of a task; all but `batches` are pure functions of their arguments."""
+
+    ema_networks: tuple[str, ...]  # the networks averaged, evaluated and exported
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh trainable parameters, by network."""
+
+    def gradients(
+        self, params: Params, batch: dict[str, jax.Array], key: jax.Array, step: jax.Array
+    ) -> tuple[Params, Metrics]:
+        """Gradients for every trainable network, and scalar metrics with at least `loss`."""
+
+    def batches(self, start: int):
+        """Iterator of (step, host batch of this process), a function of (seed, step) alone."""
+
+    def evaluate(self, ema: Params) -> dict[str, float]:
+        """Metrics on the held-out split."""
+
+    def preview(self, ema: Params) -> np.ndarray:
+        """A picture of the present state: uint8 (H, W, 3)."""
+
+    def export(self, ema: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(config of the networks, parameters) of a file that `ldm_jax.load` opens."""
+
+
+def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int) -> State:
+    """Step 0. The average starts as a copy of the parameters."""
+    params = task.init(jax.random.fold_in(jax.random.key(seed), 0x7FFFFFFF))
+    ema = {name: jax.tree.map(jnp.copy, params[name]) for name in task.ema_networks}
+    return State(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
+
+
+def make_train_step(
+    task: Task, optimizer: optax.GradientTransformation, seed: int, ema_decay: float
+) -> Callable[[State, dict[str, jax.Array], jax.Array], tuple[State, Metrics]]:
+    """The function (state, batch, step) → (state, metrics) that the loop compiles.
+
+    A step whose loss or gradients are not finite changes nothing, `state.step` included, and
+    neither does any later one: `step` no longer matches. So the loop may look as rarely as it
+    likes and still finds the last good state and the number of the first bad step.
+    """
+
+    def train_step(state, batch, step):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, metrics = task.gradients(state.params, batch, key, state.step)
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        averaged = {name: params[name] for name in state.ema}
+        ema = update_ema(state.ema, averaged, state.step, ema_decay)
+        new = State(state.step + 1, params, ema, opt_state)
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & (state.step == step)
+        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+        return new, metrics | {"grad_norm": grad_norm}
+
+    return train_step

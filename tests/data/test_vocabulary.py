@@ -1,0 +1,47 @@
+"""The two WordPiece vocabularies split the embedded texts alike."""
+
+import string
+from pathlib import Path
+
+import pytest
+
+import ldm_jax.data.sources
+from ldm_jax.data.sources import EmojiSource
+
+tokenizers = pytest.importorskip("tokenizers")
+FOLDER = Path(ldm_jax.data.sources.__file__).parent / "vocabulary"
+
+
+def read(name):
+    return (FOLDER / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
+def tokenizer(name):
+    ids = {piece: index for index, piece in enumerate(read(name))}
+    return tokenizers.BertWordPieceTokenizer(vocab=ids, lowercase=True)
+
+
+def test_pieces():
+    bert, emoji = read("bert"), read("emoji")
+    assert (len(bert), len(emoji)) == (30522, 4175)
+    assert emoji[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] and bert[0] == "[PAD]"
+    assert len(set(emoji)) == len(emoji)
+    kept = set(emoji)
+    assert emoji == [piece for piece in bert if piece in kept]
+    characters = string.ascii_lowercase + string.digits + string.punctuation
+    assert {*characters, *("##" + c for c in characters)} <= kept
+
+
+def test_embedded_texts_split_alike():
+    examples = list(EmojiSource("all", tags=True))
+    texts = [text for e in examples for text in (e["caption"], *e["tags"])]
+    bert, emoji = (tokenizer(name).encode_batch(texts) for name in ("bert", "emoji"))
+    assert [e.tokens for e in bert] == [e.tokens for e in emoji]
+    unknown = {text for text, e in zip(texts, emoji, strict=True) if "[UNK]" in e.tokens}
+    assert unknown == {"✓", "♪", "〒"}  # tags that BERT itself lacks; no caption
+
+
+def test_known_ids():
+    encoding = tokenizer("bert").encode("a Red apple")
+    assert encoding.ids == [101, 1037, 2417, 6207, 102]
+    assert "[UNK]" not in tokenizer("emoji").encode("Zebra-striped xylophones, 42!").tokens
