@@ -1,18 +1,31 @@
 """Trains a model: python train.py --config=configs/txt2img.py --workdir=runs/txt2img."""
 
-from absl import app, flags
+import glob
+import os
+
+from absl import flags
 from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: configs/TASK.py[:variant].")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; resumed if it is there.")
+import ldm_jax
+from ldm_jax.runtime.compile_cache import use_compile_cache
+from ldm_jax.runtime.console import run
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configs/TASK.py[:variant].")
+WORKDIR = flags.DEFINE_string("workdir", "", "Where the run lives and resumes; runs/TASK if empty.")
 flags.mark_flags_as_required(["config"])
 
 
-def main(argv):
-    import ldm_jax
-
-    ldm_jax.train(CONFIG.value, WORKDIR.value)
+def main():
+    use_compile_cache()
+    filename = config_flags.get_config_filename(flags.FLAGS["config"])
+    path, _, variant = filename.partition(":")
+    if not os.path.isfile(path):
+        known = ", ".join(sorted(glob.glob("configs/*.py")))
+        raise FileNotFoundError(f"no config file {path}; there are {known or 'none here'}")
+    name = path.rsplit("/", 1)[-1].removesuffix(".py")
+    workdir = WORKDIR.value or f"runs/{'-'.join(part for part in (name, variant) if part)}"
+    ldm_jax.train(CONFIG.value, workdir)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

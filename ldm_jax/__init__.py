@@ -1,10 +1,17 @@
 """Latent diffusion models in JAX: train, sample, and exchange weights."""
 
 from ldm_jax.runtime.cpu import use_fast_cpu_kernels
-from ldm_jax.version import __version__
 
-use_fast_cpu_kernels()  # before jax starts its backends
+use_fast_cpu_kernels()  # before jax starts its backends, and so before the imports below
 
-from ldm_jax.training.loop import train  # noqa: E402
+from ldm_jax.pipeline import Pipeline, load  # noqa: E402
+from ldm_jax.version import __version__  # noqa: E402
 
-__all__ = ["__version__", "train"]
+__all__ = ["Pipeline", "__version__", "load", "train"]
+
+
+def train(config, workdir):
+    """Trains `config` in `workdir`, or goes on there: see `ldm_jax.training.loop.train`."""
+    from ldm_jax.training.loop import train as run  # what only sampling users never wait for
+
+    return run(config, workdir)

@@ -87,9 +87,7 @@ def embed(
     return Conditioning(**outputs)
 
 
-def drop_conditions(
-    embedders: tuple[TextEmbedder, ...], inputs: Inputs, keys: jax.Array
-) -> Inputs:
+def drop_conditions(embedders: tuple[TextEmbedder, ...], inputs: Inputs, keys: jax.Array) -> Inputs:
     """Replaces each example's inputs by the null ones at each embedder's own rate.
 
     `keys` (B,) are the examples' own, so that who is dropped does not depend on the batch.

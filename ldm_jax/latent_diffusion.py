@@ -44,13 +44,17 @@ class LatentDiffusion:
     loss_type: str
     spacing: str
 
+    @property
+    def latent_channels(self) -> int:
+        return self.unet.in_channels
+
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "LatentDiffusion":
         """Builds the networks of a config's `unet`, `autoencoder`, `conditioning`, `diffusion`."""
         diffusion = config["diffusion"]
         return cls(
             unet=UNet(**_tuples(config["unet"])),
-            autoencoder=AutoencoderKL(**_tuples(config["autoencoder"])),
+            autoencoder=make_autoencoder(config["autoencoder"]),
             embedders=make_embedders(config["conditioning"]),
             schedule=make_schedule(**diffusion["schedule"]),
             parameterization=diffusion["parameterization"],
@@ -69,21 +73,29 @@ class LatentDiffusion:
         params = {}
         for i, embedder in enumerate(self.embedders):
             inputs = jnp.asarray(embedder.null(1))
-            params[embedder.name] = embedder.network.init(
-                jax.random.fold_in(embed_key, i), inputs
-            )["params"]
+            params[embedder.name] = embedder.network.init(jax.random.fold_in(embed_key, i), inputs)[
+                "params"
+            ]
         nulls = {embedder.name: jnp.asarray(embedder.null(1)) for embedder in self.embedders}
         condition = embed(self.embedders, params, nulls)
         latents = jnp.zeros((1, *latent_shape))
-        params["unet"] = self.unet.init(unet_key, latents, jnp.zeros(1), condition.context)["params"]
+        params["unet"] = self.unet.init(unet_key, latents, jnp.zeros(1), condition.context)[
+            "params"
+        ]
         return params
 
     def loss(
-        self, params: Params, latents: jax.Array, inputs: Inputs, key: jax.Array
+        self,
+        params: Params,
+        latents: jax.Array,
+        inputs: Inputs,
+        key: jax.Array,
+        training: bool = True,
     ) -> jax.Array:
-        """Per-example loss (B,) on scaled latents (B, h, w, c); dropout is on.
+        """Per-example loss (B,) on scaled latents (B, h, w, c).
 
-        Everything random is drawn from each example's own key, except the networks' dropout.
+        `training` turns on the dropout of conditions and of the networks. All that is random is
+        drawn from each example's own key, except the networks' dropout.
         """
         keys = {
             name: jax.random.fold_in(key, i)
@@ -91,17 +103,17 @@ class LatentDiffusion:
         }
         t = uniform_timesteps(keys["timestep"], len(latents), self.schedule.timesteps)
         eps = per_example(jax.random.normal, keys["noise"], latents.shape)
-        kept = drop_conditions(
-            self.embedders, inputs, example_keys(keys["condition"], len(latents))
-        )
-        condition = embed(self.embedders, params, kept, keys["dropout"])
+        if training:
+            example = example_keys(keys["condition"], len(latents))
+            inputs = drop_conditions(self.embedders, inputs, example)
+        condition = embed(self.embedders, params, inputs, keys["dropout"] if training else None)
         alpha, sigma = self._levels(t)
         output = self.unet.apply(
             {"params": params["unet"]},
             alpha * latents + sigma * eps,
             t,
             condition.context,
-            deterministic=False,
+            deterministic=not training,
             rngs={"dropout": jax.random.fold_in(keys["dropout"], len(self.embedders))},
         )
         goal = target(self.parameterization, latents, eps, alpha, sigma)
@@ -168,6 +180,11 @@ class LatentDiffusion:
         tables = (jnp.asarray(table, jnp.float32)[t] for table in levels)
         alpha, sigma = (value.reshape(value.shape + (1,) * (3 * value.ndim)) for value in tables)
         return alpha, sigma
+
+
+def make_autoencoder(fields: dict[str, Any]) -> AutoencoderKL:
+    """The autoencoder of a config's section `autoencoder`."""
+    return AutoencoderKL(**_tuples(fields))
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

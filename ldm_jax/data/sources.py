@@ -17,6 +17,7 @@ Reading an example twice gives the same example: what is random lives in `transf
 import hashlib
 import io
 import json
+import logging
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +26,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from absl import logging
 from PIL import Image, UnidentifiedImageError
 
 from ldm_jax.data.images import composite, fit_square, read_image
+
+log = logging.getLogger(__name__)
 
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
@@ -225,9 +227,9 @@ def _usable(root: Path, names: Sequence[str], min_size: int, on_error: str) -> l
     if bad and on_error == "raise":
         raise ValueError(f"{root / bad[0][0]}: {bad[0][1]}")
     for name, fault in bad[:MAX_WARNINGS]:
-        logging.warning("skipped %s: %s", root / name, fault)
+        log.warning("skipped %s: %s", root / name, fault)
     if bad:
-        logging.warning("%s: skipped %d of %d pictures", root, len(bad), len(names))
+        log.warning("%s: skipped %d of %d pictures", root, len(bad), len(names))
     return [name for name, fault in zip(names, faults, strict=True) if not fault]
 
 
@@ -304,6 +306,28 @@ def _tfds_split(available: Sequence[str], split: str, held_out: float) -> str:
     return {"train": train, "held_out": rest, "all": f"{train}+{rest}"}[split]
 
 
+class Subset:
+    """The examples of a source whose class is one of `wanted`; labels and classes stay.
+
+    Raises:
+      ValueError: the source has no such class; lists those it has.
+    """
+
+    def __init__(self, source: Source, wanted: Sequence[str]):
+        unknown = [name for name in wanted if name not in source.classes]
+        if unknown:
+            raise ValueError(f"no class {unknown[0]!r}; this source has {list(source.classes)}")
+        self.classes, self._source = source.classes, source
+        labels = {source.classes.index(name) for name in wanted}
+        self._indices = [i for i in range(len(source)) if source[i]["label"] in labels]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._source[self._indices[index]]
+
+
 SOURCES = ("emoji", "folder", "tfds")
 
 
@@ -314,12 +338,17 @@ def open_source(config: Any, split: str = "train") -> Source:
       config: ConfigDict with `source`, one of SOURCES, `image_size`, and optionally `path` (a
         folder or the name of a TensorFlow data set), `background` (what transparent pixels are
         composited on, white), `held_out` (0.1; the emoji's is fixed), `on_error` ("skip") and
-        `min_size` (folders), `tags` (emoji, False).
+        `min_size` (folders), `tags` (emoji, False), `classes` (only these; all if empty).
       split: "train", "held_out" or "all".
 
     Raises:
       ValueError: unknown source or split, no path, or a source without usable pictures.
     """
+    source = _open(config, split)
+    return Subset(source, config.classes) if config.get("classes") else source
+
+
+def _open(config: Any, split: str) -> Source:
     common = {"image_size": config.image_size, "background": config.get("background", WHITE)}
     fraction = config.get("held_out", 0.1)
     if config.source in ("folder", "tfds") and not config.get("path"):

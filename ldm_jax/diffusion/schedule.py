@@ -79,7 +79,5 @@ def sampling_timesteps(timesteps: int, steps: int, spacing: str) -> np.ndarray:
                 "choose another count or spacing"
             )
     else:
-        raise ValueError(
-            f"spacing {spacing!r}: choose trailing, leading, linspace or compat"
-        )
+        raise ValueError(f"spacing {spacing!r}: choose trailing, leading, linspace or compat")
     return grid

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from ldm_jax.version import __version__
 
 FORMAT = "ldm_jax"
+SHIPPED = Path(__file__).parents[1] / "weights" / "emoji.safetensors"
 
 
 def save_model(
@@ -57,3 +58,25 @@ def load_model(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file, but not one that ldm_jax exported")
     return json.loads(metadata["config"]), unflatten_dict(tensors, sep="/")
+
+
+def open_model(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config, params) of a model file, of a finished run's workdir, or, for "", of the shipped one.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no model there; says what was looked for.
+    """
+    path = Path(path) if str(path) else SHIPPED
+    if path.is_dir():
+        exported = path / "model.safetensors"
+        if not exported.exists():
+            unfinished = (path / "config.json").exists()
+            reason = (
+                "this run has not exported its model yet: it does when it ends, or when Ctrl-C or "
+                "SIGTERM stops it"
+                if unfinished
+                else "the directory is neither a run's workdir nor holds a model.safetensors"
+            )
+            raise FileNotFoundError(f"no model in {path}: {reason}")
+        path = exported
+    return load_model(path)

@@ -28,7 +28,9 @@ class GroupNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
         if channels % self.groups:
-            raise ValueError(f"GroupNorm: {channels} channels do not divide into {self.groups} groups")
+            raise ValueError(
+                f"GroupNorm: {channels} channels do not divide into {self.groups} groups"
+            )
         scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
         space = tuple(range(1, x.ndim - 1))

@@ -7,7 +7,13 @@ from importlib import metadata
 FLAG = "--xla_cpu_experimental_ynn_fusion_type="
 # An XLA flag that a jaxlib does not know aborts the process, so it is set only where it was tried.
 KNOWN = ((0, 10, 0), (0, 13, 0))
-ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_plugins")
+ACCELERATORS = (
+    "libtpu",
+    "jax_cuda12_plugin",
+    "jax_cuda13_plugin",
+    "jax_rocm7_plugin",
+    "jax_plugins",
+)
 
 
 def use_fast_cpu_kernels() -> bool:

@@ -8,12 +8,12 @@ same forward pass (the originals run a second one with a fresh posterior sample 
 
 import dataclasses
 import functools
+import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from ldm_jax.data.loader import Loader, batches_once
 from ldm_jax.diffusion.noise import per_example
@@ -23,6 +23,8 @@ from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.lpips import lpips
 from ldm_jax.pictures import image_grid, to_float, to_uint8
 from ldm_jax.training.workdir import config_dict
+
+log = logging.getLogger(__name__)
 
 
 def kl_divergence(mean: jax.Array, logvar: jax.Array) -> jax.Array:
@@ -63,12 +65,25 @@ class AutoencoderTask:
         size = self.config.data.image_size
         images = jnp.zeros((1, size, size, self.model.in_channels))
         model_key, discriminator_key = jax.random.split(key)
+        autoencoder = self.model.init(model_key, images)["params"]
+        # 0 in the originals, which drowns the first thousand steps in posterior noise.
+        bias = autoencoder["quant_conv"]["bias"]
+        logvar = slice(self.model.embed_dim, None)
+        autoencoder["quant_conv"]["bias"] = bias.at[logvar].set(self.config.loss.logvar_init)
         return {
-            "autoencoder": self.model.init(model_key, images)["params"],
+            "autoencoder": autoencoder,
             "discriminator": self.discriminator.init(discriminator_key, images)["params"],
         }
 
-    def gradients(self, params, batch, key, step):
+    def phase(self, step):
+        """Whether the discriminator takes part at a step: the originals' hard switch.
+
+        Two programs rather than a branch in one: XLA:CPU computes the gradients of convolutions
+        fifty times slower inside lax.cond.
+        """
+        return step >= self.config.loss.disc_start
+
+    def gradients(self, params, batch, key, phase):
         loss_config, model = self.config.loss, self.model
         x = to_float(batch["image"])
         batch_size, pixels = x.shape[0], x[0].size
@@ -103,44 +118,42 @@ class AutoencoderTask:
         kl, kl_to_moments = jax.value_and_grad(divergence, argnums=(0, 1))(mean, logvar)
         nll_to_layer, _ = last_backward(nll_to_image)
 
+        metrics |= {"loss": nll + loss_config.kl_weight * kl, "kl": kl}
+        d_grads = jax.tree.map(jnp.zeros_like, params["discriminator"])
+        to_image = nll_to_image
+        if phase:
+            g_to_image, d_grads, gan_metrics = self._adversarial(params["discriminator"], x, x_hat)
+            g_to_layer, _ = last_backward(g_to_image)
+            norms = (jnp.linalg.norm(g["kernel"]) for g in (nll_to_layer, g_to_layer))
+            nll_norm, g_norm = norms
+            weight = loss_config.disc_weight * jnp.clip(nll_norm / (g_norm + 1e-4), 0.0, 1e4)
+            to_image += weight * g_to_image
+            metrics |= gan_metrics | {"d_weight": weight}
+
+        layer_grads, to_features = last_backward(to_image)
+        to_moments = jax.tree.map(lambda g: loss_config.kl_weight * g, kl_to_moments)
+        (grads,) = backward((to_features, *to_moments))
+        # `forward` stops before the last layer, so its own gradient for it is zero.
+        grads = {"autoencoder": {**grads, "conv_out": layer_grads}, "discriminator": d_grads}
+        return grads, metrics
+
+    def _adversarial(self, discriminator, x, x_hat):
+        """Gradient of the generator's loss to the image, the discriminator's own, metrics."""
+
         def generator_loss(x_hat):
-            logits = self.discriminator.apply({"params": params["discriminator"]}, x_hat)
-            return -jnp.mean(logits)
+            return -jnp.mean(self.discriminator.apply({"params": discriminator}, x_hat))
 
         def discriminator_loss(discriminator):
             real = self.discriminator.apply({"params": discriminator}, x)
             fake = self.discriminator.apply({"params": discriminator}, x_hat)
             return hinge_loss(real, fake), (jnp.mean(real), jnp.mean(fake))
 
-        # A hard switch by a factor, not by lax.cond: inside a branch, XLA:CPU computes the
-        # gradients of convolutions fifty times slower.
-        started = (step >= loss_config.disc_start).astype(jnp.float32)
         g_loss, g_to_image = jax.value_and_grad(generator_loss)(x_hat)
-        g_to_layer, _ = last_backward(g_to_image)
-        balance = jnp.linalg.norm(nll_to_layer["kernel"]) / (
-            jnp.linalg.norm(g_to_layer["kernel"]) + 1e-4
-        )
-        weight = started * loss_config.disc_weight * jnp.clip(balance, 0.0, 1e4)
         (d_loss, (real, fake)), d_grads = jax.value_and_grad(discriminator_loss, has_aux=True)(
-            params["discriminator"]
+            discriminator
         )
-        d_grads = jax.tree.map(lambda g: started * g, d_grads)
-
-        layer_grads, to_features = last_backward(nll_to_image + weight * g_to_image)
-        to_moments = jax.tree.map(lambda g: loss_config.kl_weight * g, kl_to_moments)
-        (grads,) = backward((to_features, *to_moments))
-        # `forward` stops before the last layer, so its own gradient for it is zero.
-        grads = {"autoencoder": {**grads, "conv_out": layer_grads}, "discriminator": d_grads}
-        metrics |= {
-            "loss": nll + loss_config.kl_weight * kl,
-            "kl": kl,
-            "g_loss": g_loss,
-            "d_loss": d_loss,
-            "d_weight": weight,
-            "logits_real": real,
-            "logits_fake": fake,
-        }
-        return grads, metrics
+        logits = {"logits_real": real, "logits_fake": fake}
+        return g_to_image, d_grads, {"g_loss": g_loss, "d_loss": d_loss} | logits
 
     def batches(self, start):
         config = self.config
@@ -175,12 +188,14 @@ class AutoencoderTask:
         """Measures `scale_factor`: 1/std over all latents of all training pictures (LDM, §G)."""
         count = total = square = 0.0
         for batch in batches_once(self.source, 32):
-            mean, logvar = (np.float64(a[batch["valid"]]) for a in self._moments(ema, batch["image"]))
+            mean, logvar = (
+                np.float64(a[batch["valid"]]) for a in self._moments(ema, batch["image"])
+            )
             count += mean.size
             total += mean.sum()
             square += (mean**2 + np.exp(logvar)).sum()
         scale = float((square / count - (total / count) ** 2) ** -0.5)
-        logging.info("scale_factor %.5f, over %d latents", scale, count)
+        log.info("scale_factor %.5f, over %d latents", scale, count)
         first_stage = {**config_dict(self.config)["autoencoder"], "scale_factor": scale}
         return {"task": "autoencoder", "autoencoder": first_stage}, ema
 

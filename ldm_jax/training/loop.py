@@ -1,12 +1,13 @@
-"""The loop: `train(config, workdir)` drives any task from its newest checkpoint to its last step."""
+"""The loop: `train(config, workdir)` drives any task from its newest checkpoint to its end."""
 
+import functools
+import logging
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from tqdm import tqdm
 
 from ldm_jax.interop.native import save_model
@@ -21,6 +22,8 @@ from ldm_jax.training.state import State, Task, init_state, make_train_step
 from ldm_jax.training.tasks import make_task
 from ldm_jax.training.workdir import config_dict, open_workdir
 from ldm_jax.version import __version__
+
+log = logging.getLogger(__name__)
 
 
 class Interrupted(SystemExit):
@@ -58,31 +61,32 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
         if start is None:
             start, state = 0, jax.jit(initial, out_shardings=shardings)()
         else:
-            logging.info("Resuming %s at step %d", workdir, start)
+            log.info("Resuming %s at step %d", workdir, start)
             state = checkpoints.restore(start, abstract_like(abstract, shardings))
         _describe(state, settings)
 
-        # The step, compiled ahead for the shapes of the first batch.
-        batches = ((step, put_batch(mesh, batch)) for step, batch in task.batches(start))
-        step, batch = next(batches)
-        began = time.perf_counter()
-        train_step = (
-            jax.jit(
-                make_train_step(task, optimizer, seed, settings.ema_decay),
+        # The step, compiled ahead for the shapes of the first batch and the phase at hand.
+        @functools.cache
+        def compiled(phase):
+            began = time.perf_counter()
+            train_step = jax.jit(
+                make_train_step(task, optimizer, seed, settings.ema_decay, phase),
                 donate_argnums=0,
                 in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
                 out_shardings=(shardings, replicated(mesh)),
             )
-            .lower(state, batch, np.int32(0))
-            .compile()
-        )
-        logging.info("Compiled the training step in %.1f s", time.perf_counter() - began)
+            program = train_step.lower(abstract, batch, np.int32(0)).compile()
+            log.info("Compiled the training step in %.1f s", time.perf_counter() - began)
+            return program
 
-        log = MetricsLog(workdir, start)
+        batches = ((step, put_batch(mesh, batch)) for step, batch in task.batches(start))
+        step, batch = next(batches)
+        compiled(task.phase(step))
+        metrics_log = MetricsLog(workdir, start)
         progress = tqdm(total=settings.steps, initial=start, unit="step", dynamic_ncols=True)
         final, pending, since = {}, [], time.perf_counter()
         while step < settings.steps:
-            state, metrics = train_step(state, batch, np.int32(step))
+            state, metrics = compiled(task.phase(step))(state, batch, np.int32(step))
             pending.append(metrics)
             step, batch = next(batches)
             progress.update()
@@ -92,14 +96,14 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
                 values = _mean(pending)
                 _stop_if_not_finite(task, state, step, seed, checkpoints)
                 rate = len(pending) * settings.batch_size / (time.perf_counter() - since)
-                log.write(step, "train", values | {"images_per_second": rate})
+                metrics_log.write(step, "train", values | {"images_per_second": rate})
                 progress.set_postfix_str(f"loss {values['loss']:.4g}, {rate:.0f} images/s")
                 pending, since = [], time.perf_counter()
             if step % settings.preview_every == 0 or last:
                 paused = time.perf_counter()
                 save_png(workdir / "previews" / f"{step:07d}.png", task.preview(state.ema))
                 final = task.evaluate(state.ema)
-                log.write(step, "held_out", final)
+                metrics_log.write(step, "held_out", final)
                 since += time.perf_counter() - paused
             if step % settings.checkpoint_every == 0 or last or stop.requested:
                 _stop_if_not_finite(task, state, step, seed, checkpoints)
@@ -109,10 +113,10 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
                 raise Interrupted(f"Stopped by {stop.requested}; step {step} is saved in {workdir}")
 
         progress.close()
-        log.close()
+        metrics_log.close()
         final = final or task.evaluate(state.ema)
         save_model(workdir / "model.safetensors", *task.export(state.ema))
-        logging.info("Report: %s", write_report(workdir))
+        log.info("Report: %s", write_report(workdir))
         return final
 
 
@@ -120,13 +124,17 @@ def _describe(state: State, settings: Any) -> None:
     """Says what will train, once."""
     for name, params in state.params.items():
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
-        logging.info("%s: %.2f M parameters", name, count / 1e6)
-    logging.info("%d steps of %d images", settings.steps, settings.batch_size)
+        log.info("%s: %.2f M parameters", name, count / 1e6)
+    log.info("%d steps of %d images", settings.steps, settings.batch_size)
 
 
 def _mean(metrics: list[dict[str, jax.Array]]) -> dict[str, float]:
-    fetched = jax.device_get(metrics)
-    return {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
+    """Mean of every metric over the steps that reported it."""
+    values: dict[str, list] = {}
+    for step_metrics in jax.device_get(metrics):
+        for name, value in step_metrics.items():
+            values.setdefault(name, []).append(value)
+    return {name: float(np.mean(value)) for name, value in values.items()}
 
 
 def _stop_if_not_finite(
@@ -142,7 +150,9 @@ def _stop_if_not_finite(
         return
     key = jax.random.fold_in(jax.random.key(seed), bad)
     _, batch = next(task.batches(bad))
-    grads, metrics = jax.jit(task.gradients)(state.params, batch, key, state.step)
+    grads, metrics = jax.jit(task.gradients, static_argnums=3)(
+        state.params, batch, key, task.phase(bad)
+    )
     suspects = {"batch": batch, "parameters": state.params, "metrics": metrics, "gradient": grads}
     names = [
         parameter_path(path)

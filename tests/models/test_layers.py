@@ -1,0 +1,47 @@
+"""Normalisation, convolution and their initial values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.models.layers import GroupNorm, conv
+
+
+def test_group_norm_is_the_formula():
+    draw = np.random.default_rng(0).normal
+    # A mean of 100 deviations costs the one-pass variance E[x²] − E[x]² its digits.
+    x = (100.0 + draw(size=(2, 3, 5, 12))).astype(np.float32)
+    scale, bias = draw(size=12).astype(np.float32), draw(size=12).astype(np.float32)
+    grouped = x.astype(np.float64).reshape(2, 15, 4, 3)
+    mean, variance = (f(grouped, axis=(1, 3), keepdims=True) for f in (np.mean, np.var))
+    normal = ((grouped - mean) / np.sqrt(variance + 0.1)).reshape(x.shape)
+    found = GroupNorm(4, 0.1).apply({"params": {"scale": scale, "bias": bias}}, x)
+    np.testing.assert_allclose(found, normal * scale + bias, atol=5e-5)
+
+
+def test_group_norm_statistics_in_float32():
+    """Of 4,096 ones and 4,096 zeros; a bfloat16 sum would stop growing at 256."""
+    x = (jnp.arange(4096 * 2) % 2).reshape(1, 64, 64, 2).swapaxes(2, 3).astype(jnp.bfloat16)
+    x = x.reshape(1, 64, 128, 1)
+    y, params = GroupNorm(1).init_with_output(jax.random.key(0), x)
+    assert y.dtype == jnp.bfloat16 and params["params"]["scale"].dtype == jnp.float32
+    np.testing.assert_allclose(y.astype(jnp.float32), 2 * x.astype(jnp.float32) - 1, atol=1e-2)
+
+
+def test_group_norm_refuses_indivisible_channels():
+    with pytest.raises(ValueError, match="48 channels do not divide into 32 groups"):
+        jax.eval_shape(GroupNorm(32).init, jax.random.key(0), jnp.zeros((1, 2, 2, 48)))
+
+
+def test_convolution_keeps_size_and_starts_as_in_torch():
+    """U(±1/√fan_in): torch's `kaiming_uniform_(a=√5)`."""
+    x = jnp.ones((1, 6, 7, 20))
+    y, variables = conv(16).init_with_output(jax.random.key(0), x)
+    assert y.shape == (1, 6, 7, 16)
+    kernel = np.asarray(variables["params"]["kernel"])
+    bound = 1 / np.sqrt(9 * 20)
+    assert 0.98 * bound < np.abs(kernel).max() <= bound
+    assert abs(kernel.std() / (bound / np.sqrt(3)) - 1) < 0.03
+    zero = conv(16, zero_init=True).init(jax.random.key(0), x)["params"]
+    assert not np.any(zero["kernel"]) and not np.any(zero["bias"])

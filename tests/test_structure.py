@@ -1,0 +1,18 @@
+"""The shape of the house: small rooms, each with a sign. Who may import whom: `make lint`."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import ldm_jax
+
+ROOT = Path(ldm_jax.__file__).parent
+MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_room(module):
+    text = (ROOT / module).read_text(encoding="utf-8")
+    assert text.count("\n") <= 400, "more than 400 lines: make it two modules"
+    assert ast.get_docstring(ast.parse(text)), "no module docstring"

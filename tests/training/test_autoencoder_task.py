@@ -1,0 +1,120 @@
+"""LDM's autoencoder loss, against closed forms and against one big differentiation."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.diffusion.noise import per_example
+from ldm_jax.pictures import to_float
+from ldm_jax.training.autoencoder_task import AutoencoderTask, hinge_loss, kl_divergence
+from ldm_jax.training.tasks import make_task
+
+
+def test_kl_is_zero_at_the_prior_and_known_beside_it():
+    shape = (2, 3, 3, 4)
+    assert kl_divergence(jnp.zeros(shape), jnp.zeros(shape)).tolist() == [0.0, 0.0]
+    one = kl_divergence(jnp.full(shape, 2.0), jnp.full(shape, np.log(4.0)))
+    # ½(μ² + σ² − 1 − log σ²) per element, 36 elements.
+    np.testing.assert_allclose(one, 36 * 0.5 * (4.0 + 4.0 - 1.0 - np.log(4.0)), rtol=1e-6)
+
+
+def test_hinge_loss_at_and_beyond_the_margins():
+    assert float(hinge_loss(jnp.array([2.0]), jnp.array([-2.0]))) == 0.0
+    assert float(hinge_loss(jnp.array([0.0]), jnp.array([0.0]))) == 1.0
+    assert float(hinge_loss(jnp.array([-1.0]), jnp.array([1.0]))) == 2.0
+
+
+@pytest.fixture(scope="module")
+def task(root):
+    spec = importlib.util.spec_from_file_location("config", root / "configs" / "autoencoder.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config("smoke")
+    config.loss.disc_weight = 0.5
+    config.loss.kl_weight = 1e-3  # large enough to be seen
+    return make_task(config)
+
+
+@pytest.fixture(scope="module")
+def setting(task):
+    params = jax.jit(task.init)(jax.random.key(0))
+    _, batch = next(task.batches(0))
+    return params, batch, jax.random.key(1)
+
+
+def reference(task: AutoencoderTask, params, batch, key, weight):
+    """The whole loss in one expression, with the adversarial weight given."""
+    x = to_float(batch["image"])
+
+    def loss(autoencoder):
+        variables = {"params": autoencoder}
+        mean, logvar = task.model.apply(variables, x, method="moments")
+        z = mean + jnp.exp(0.5 * logvar) * per_example(jax.random.normal, key, mean.shape)
+        x_hat = task.model.apply(variables, z * task.model.scale_factor, method="decode")
+        nll = jnp.sum(jnp.abs(x - x_hat)) / len(x)
+        kl = jnp.mean(kl_divergence(mean, logvar))
+        logits = task.discriminator.apply({"params": params["discriminator"]}, x_hat)
+        return nll + task.config.loss.kl_weight * kl - weight * jnp.mean(logits), x_hat
+
+    grads, x_hat = jax.grad(loss, has_aux=True)(params["autoencoder"])
+
+    def discriminator_loss(discriminator):
+        real, fake = (
+            task.discriminator.apply({"params": discriminator}, images) for images in (x, x_hat)
+        )
+        return hinge_loss(real, fake)
+
+    return {"autoencoder": grads, "discriminator": jax.grad(discriminator_loss)(params["discriminator"])}
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_gradients_are_those_of_the_loss_differentiated_whole(task, setting, adversarial):
+    params, batch, key = setting
+    gradients = jax.jit(task.gradients, static_argnums=3)
+    grads, metrics = gradients(params, batch, key, adversarial)
+    weight = metrics["d_weight"] if adversarial else 0.0
+    expected = jax.jit(lambda *a: reference(task, *a))(params, batch, key, weight)
+    if not adversarial:
+        expected["discriminator"] = jax.tree.map(jnp.zeros_like, expected["discriminator"])
+    for name in expected:
+        a, b = (jnp.concatenate([g.ravel() for g in jax.tree.leaves(t[name])]) for t in (grads, expected))
+        assert float(jnp.linalg.norm(a - b)) <= 1e-4 * float(jnp.linalg.norm(b)) + 1e-7, name
+
+
+def test_adaptive_weight_is_the_ratio_of_last_layer_gradients(task, setting):
+    """disc_weight · ‖∇nll‖/(‖∇g‖ + 1e-4) on the last kernel (Esser et al. 2021, eq. 7)."""
+    params, batch, key = setting
+    _, metrics = jax.jit(task.gradients, static_argnums=3)(params, batch, key, True)
+    plain, with_gan = (
+        jax.jit(lambda *a: reference(task, *a))(params, batch, key, w)["autoencoder"]["conv_out"]
+        for w in (0.0, 1.0)
+    )
+    g_norm = jnp.linalg.norm(with_gan["kernel"] - plain["kernel"])
+    ratio = 0.5 * jnp.linalg.norm(plain["kernel"]) / (g_norm + 1e-4)
+    assert float(metrics["d_weight"]) == pytest.approx(float(ratio), rel=2e-2)
+
+
+def test_discriminator_starts_at_its_step(task):
+    assert [task.phase(step) for step in (0, 3, 4, 9)] == [False, False, True, True]
+
+
+def test_scale_factor_makes_latents_of_unit_variance(task, setting):
+    params, _, _ = setting
+    about, exported = task.export({"autoencoder": params["autoencoder"]})
+    scale = about["autoencoder"]["scale_factor"]
+    means, logvars = [], []
+    for i in range(0, 40):
+        mean, logvar = task.model.apply(
+            {"params": exported["autoencoder"]},
+            to_float(task.source[i]["image"][None]),
+            method="moments",
+        )
+        means.append(mean)
+        logvars.append(logvar)
+    noise = jax.random.normal(jax.random.key(2), jnp.shape(jnp.stack(means)))
+    latents = scale * (jnp.stack(means) + jnp.exp(0.5 * jnp.stack(logvars)) * noise)
+    # Forty of the hundred and twenty pictures it was measured on.
+    assert float(jnp.std(latents)) == pytest.approx(1.0, abs=0.1)
