@@ -3,7 +3,7 @@
 VENV := .venv
 WORKDIR ?= runs/demo
 DEMO_FLAGS ?=
-PROMPTS := --prompt="red apple" --prompt="smiling face with sunglasses" --prompt="cat" --prompt="rocket"
+PROMPTS := --prompt="red apple" --prompt="cat face" --prompt="hamburger" --prompt="tulip" --prompt="octopus"
 
 # The Python of the environment that is there already, else the newest that can make one.
 SUITS := import ensurepip, os, sys, venv; v = sys.version_info[:2]; \
@@ -12,7 +12,7 @@ ifeq ($(origin PYTHON), undefined)
 PYTHON := $(shell for p in $(VENV)/bin/python python3.13 python3.12 python3.11 python3; do \
   $$p -c '$(SUITS) print(os.path.realpath(sys.executable))' 2>/dev/null && break; done)
 endif
-VERSION := $(shell $(PYTHON) -c '$(SUITS) print("%d.%d" % v)' 2>/dev/null)
+VERSION := $(if $(PYTHON),$(shell $(PYTHON) -c '$(SUITS) print("%d.%d" % v)' 2>/dev/null))
 
 # Stamps, written when an installation is whole. They carry the Python version, so that another
 # PYTHON makes the environment anew.

@@ -44,7 +44,7 @@ def emoji() -> ml_collections.ConfigDict:
         model_channels=64,
         channel_mult=(1, 2),
         num_res_blocks=1,
-        attention_resolutions=(1, 2),
+        attention_resolutions=(2,),
         num_head_channels=32,
         context_dim=128,
         groups=16,
@@ -64,7 +64,7 @@ def emoji() -> ml_collections.ConfigDict:
         spacing="trailing",
     )
     config.optimizer = dict(
-        lr=1e-3,
+        lr=1.5e-3,
         schedule="cosine",
         lr_end=0.01,
         warmup=200,
@@ -75,7 +75,7 @@ def emoji() -> ml_collections.ConfigDict:
         multipliers=(),
     )
     config.train = dict(
-        steps=10_000,
+        steps=6000,
         batch_size=64,
         ema_decay=0.999,
         log_every=50,

@@ -1,37 +1,55 @@
 """How good a model is, measured: the library call behind `evaluate.py`."""
 
-from typing import Any
+from pathlib import Path
 
 import jax
+import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from ldm_jax.data.loader import batches_once
-from ldm_jax.data.sources import Source
+from ldm_jax.data.sources import Source, open_source
+from ldm_jax.interop.native import open_model
+from ldm_jax.latent_diffusion import make_autoencoder
 from ldm_jax.metrics.distance import floor, frechet_distance, kernel_distance
 from ldm_jax.metrics.efficientnet import load_extractor
-from ldm_jax.metrics.image import psnr, ssim
+from ldm_jax.metrics.reconstruction import reconstruction_quality
 from ldm_jax.metrics.retrieval import caption_retrieval
-from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.pictures import to_float, to_uint8
-from ldm_jax.pipeline import Pipeline
+from ldm_jax.pipeline import Pipeline, load
 
 
-def reconstruction(
-    autoencoder: AutoencoderKL, params: dict[str, Any], source: Source
-) -> dict[str, float]:
-    """PSNR [dB] and SSIM of 8-bit reconstructions, each the mean over the pictures of `source`."""
+def evaluate(
+    model: str | Path = "",
+    source: str = "emoji",
+    path: str = "",
+    count: int = 512,
+    guidance: float | None = None,
+    steps: int = 50,
+    seed: int = 0,
+) -> tuple[dict[str, float], np.ndarray | None]:
+    """Metrics of a model file or workdir ("": what ships) on the data it was made for.
+
+    `psnr` and `ssim` of the autoencoder on held-out pictures of the source; for a text-to-image
+    model also what `text_to_image` measures on `count` training captions (0: skip), and its
+    pictures, uint8 (count, H, W, 3).
+    """
+    config, params = open_model(model)
+    autoencoder = make_autoencoder(config["autoencoder"])
+    size = config.get("image_size", autoencoder.resolution)
+    data = ml_collections.ConfigDict(dict(source=source, path=path, image_size=size))
 
     @jax.jit
-    def reconstruct(params, images):
-        return (autoencoder.apply({"params": params}, to_float(images)) + 1.0) / 2.0
+    def reconstruct(images):
+        decoded = autoencoder.apply({"params": params["autoencoder"]}, to_float(images))
+        return (decoded + 1.0) / 2.0
 
-    scores: dict[str, list[np.ndarray]] = {"psnr": [], "ssim": []}
-    for batch in batches_once(source, 32):
-        x, y = batch["image"] / 255.0, to_uint8(reconstruct(params, batch["image"])) / 255.0
-        scores["psnr"].append(np.asarray(psnr(x, y))[batch["valid"]])
-        scores["ssim"].append(np.asarray(ssim(x, y))[batch["valid"]])
-    return {name: float(np.mean(np.concatenate(values))) for name, values in scores.items()}
+    metrics = reconstruction_quality(reconstruct, open_source(data, "held_out"))
+    if config["task"] != "diffusion" or not count:
+        return metrics, None
+    drawn, images = text_to_image(
+        load(model), open_source(data, "train"), count, guidance=guidance, steps=steps, seed=seed
+    )
+    return metrics | drawn, images
 
 
 def text_to_image(
@@ -58,12 +76,12 @@ def text_to_image(
         padded = captions + [""] * (batch_size - len(captions))
         drawn = pipe(padded, guidance=guidance, steps=steps, seed=seed + start)
         images.append(drawn[: len(captions)])
-    images = to_uint8(np.concatenate(images))
+    pictures = to_uint8(np.concatenate(images))
 
     extract = load_extractor()
     training = [source[i] for i in range(len(source))]
     real = extract(np.stack([example["image"] for example in training]) / 255.0)
-    fake = extract(images / 255.0)
+    fake = extract(pictures / 255.0)
     metrics = caption_retrieval(
         fake,
         real,
@@ -77,4 +95,4 @@ def text_to_image(
         "fd_floor": floor(real),
         "kid": kernel_distance(fake, real),
     }
-    return {name: float(value) for name, value in metrics.items()}, images
+    return {name: float(value) for name, value in metrics.items()}, pictures

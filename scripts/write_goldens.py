@@ -5,11 +5,11 @@
     git clone https://github.com/CompVis/latent-diffusion     # a506df5
     PYTHONPATH=latent-diffusion:. python -m scripts.write_goldens
 
-Each network is small but has the real structure, and every parameter is random: the zero-initialised
-layers too, or half of a network would go untested. Weights are not stored. Both sides draw them with
-`random_weights`, name by name, so a file holds the names and shapes, the inputs, the outputs and
-gradients of Σ output · `uniform("cotangent/NAME")`. Pictures are NHWC; parameters and their gradients
-have torch's names and layout.
+Each network is small but has the real structure, and every parameter is random: the layers that
+start at zero too, or half of a network would go untested. Weights are not stored. Both sides draw
+them with `random_weights`, name by name, so a file holds names and shapes, inputs, outputs and the
+gradients of Σ output · `uniform("cotangent/NAME")`. Pictures are NHWC; parameters and their
+gradients have torch's names and layout.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def uniform(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]], gain: float = 1.0) -> dict[str, np.ndarray]:
-    """Parameters by torch name: weights of variance gain²/fan_in, scales about 1, biases about 0."""
+    """Parameters by torch name: weights of variance gain²/fan_in, scales near 1, biases near 0."""
     weights = {}
     for name, shape in shapes.items():
         weights[name] = uniform(name, shape)
@@ -105,7 +105,8 @@ def write_blocks() -> None:
     from ldm.modules import attention
     from ldm.modules.diffusionmodules import model, openaimodel
 
-    picture, tokens = uniform("x", (2, 4, 6, 64)), uniform("x", (2, 10, 64))
+    # A variance of 1/300, where it matters whether a norm's epsilon is 1e-5 or 1e-6.
+    picture, tokens = uniform("x", (2, 4, 6, 64)) / 10, uniform("x", (2, 10, 64))
     context, emb = uniform("context", (2, 5, 24)), uniform("emb", (2, 16))
 
     def block(name, network, inputs, parameters):
@@ -192,9 +193,8 @@ def write_unets() -> None:
             legacy=False,
         ),
         "head_channels": dict(
-            channel_mult=(1, 2, 2),
             num_res_blocks=1,
-            attention_resolutions=[4, 2],
+            attention_resolutions=[2],
             num_head_channels=32,
             context_dim=24,
             transformer_depth=2,

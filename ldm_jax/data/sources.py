@@ -270,7 +270,10 @@ class TfdsSource:
         held_out: float = 0.1,
     ):
         _check_split(split)
-        import tensorflow_datasets as tfds  # heavy, and few need it
+        try:
+            import tensorflow_datasets as tfds  # heavy, and few need it
+        except ImportError as error:
+            raise ImportError(f'data.source=tfds: {error}; pip install ".[tfds]"') from error
 
         # Only ArrayRecord gives random access.
         builder = tfds.builder(path, file_format="array_record")

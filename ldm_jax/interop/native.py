@@ -36,6 +36,7 @@ def save_model(
     path = Path(path)
     part = path.with_name(path.name + ".part")
     save_file(tensors, part, metadata=metadata)
+    part.chmod(0o644)  # safetensors makes files that only their owner can read
     os.replace(part, path)
 
 
@@ -52,7 +53,7 @@ def load_model(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
+            tensors = {k: file.get_tensor(k).astype(np.float32) for k in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:
@@ -61,7 +62,7 @@ def load_model(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def open_model(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config, params) of a model file, of a finished run's workdir, or, for "", of the shipped one.
+    """(config, params) of a model file, of a finished run's workdir, or, for "", of what ships.
 
     Raises:
       FileNotFoundError, ValueError: there is no model there; says what was looked for.

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-# PyTorch's default for convolutions and linear layers, U(±1/√fan_in), which the originals train from.
+# PyTorch's default for convolutions and linear layers, U(±1/√fan_in), from which the originals
+# train.
 uniform_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 

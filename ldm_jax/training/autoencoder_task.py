@@ -17,7 +17,7 @@ import numpy as np
 
 from ldm_jax.data.loader import Loader, batches_once
 from ldm_jax.diffusion.noise import per_example
-from ldm_jax.metrics.image import psnr, ssim
+from ldm_jax.metrics.reconstruction import reconstruction_quality
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.lpips import lpips
@@ -169,18 +169,12 @@ class AutoencoderTask:
             yield step, {"image": batch["image"]}
 
     def evaluate(self, ema):
-        """PSNR [dB] and SSIM of held-out pictures, each the mean over pictures of 8-bit images."""
-        scores: dict[str, list] = {"psnr": [], "ssim": []}
-        for batch in batches_once(self.held_out, 32):
-            x, y = batch["image"] / 255.0, self._reconstruct(ema, batch["image"]) / 255.0
-            scores["psnr"].append(psnr(x, y)[batch["valid"]])
-            scores["ssim"].append(ssim(x, y)[batch["valid"]])
-        return {name: float(np.mean(np.concatenate(values))) for name, values in scores.items()}
+        return reconstruction_quality(lambda x: self._reconstruct(ema, x), self.held_out)
 
     def preview(self, ema):
         """Held-out pictures, each row above its reconstructions."""
         images = next(batches_once(self.held_out, 32))["image"]
-        pairs = np.stack([images, self._reconstruct(ema, images)])
+        pairs = np.stack([images, to_uint8(self._reconstruct(ema, images))])
         rows = pairs.reshape(2, 2, 16, *images.shape[1:]).swapaxes(0, 1)
         return image_grid(rows.reshape(64, *images.shape[1:]), columns=16)
 
@@ -201,12 +195,12 @@ class AutoencoderTask:
 
     @functools.cached_property
     def _reconstruct(self):
+        @jax.jit
         def reconstruct(ema, images):
             decoded = self.model.apply({"params": ema["autoencoder"]}, to_float(images))
             return (decoded + 1.0) / 2.0
 
-        compiled = jax.jit(reconstruct)
-        return lambda ema, images: to_uint8(compiled(ema, images))
+        return reconstruct
 
     @functools.cached_property
     def _moments(self):

@@ -14,7 +14,6 @@ from ldm_jax.diffusion.noise import example_keys, per_example
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.pictures import image_grid, to_float, to_uint8
-from ldm_jax.training.workdir import config_dict
 
 PICTURE_AUGMENTS = ("flip", "zoom", "shift", "color", "background")
 HELD_OUT_DRAWS = 8  # noise and timesteps per held-out picture: one draw is too noisy to compare
@@ -51,9 +50,14 @@ class LatentSource(Sequence):
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionTask:
-    """See `ldm_jax.training.state.Task`. `first_stage` are the frozen autoencoder's parameters."""
+    """See `ldm_jax.training.state.Task`.
+
+    `resolved` is the config as plain values with the first stage's fields in it, what an exported
+    model carries; `first_stage` are the frozen autoencoder's parameters.
+    """
 
     config: Any
+    resolved: dict[str, Any]
     model: LatentDiffusion
     first_stage: dict[str, Any]
     source: LatentSource
@@ -126,19 +130,10 @@ class DiffusionTask:
         return image_grid(to_uint8(images), columns=len(settings.prompts))
 
     def export(self, ema):
-        config = config_dict(self.config)
-        kept = ("task", "unet", "conditioning", "diffusion", "sampling")
-        first_stage = dataclasses.asdict(self.model.autoencoder)
-        about = {
-            k: v
-            for k, v in first_stage.items()
-            if k not in ("parent", "name", "dtype", "param_dtype")
-        }
-        size = self.latent_shape[0] * self.model.autoencoder.downsampling
-        return (
-            {name: config[name] for name in kept} | {"autoencoder": about, "image_size": size},
-            {**ema, "autoencoder": self.first_stage},
-        )
+        kept = ("task", "autoencoder", "unet", "conditioning", "diffusion", "sampling")
+        about = {name: self.resolved[name] for name in kept}
+        about["image_size"] = self.latent_shape[0] * self.model.autoencoder.downsampling
+        return about, {**ema, "autoencoder": self.first_stage}
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
         return {embedder.name: embedder.prepare(batch) for embedder in self.model.embedders}

@@ -1,5 +1,6 @@
 """The loop: `train(config, workdir)` drives any task from its newest checkpoint to its end."""
 
+import contextlib
 import functools
 import logging
 import time
@@ -45,7 +46,9 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
     settings, seed = config.train, config.seed
     workdir = open_workdir(config, workdir)
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh), stop_on_signals() as stop:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        stop = stack.enter_context(stop_on_signals())
         task = make_task(config)
         optimizer = make_optimizer(config.optimizer, settings.steps, task.networks)
 
@@ -56,6 +59,7 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
         abstract = jax.eval_shape(initial)
         shardings = state_shardings(mesh, abstract)
         checkpoints = Checkpoints(workdir / "checkpoints", settings.keep)
+        stack.callback(checkpoints.close)
         about = {"config": config_dict(config), "version": __version__}
         start = checkpoints.latest()
         if start is None:
@@ -82,15 +86,17 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
         batches = ((step, put_batch(mesh, batch)) for step, batch in task.batches(start))
         step, batch = next(batches)
         compiled(task.phase(step))
-        metrics_log = MetricsLog(workdir, start)
-        progress = tqdm(total=settings.steps, initial=start, unit="step", dynamic_ncols=True)
+        metrics_log = stack.enter_context(contextlib.closing(MetricsLog(workdir, start)))
+        progress = stack.enter_context(
+            tqdm(total=settings.steps, initial=start, unit="step", dynamic_ncols=True)
+        )
         final, pending, since = {}, [], time.perf_counter()
         while step < settings.steps:
             state, metrics = compiled(task.phase(step))(state, batch, np.int32(step))
             pending.append(metrics)
             step, batch = next(batches)
             progress.update()
-            last = step == settings.steps
+            last, stopping = step == settings.steps, stop.requested
 
             if step % settings.log_every == 0 or last:
                 values = _mean(pending)
@@ -105,19 +111,18 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
                 final = task.evaluate(state.ema)
                 metrics_log.write(step, "held_out", final)
                 since += time.perf_counter() - paused
-            if step % settings.checkpoint_every == 0 or last or stop.requested:
+            if step % settings.checkpoint_every == 0 or last or stopping:
                 _stop_if_not_finite(task, state, step, seed, checkpoints)
                 checkpoints.save(step, state, about)
-            if stop.requested and not last:
-                progress.close()
-                raise Interrupted(f"Stopped by {stop.requested}; step {step} is saved in {workdir}")
+            if stopping:
+                break
 
-        progress.close()
-        metrics_log.close()
-        final = final or task.evaluate(state.ema)
+        stack.close()
         save_model(workdir / "model.safetensors", *task.export(state.ema))
         log.info("Report: %s", write_report(workdir))
-        return final
+        if step < settings.steps:
+            raise Interrupted(f"Stopped by {stop.requested}; step {step} is saved in {workdir}")
+        return final or task.evaluate(state.ema)
 
 
 def _describe(state: State, settings: Any) -> None:

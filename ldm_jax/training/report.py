@@ -36,7 +36,7 @@ def curve(
         f'<text x="0" y="25">{high:.4g}</text><text x="0" y="{height - 22}">{low:.4g}</text>'
         f'<text x="50" y="{height - 5}">step {xs[0]:g}</text>'
         f'<text x="{width}" y="{height - 5}" text-anchor="end">{xs[-1]:g}</text>'
-        f'<polyline points="{line}" fill="none" stroke="#1f77b4" stroke-width="1.5"/></svg></figure>'
+        f'<polyline points="{line}" fill="none" stroke="#17b" stroke-width="1.5"/></svg></figure>'
     )
 
 
@@ -67,8 +67,8 @@ def write_report(workdir: Path, shown: int = 6) -> Path:
     )
     config = json.dumps(json.loads((workdir / "config.json").read_text()), indent=2)
     page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(workdir.name)}</title>"
-        f"<style>{STYLE}</style><h1>{html.escape(workdir.name)}</h1>"
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        f"<title>{html.escape(workdir.name)}</title><style>{STYLE}</style><h1>{html.escape(workdir.name)}</h1>"
         f"<h2>Final metrics</h2><table>{final}</table><h2>Pictures</h2>{pictures}"
         f"<h2>Curves</h2>{curves}<h2>Config</h2><pre>{html.escape(config)}</pre></html>"
     )

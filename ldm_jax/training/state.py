@@ -81,7 +81,7 @@ def make_train_step(
     def train_step(state, batch, step):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, metrics = task.gradients(state.params, batch, key, phase)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         averaged = {name: params[name] for name in state.ema}

@@ -47,16 +47,15 @@ def _diffusion(config: Any) -> DiffusionTask:
             "on latents that are encoded once; only captions can be augmented here"
         )
     first_config, first_stage = open_model(config.first_stage)
-    model = LatentDiffusion.from_config(
-        config_dict(config) | {"autoencoder": first_config["autoencoder"]}
-    )
+    resolved = config_dict(config) | {"autoencoder": first_config["autoencoder"]}
+    model = LatentDiffusion.from_config(resolved)
     params = jax.device_put(first_stage["autoencoder"])
     log.info("Encoding the pictures once with %s", config.first_stage or "the shipped weights")
     source, held_out = (
         LatentSource(open_source(config.data, split), model.autoencoder, params)
         for split in ("train", "held_out")
     )
-    return DiffusionTask(config, model, params, source, held_out)
+    return DiffusionTask(config, resolved, model, params, source, held_out)
 
 
 TASKS = {"autoencoder": _autoencoder, "diffusion": _diffusion}

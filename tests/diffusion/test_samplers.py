@@ -31,9 +31,7 @@ def run(steps, eta, noise, spacing="trailing"):
     grid = sampling_timesteps(1000, steps, spacing)
     coefficients = ddim_coefficients(SCHEDULE, grid)
     keys = example_keys(jax.random.key(1), len(noise))
-    return sample(
-        get_sampler("ddim"), gaussian_denoiser(SCHEDULE), noise, coefficients, keys, eta
-    )
+    return sample(get_sampler("ddim"), gaussian_denoiser(SCHEDULE), noise, coefficients, keys, eta)
 
 
 def test_coefficients_on_the_compat_grid_are_the_originals():

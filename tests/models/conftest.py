@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
+from ldm_jax.models.layers import GroupNorm
 from scripts.write_goldens import GOLDEN, lpips_weights, random_weights, uniform
-from tests.models.torch_layout import convert, leaves, to_flax
+from tests.models.torch_layout import convert, joined, leaves, to_flax
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +18,12 @@ def full_precision():
     """Accelerators multiply in fewer bits by default."""
     with jax.default_matmul_precision("highest"):
         yield
+
+
+def run_once(function, *args):
+    """What jit of the function gives, compiled in half the time without LLVM's optimisation."""
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+    return jax.jit(function).lower(*args).compile(options)(*args)
 
 
 def distance(ours, reference) -> float:
@@ -52,31 +60,63 @@ def agrees():
         integers = {key: jnp.asarray(inputs[key]) for key in inputs.keys() - floats.keys()}
         cotangents = {k: uniform(f"cotangent/{k}", a.shape) for k, a in outputs.items()}
 
-        @jax.jit
-        def run(params, floats):
-            def loss(params, floats):
-                computed = apply(params, **floats, **integers)
+        references = dict(convert(k, array, rules) for k, array in part("gradient").items())
+        references |= part("input_gradient")
+        known = {path: array for path, array in leaves(params).items() if path in references}
+
+        def run(params, known, floats):
+            def loss(known, floats):
+                full = jax.tree_util.tree_map_with_path(
+                    lambda path, leaf: known.get(joined(path), leaf), params
+                )
+                computed = apply(full, **floats, **integers)
                 return sum(jnp.vdot(computed[k], cotangents[k]) for k in outputs), computed
 
-            gradients, computed = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, floats)
-            return computed, *gradients
+            gradients, computed = jax.grad(loss, argnums=(0, 1), has_aux=True)(known, floats)
+            return computed, gradients[0] | gradients[1]
 
-        computed, gradients, input_gradients = run(params, floats)
-        gradients = leaves(gradients)
-        errors, gradient_errors = {}, {}
-        for key, reference in outputs.items():
-            errors[key] = distance(computed[key], reference)
-        for key, reference in part("input_gradient").items():
-            gradient_errors[key] = distance(input_gradients[key], reference)
-        for key, reference in part("gradient").items():
-            path, reference = convert(key, reference, rules)
-            ours = gradients[path]
-            gradient_errors[path] = distance(ours, reference.reshape(ours.shape))
+        computed, gradients = run_once(run, params, known, floats)
+        errors = {key: distance(computed[key], reference) for key, reference in outputs.items()}
+        gradient_errors = {
+            key: distance(gradients[key], reference.reshape(gradients[key].shape))
+            for key, reference in references.items()
+        }
         print(f"{name}: {errors}, gradients {gradient_errors}")  # shown by pytest -rP
         assert max(errors.values()) <= tolerance, errors
         assert max(gradient_errors.values()) <= gradient_tolerance, gradient_errors
 
     return agrees
+
+
+@pytest.fixture
+def fresh():
+    """Function of a module and its inputs to its first output and its initial parameters."""
+
+    def fresh(module, *inputs):
+        key = jax.random.key(0, impl="rbg")  # quicker to compile than the default
+        output, variables = run_once(module.init_with_output, key, *inputs)
+        return output, variables["params"]
+
+    return fresh
+
+
+@pytest.fixture
+def epsilons():
+    """Function of a module and its inputs to {path of each normalisation: its epsilon}."""
+
+    def epsilons(module, *inputs):
+        found = {}
+
+        def note(call, args, kwargs, context):
+            if isinstance(context.module, GroupNorm | nn.LayerNorm):
+                found["/".join(context.module.path)] = context.module.epsilon
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(note):
+            jax.eval_shape(module.init, jax.random.key(0), *inputs)
+        return found
+
+    return epsilons
 
 
 @pytest.fixture

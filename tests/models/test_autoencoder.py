@@ -74,6 +74,11 @@ def test_released_sizes(name, size):
     assert found == (pytest.approx(millions, abs=0.01), tensors)
 
 
+def test_epsilons(epsilons):
+    found = epsilons(AutoencoderKL(**SMALL, **NETWORKS["two_blocks"]), jnp.zeros((1, 8, 8, 3)))
+    assert len(found) > 20 and set(found.values()) == {1e-6}
+
+
 @pytest.fixture(scope="module")
 def tiny():
     """An autoencoder of no residual blocks in one channel, and parameters for it."""

@@ -38,9 +38,15 @@ def test_released_sizes(name, size):
     assert found == (pytest.approx(millions, abs=0.01), tensors)
 
 
-def test_padding_is_attended_to():
+def test_epsilons(epsilons):
+    network = TextTransformer(vocab_size=50, width=32, depth=2, max_length=10)
+    found = epsilons(network, jnp.zeros((1, 4), int))
+    assert len(found) == 5 and set(found.values()) == {1e-5}
+
+
+def test_padding_is_attended_to(fresh):
     """There is no mask: what stands in the padding changes every token's output."""
     network = TextTransformer(vocab_size=9, width=8, depth=1, heads=1, head_dim=8, max_length=4)
     tokens = jnp.array([[1, 2, 0, 0], [1, 2, 0, 3]])
-    y, _ = jax.jit(network.init_with_output)(jax.random.key(0, impl="rbg"), tokens)
+    y, _ = fresh(network, tokens)
     assert np.all(np.any(y[0] != y[1], axis=-1))

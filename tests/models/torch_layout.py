@@ -1,7 +1,7 @@
 """The originals' parameters as ours: names, and torch's (out, in, …) layouts.
 
-A family of networks is a list of (pattern, replacement) applied in turn to a dotted torch name; what
-comes out, with dots for slashes, is the path of the Flax leaf.
+A family of networks is a list of (pattern, replacement) applied in turn to a dotted torch name;
+what comes out, with dots for slashes, is the path of the Flax leaf.
 """
 
 import re
@@ -79,10 +79,14 @@ def convert(name: str, array: np.ndarray, rules: Rules) -> tuple[str, np.ndarray
     return name.replace(".", "/"), array
 
 
+def joined(path: tuple) -> str:
+    return "/".join(key.key for key in path)
+
+
 def leaves(tree) -> dict[str, jax.Array]:
     """Path joined by slashes → leaf."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {"/".join(key.key for key in path): leaf for path, leaf in flat}
+    return {joined(path): leaf for path, leaf in flat}
 
 
 def to_flax(state: dict[str, np.ndarray], rules: Rules, like):

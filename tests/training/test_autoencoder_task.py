@@ -67,7 +67,10 @@ def reference(task: AutoencoderTask, params, batch, key, weight):
         )
         return hinge_loss(real, fake)
 
-    return {"autoencoder": grads, "discriminator": jax.grad(discriminator_loss)(params["discriminator"])}
+    return {
+        "autoencoder": grads,
+        "discriminator": jax.grad(discriminator_loss)(params["discriminator"]),
+    }
 
 
 @pytest.mark.parametrize("adversarial", [False, True])
@@ -80,7 +83,10 @@ def test_gradients_are_those_of_the_loss_differentiated_whole(task, setting, adv
     if not adversarial:
         expected["discriminator"] = jax.tree.map(jnp.zeros_like, expected["discriminator"])
     for name in expected:
-        a, b = (jnp.concatenate([g.ravel() for g in jax.tree.leaves(t[name])]) for t in (grads, expected))
+        a, b = (
+            jnp.concatenate([g.ravel() for g in jax.tree.leaves(t[name])])
+            for t in (grads, expected)
+        )
         assert float(jnp.linalg.norm(a - b)) <= 1e-4 * float(jnp.linalg.norm(b)) + 1e-7, name
 
 

@@ -55,7 +55,9 @@ def test_clipping_of_one_network_leaves_the_other_alone():
     small = jax.tree.map(lambda p: 0.1 * jnp.ones_like(p), PARAMS)
     huge = small | {"text": {"a": 1e6 * jnp.ones(3)}}
     states = [optimizer.update(g, optimizer.init(PARAMS), PARAMS)[1] for g in (small, huge)]
-    moments = [optax.tree.get(s, "mu", filtering=lambda path, _: "unet" in str(path)) for s in states]
+    moments = [
+        optax.tree.get(s, "mu", filtering=lambda path, _: "unet" in str(path)) for s in states
+    ]
     for a, b in zip(*(jax.tree.leaves(m) for m in moments), strict=True):
         np.testing.assert_array_equal(a, b)
 
