@@ -140,7 +140,8 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """KL autoencoder. Outside it, latents are already multiplied by `scale_factor`.
 
-    `resolution` is nominal: it only places attention (`attn_resolutions` at levels of that size);
+    `resolution` is nominal: it only places attention (`attn_resolutions` at levels of that size,
+    the first level counting as `resolution` whatever the `patch_size`);
     any height and width divisible by `downsampling` go through. `groups` must divide every width.
     """
 
@@ -186,6 +187,10 @@ class AutoencoderKL(nn.Module):
 
     def moments(self, x: jax.Array, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
         """Mean and log-variance (clamped to [−30, 20]) of the posterior, unscaled, float32."""
+        if x.shape[1] % self.downsampling or x.shape[2] % self.downsampling:
+            raise ValueError(
+                f"images {x.shape[1:3]}: sides must be multiples of {self.downsampling} pixels"
+            )
         h = self.encoder(space_to_depth(x, self.patch_size), deterministic)
         moments = self.quant_conv(h).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)

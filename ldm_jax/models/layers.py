@@ -56,7 +56,7 @@ def conv(
     zero_init: bool = False,
     **options,
 ) -> nn.Conv:
-    """A square 2-D convolution, zero-padded to keep its size, initialised as PyTorch does."""
+    """A square 2-D convolution, zero-padded to keep its size; biases start at zero."""
     return nn.Conv(
         features,
         (kernel, kernel),

@@ -26,6 +26,8 @@ class TextTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, deterministic: bool = True) -> jax.Array:
+        if tokens.shape[1] > self.max_length:
+            raise ValueError(f"{tokens.shape[1]} tokens, but max_length is {self.max_length}")
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         normal = nn.initializers.normal(0.02)
 

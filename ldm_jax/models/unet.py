@@ -116,6 +116,18 @@ class UNet(nn.Module):
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
+    def _check(self, x: jax.Array, context: jax.Array | None) -> None:
+        """Raises ValueError for shapes that would fail late, or build another network."""
+        if x.shape[-1] != self.in_channels:
+            raise ValueError(f"UNet with in_channels={self.in_channels} got {x.shape[-1]}")
+        width = None if context is None else context.shape[-1]
+        if width != self.context_dim:
+            shape = None if context is None else context.shape
+            raise ValueError(f"UNet with context_dim={self.context_dim} got context={shape}")
+        factor = 2 ** (len(self.channel_mult) - 1)
+        if x.shape[1] % factor or x.shape[2] % factor:
+            raise ValueError(f"UNet latents {x.shape[1:3]}: sides must be multiples of {factor}")
+
     @nn.compact
     def __call__(
         self,
@@ -125,8 +137,7 @@ class UNet(nn.Module):
         deterministic: bool = True,
     ) -> jax.Array:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        if (context is None) != (self.context_dim is None):
-            raise ValueError(f"UNet with context_dim={self.context_dim} got context={context}")
+        self._check(x, context)
 
         def resblock(name, features, resize=""):
             return ResBlock(
@@ -141,9 +152,13 @@ class UNet(nn.Module):
 
         def attention(name, h):
             channels = h.shape[-1]
-            heads = self.num_heads
-            if self.num_head_channels > 0:
-                heads = channels // self.num_head_channels
+            by_width = self.num_head_channels > 0
+            if channels % (self.num_head_channels if by_width else self.num_heads):
+                raise ValueError(
+                    f"UNet: {channels} channels do not divide into heads (num_heads="
+                    f"{self.num_heads}, num_head_channels={self.num_head_channels})"
+                )
+            heads = channels // self.num_head_channels if by_width else self.num_heads
             if self.context_dim is None:
                 return AttentionBlock(heads, self.groups, name=name, **types)(h)
             transformer = SpatialTransformer(
