@@ -46,26 +46,31 @@ class TextEmbedder:
         return np.repeat(self.tokenizer([""]), count, axis=0)
 
 
-def text_embedder(name: str, config: dict[str, Any]) -> TextEmbedder:
+def text_embedder(name: str, config: dict[str, Any], dtype: Any = None) -> TextEmbedder:
     """From the section `conditioning.<name>` of a config."""
     network = dict(config["network"])
     tokenizer = WordPiece(config["vocabulary"], network["max_length"])
-    network = TextTransformer(vocab_size=tokenizer.size, **network)
+    network = TextTransformer(vocab_size=tokenizer.size, dtype=dtype, **network)
     return TextEmbedder(name, network, tokenizer, config["dropout"])
 
 
 EMBEDDERS = {"text": text_embedder}
 
 
-def make_embedders(config: dict[str, Any]) -> tuple[TextEmbedder, ...]:
-    """Every section of `config.conditioning`; its `kind` chooses the embedder."""
+def make_embedders(config: dict[str, Any], dtype: Any = None) -> tuple[TextEmbedder, ...]:
+    """Every section of `config.conditioning`; its `kind` chooses the embedder.
+
+    `dtype` is the networks' type of arithmetic.
+    """
     for name, section in config.items():
         if section["kind"] not in EMBEDDERS:
             raise ValueError(
                 f"conditioning.{name}.kind={section['kind']!r}: choose one of "
                 f"{', '.join(EMBEDDERS)}"
             )
-    return tuple(EMBEDDERS[section["kind"]](name, section) for name, section in config.items())
+    return tuple(
+        EMBEDDERS[section["kind"]](name, section, dtype) for name, section in config.items()
+    )
 
 
 def embed(

@@ -49,13 +49,16 @@ class LatentDiffusion:
         return self.unet.in_channels
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "LatentDiffusion":
-        """Builds the networks of a config's `unet`, `autoencoder`, `conditioning`, `diffusion`."""
+    def from_config(cls, config: dict[str, Any], dtype: Any = None) -> "LatentDiffusion":
+        """Builds the networks of a config's `unet`, `autoencoder`, `conditioning`, `diffusion`.
+
+        `dtype` is their type of arithmetic; None: that of the parameters and inputs.
+        """
         diffusion = config["diffusion"]
         return cls(
-            unet=UNet(**_tuples(config["unet"])),
-            autoencoder=make_autoencoder(config["autoencoder"]),
-            embedders=make_embedders(config["conditioning"]),
+            unet=UNet(**_tuples(config["unet"]), dtype=dtype),
+            autoencoder=make_autoencoder(config["autoencoder"], dtype),
+            embedders=make_embedders(config["conditioning"], dtype),
             schedule=make_schedule(**diffusion["schedule"]),
             parameterization=diffusion["parameterization"],
             loss_type=diffusion["loss"],
@@ -182,9 +185,9 @@ class LatentDiffusion:
         return alpha, sigma
 
 
-def make_autoencoder(fields: dict[str, Any]) -> AutoencoderKL:
+def make_autoencoder(fields: dict[str, Any], dtype: Any = None) -> AutoencoderKL:
     """The autoencoder of a config's section `autoencoder`."""
-    return AutoencoderKL(**_tuples(fields))
+    return AutoencoderKL(**_tuples(fields), dtype=dtype)
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

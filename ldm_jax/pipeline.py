@@ -34,15 +34,10 @@ def load(path: str | Path = "", dtype: str = "float32") -> "Pipeline":
             f"{path} holds an {config['task']} alone; name it as config.first_stage to train a "
             "diffusion model on it, or measure it with evaluate.py"
         )
-    return Pipeline(
-        LatentDiffusion.from_config(config), jax.device_put(_cast(params, dtype)), config
-    )
-
-
-def _cast(params: dict[str, Any], dtype: str) -> dict[str, Any]:
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
+    return Pipeline(LatentDiffusion.from_config(config, dtype), jax.device_put(params), config)
 
 
 @dataclasses.dataclass(frozen=True)
