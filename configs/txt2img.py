@@ -5,7 +5,7 @@
 
 Variants, as in --config=configs/txt2img.py:demo
 
-    emoji   all 1,697 training emoji, 64 px (default; an hour or two on two CPU cores)
+    emoji   all 1,697 training emoji, 64 px (default; 45 minutes on two CPU cores, a first version)
     demo    food, drink, animals and nature only: 262 pictures, minutes on two CPU cores
     smoke   a few steps of a tiny network, for tests
 
