@@ -68,6 +68,7 @@ def text_to_image(
     features: caption retrieval (`ldm_jax.metrics.retrieval`), FD and KID of the drawn pictures
     against all of `source`, and `fd_floor`, the FD of two halves of `source` itself.
     """
+    extract = load_extractor()  # first: it may be missing, and drawing takes minutes
     chosen = np.linspace(0, len(source) - 1, count).round().astype(int)
     examples = [source[i] for i in chosen]
     images = []
@@ -78,7 +79,6 @@ def text_to_image(
         images.append(drawn[: len(captions)])
     pictures = to_uint8(np.concatenate(images))
 
-    extract = load_extractor()
     training = [source[i] for i in range(len(source))]
     real = extract(np.stack([example["image"] for example in training]) / 255.0)
     fake = extract(pictures / 255.0)

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.data.loader import Loader, batches_once
+from ldm_jax.data.loader import batches_once
 from ldm_jax.diffusion.noise import per_example
 from ldm_jax.metrics.reconstruction import reconstruction_quality
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.lpips import lpips
 from ldm_jax.pictures import image_grid, to_float, to_uint8
+from ldm_jax.training.batches import training_batches
 from ldm_jax.training.workdir import config_dict
 
 log = logging.getLogger(__name__)
@@ -156,16 +157,7 @@ class AutoencoderTask:
         return g_to_image, d_grads, {"g_loss": g_loss, "d_loss": d_loss} | logits
 
     def batches(self, start):
-        config = self.config
-        loader = Loader(
-            self.source,
-            config.train.batch_size,
-            config.seed,
-            augment=config.data.augment,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        for step, batch in loader.iterate(start):
+        for step, batch in training_batches(self.config, self.source, start):
             yield step, {"image": batch["image"]}
 
     def evaluate(self, ema):

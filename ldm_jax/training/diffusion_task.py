@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.data.loader import Loader, batches_once
+from ldm_jax.data.loader import batches_once
 from ldm_jax.diffusion.noise import example_keys, per_example
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.pictures import image_grid, to_float, to_uint8
+from ldm_jax.training.batches import training_batches
 
 PICTURE_AUGMENTS = ("flip", "zoom", "shift", "color", "background")
 HELD_OUT_DRAWS = 8  # noise and timesteps per held-out picture: one draw is too noisy to compare
@@ -94,16 +95,7 @@ class DiffusionTask:
         return grads, {"loss": value}
 
     def batches(self, start):
-        config = self.config
-        loader = Loader(
-            self.source,
-            config.train.batch_size,
-            config.seed,
-            augment=config.data.augment,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        for step, batch in loader.iterate(start):
+        for step, batch in training_batches(self.config, self.source, start):
             yield step, {"moments": batch["image"]} | self._inputs(batch)
 
     def evaluate(self, ema):

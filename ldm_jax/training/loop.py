@@ -38,7 +38,7 @@ def train(config: Any, workdir: str | Path) -> dict[str, float]:
     `report.html`, and `model.safetensors`, which `ldm_jax.load` opens.
 
     Raises:
-      ValueError: the workdir belongs to another config, or the config contradicts itself.
+      ValueError: the workdir belongs to another config, or a setting is not allowed.
       FloatingPointError: a loss or gradient is not finite; names the first bad tensor and step.
       OSError: a checkpoint cannot be written; the message names the path.
       Interrupted: a SystemExit, after SIGINT or SIGTERM; the state is saved.
