@@ -32,14 +32,14 @@ def emoji() -> ml_collections.ConfigDict:
         augment=("flip", "shift", "zoom"),
     )
     config.autoencoder = dict(
-        ch=32,
-        ch_mult=(1, 2, 4),
-        num_res_blocks=1,
-        patch_size=2,
+        ch=60,
+        ch_mult=(1, 2),
+        num_res_blocks=2,
+        patch_size=4,
         resolution=64,
         z_channels=16,
         embed_dim=16,
-        groups=8,
+        groups=12,
     )
     config.discriminator = dict(ndf=32, n_layers=2)
     config.loss = dict(
@@ -47,11 +47,11 @@ def emoji() -> ml_collections.ConfigDict:
         logvar_init=-6.0,
         lpips="",
         perceptual_weight=1.0,
-        disc_start=4500,
+        disc_start=28000,
         disc_weight=0.1,
     )
     config.optimizer = dict(
-        lr=2e-3,
+        lr=1.5e-3,
         schedule="cosine",
         lr_end=0.02,
         warmup=200,
@@ -62,12 +62,12 @@ def emoji() -> ml_collections.ConfigDict:
         multipliers=(),
     )
     config.train = dict(
-        steps=6000,
-        batch_size=16,
+        steps=32000,
+        batch_size=8,
         ema_decay=0.999,
-        log_every=50,
-        checkpoint_every=500,
-        preview_every=500,
+        log_every=100,
+        checkpoint_every=1000,
+        preview_every=1000,
         keep=2,
     )
     config.mesh = dict(data=-1, fsdp=1)
@@ -77,7 +77,7 @@ def emoji() -> ml_collections.ConfigDict:
 def smoke() -> ml_collections.ConfigDict:
     config = emoji()
     config.data.classes = ("food & drink",)
-    config.autoencoder.update(ch=8, ch_mult=(1, 1, 2))
+    config.autoencoder.update(ch=8, patch_size=2, ch_mult=(1, 1, 2), groups=8)
     config.discriminator.ndf = 8
     config.loss.disc_start = 4
     config.train.update(steps=8, batch_size=8, log_every=2, checkpoint_every=4, preview_every=8)

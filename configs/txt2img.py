@@ -58,10 +58,31 @@ def emoji() -> ml_collections.ConfigDict:
         )
     )
     config.diffusion = dict(
-        schedule=dict(name="linear", timesteps=1000, start=0.0015, end=0.0195),
-        parameterization="v",
+        schedule=dict(
+            name="linear",  # linear, sqrt_linear, sqrt, cosine, squaredcos_cap_v2, flow or edm
+            timesteps=1000,
+            start=0.0015,
+            end=0.0195,
+            zero_terminal_snr=False,
+        ),
+        parameterization="v",  # eps, x0, v, flow or edm
+        spacing="trailing",  # of a sampler's steps: see ldm_jax/diffusion/grids.py
+        sigma_data=0.5,  # of "edm"
+    )
+    config.objective = dict(  # see ldm_jax/diffusion/objective.py
         loss="l2",
-        spacing="trailing",
+        huber_delta=0.1,
+        weighting="simple",
+        weighting_parameter=5.0,
+        draw="uniform",
+        draw_mean=0.0,
+        draw_std=1.0,
+        offset_noise=0.0,
+        input_perturbation=0.0,
+        simple_weight=1.0,
+        vlb_weight=0.0,
+        learn_logvar=False,
+        logvar_init=0.0,
     )
     config.optimizer = dict(
         lr=1.5e-3,

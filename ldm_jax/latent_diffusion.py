@@ -6,7 +6,8 @@ network's parameters by name.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +21,55 @@ from ldm_jax.conditioning import (
     embed,
     make_embedders,
 )
-from ldm_jax.diffusion.guidance import classifier_free
-from ldm_jax.diffusion.noise import example_keys, per_example
-from ldm_jax.diffusion.objective import per_example_loss, uniform_timesteps
-from ldm_jax.diffusion.parameterization import Prediction, target, to_prediction
-from ldm_jax.diffusion.samplers import get_sampler, sample
-from ldm_jax.diffusion.schedule import Schedule, make_schedule, sampling_timesteps
+from ldm_jax.diffusion.editing import keep_known, noised, tiled
+from ldm_jax.diffusion.grids import sampling_levels
+from ldm_jax.diffusion.guidance import (
+    autoguidance,
+    classifier_free,
+    dynamic_threshold,
+    guidance_weights,
+    where_guided,
+)
+from ldm_jax.diffusion.multistep import Table
+from ldm_jax.diffusion.noise import example_keys
+from ldm_jax.diffusion.objective import Objective, diffusion_loss
+from ldm_jax.diffusion.parameterization import SIGMA_DATA, Network, Prediction, make_denoiser
+from ldm_jax.diffusion.samplers import DDIM_INVERSE, get_sampler, make_table, sample
+from ldm_jax.diffusion.schedule import Level, Schedule, make_schedule
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.models.unet import UNet
 
 Params = dict[str, Any]
+
+
+class Guidance(NamedTuple):
+    """Guidance of every step: the scale (S,), the weights of several conditions (S, K), how far to
+    rescale (S,), and where it is on at all (S,), None for everywhere."""
+
+    scale: np.ndarray
+    weights: np.ndarray
+    rescale: np.ndarray
+    active: np.ndarray | None
+
+
+class Run(NamedTuple):
+    """What is traced of a run of the sampler; its structure, not its numbers, decides the program.
+
+    `start` is the level of the first step, `percentile` that of dynamic thresholding, None: off.
+    """
+
+    table: Table
+    guidance: Guidance | None
+    start: Level
+    percentile: float | None
+
+
+class Edit(NamedTuple):
+    """A picture to start from: its latents `known` (B, h, w, c), and, if only part of it is to
+    change, `mask` (B, h, w, 1), 1 where it does and 0 where it stays."""
+
+    known: jax.Array
+    mask: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +81,9 @@ class LatentDiffusion:
     embedders: tuple[TextEmbedder, ...]
     schedule: Schedule
     parameterization: str
-    loss_type: str
     spacing: str
+    objective: Objective = Objective()
+    sigma_data: float = SIGMA_DATA
 
     @property
     def latent_channels(self) -> int:
@@ -61,14 +102,16 @@ class LatentDiffusion:
             embedders=make_embedders(config["conditioning"], dtype),
             schedule=make_schedule(**diffusion["schedule"]),
             parameterization=diffusion["parameterization"],
-            loss_type=diffusion["loss"],
             spacing=diffusion["spacing"],
+            objective=Objective(**config.get("objective", {})),
+            sigma_data=diffusion.get("sigma_data", SIGMA_DATA),
         )
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """Names of the networks that train: all but the first stage."""
-        return ("unet", *(embedder.name for embedder in self.embedders))
+        """Names of what trains: all but the first stage."""
+        logvar = ("logvar",) if self.objective.learn_logvar else ()
+        return ("unet", *(embedder.name for embedder in self.embedders), *logvar)
 
     def init(self, key: jax.Array, latent_shape: tuple[int, ...]) -> Params:
         """Fresh parameters of the trainable networks; `latent_shape` is (h, w, c)."""
@@ -85,6 +128,10 @@ class LatentDiffusion:
         params["unet"] = self.unet.init(unet_key, latents, jnp.zeros(1), condition.context)[
             "params"
         ]
+        if self.objective.learn_logvar:
+            params["logvar"] = {
+                "value": jnp.full(self.schedule.timesteps, self.objective.logvar_init)
+            }
         return params
 
     def loss(
@@ -100,89 +147,209 @@ class LatentDiffusion:
         `training` turns on the dropout of conditions and of the networks. All that is random is
         drawn from each example's own key, except the networks' dropout.
         """
-        keys = {
-            name: jax.random.fold_in(key, i)
-            for i, name in enumerate(("timestep", "noise", "condition", "dropout"))
-        }
-        t = uniform_timesteps(keys["timestep"], len(latents), self.schedule.timesteps)
-        eps = per_example(jax.random.normal, keys["noise"], latents.shape)
+        noise_key, condition_key, dropout_key = (jax.random.fold_in(key, i) for i in range(3))
         if training:
-            example = example_keys(keys["condition"], len(latents))
+            example = example_keys(condition_key, len(latents))
             inputs = drop_conditions(self.embedders, inputs, example)
-        condition = embed(self.embedders, params, inputs, keys["dropout"] if training else None)
-        alpha, sigma = self._levels(t)
-        output = self.unet.apply(
-            {"params": params["unet"]},
-            alpha * latents + sigma * eps,
-            t,
-            condition.context,
-            deterministic=not training,
-            rngs={"dropout": jax.random.fold_in(keys["dropout"], len(self.embedders))},
+        condition = embed(self.embedders, params, inputs, dropout_key if training else None)
+        rngs = {"dropout": jax.random.fold_in(dropout_key, len(self.embedders))}
+
+        def network(x, t):
+            return self.unet.apply(
+                {"params": params["unet"]},
+                x,
+                t,
+                condition.context,
+                deterministic=not training,
+                rngs=rngs,
+            )
+
+        return diffusion_loss(
+            self.objective,
+            self.schedule,
+            self.parameterization,
+            network,
+            latents,
+            noise_key,
+            params["logvar"]["value"] if self.objective.learn_logvar else None,
+            self.sigma_data,
         )
-        goal = target(self.parameterization, latents, eps, alpha, sigma)
-        return per_example_loss(self.loss_type, output, goal)
+
+    def predict(
+        self, params: Params, conditions: list[Conditioning], null: Conditioning, tile: int = 0
+    ) -> Callable[[Guidance | None], Network]:
+        """The network under guidance: `predict(guidance)(x, t)`, for any step's guidance.
+
+        `guidance` None evaluates the first condition alone. With `tile`, latents larger than that
+        many rows or columns are worked on in overlapping tiles.
+        """
+
+        def whole(x, t, condition: Conditioning):
+            return self.unet.apply({"params": params["unet"]}, x, t, condition.context)
+
+        def network(x, t, condition: Conditioning):
+            if not tile:
+                return whole(x, t, condition)
+
+            def parts(x):
+                def repeat(v):
+                    return jnp.tile(v, (len(x) // len(t), *[1] * (v.ndim - 1)))
+
+                return whole(x, repeat(t), jax.tree.map(repeat, condition))
+
+            return tiled(parts, x, (tile, tile))
+
+        def under(guidance: Guidance | None) -> Network:
+            def plain(x, t):
+                return network(x, t, conditions[0])
+
+            if guidance is None:
+                return plain
+            guided = classifier_free(
+                network, conditions, null, guidance.scale, guidance.weights, guidance.rescale
+            )
+            return (
+                guided if guidance.active is None else where_guided(guided, plain, guidance.active)
+            )
+
+        return under
 
     def generate(
         self,
         params: Params,
-        inputs: Inputs,
+        inputs: list[Inputs],
         nulls: Inputs,
         keys: jax.Array,
-        coefficients: dict[str, np.ndarray],
-        guidance: jax.Array,
-        eta: jax.Array,
+        run: Run,
+        edit: Edit | None = None,
         *,
         latent_shape: tuple[int, ...],
         sampler: str = "ddim",
-        guided: bool = True,
         latents: jax.Array | None = None,
-        progress: Any = None,
+        tile: int = 0,
+        weak: "tuple[LatentDiffusion, Params] | None" = None,
+        callback: Any = None,
     ) -> jax.Array:
-        """Pictures (B, H, W, 3) in [0, 1]: conditions in, the whole loop, decoding.
+        """Pictures (B, H, W, C) in [0, 1]: conditions in, the whole loop, decoding.
 
-        `keys` (B,) are the examples' own; `latents` (B, h, w, c), unit Gaussian, replace the
-        starting noise drawn from them. `guided` off evaluates the network once a step.
+        Args:
+          inputs: one set of the embedders' inputs, or several to be combined by `guidance.weights`.
+          keys: (B,), the examples' own.
+          run: the tables of the sampler and of guidance, from `plan`.
+          edit: what to start from, and what to keep, instead of drawing from noise alone.
+          latents: (B, h, w, c), unit Gaussian, in place of the starting noise drawn from `keys`.
+          tile: the latents' side from which on they are worked on in tiles; 0: never.
+          weak: a worse model and its parameters, to be guided away from (autoguidance).
         """
         if latents is None:
             latents = jax.vmap(lambda key: jax.random.normal(key, latent_shape))(keys)
-        condition, null = (embed(self.embedders, params, each) for each in (inputs, nulls))
+        conditions = [embed(self.embedders, params, each) for each in inputs]
+        predict = self.predict(params, conditions, embed(self.embedders, params, nulls), tile)
+        if weak is not None:
+            weak_model, weak_params = weak
+            weak_condition = embed(weak_model.embedders, weak_params, inputs[0])
+            worse = weak_model.predict(weak_params, [weak_condition], weak_condition, tile)(None)
 
-        def network(x, t, condition: Conditioning):
-            return self.unet.apply({"params": params["unet"]}, x, t, condition.context)
+        def denoise(x, level, guidance: Guidance | None = None) -> Prediction:
+            network = predict(guidance if weak is None else None)
+            if weak is not None and guidance is not None:
+                network = autoguidance(network, worse, guidance.scale)
+            inner = make_denoiser(self.parameterization, network, self.sigma_data)
+            if run.percentile is not None:
+                inner = dynamic_threshold(inner, run.percentile)
+            return inner(x, level)
 
-        if guided:
-            predict = classifier_free(network, condition, null, guidance)
+        start, before_step = run.start, None
+        if edit is None:
+            x = latents * jnp.sqrt(start.alpha**2 + start.sigma**2)
         else:
-
-            def predict(x, t):
-                return network(x, t, condition)
-
-        def denoise(x, t) -> Prediction:
-            alpha, sigma = self._levels(t)
-            output = predict(x, jnp.broadcast_to(t, x.shape[:1])).astype(x.dtype)
-            return to_prediction(self.parameterization, output, x, alpha, sigma)
-
-        step_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+            x = noised(edit.known, latents, start)
+            if edit.mask is not None:
+                before_step = keep_known(edit.known, edit.mask)
         clean = sample(
-            get_sampler(sampler), denoise, latents, coefficients, step_keys, eta, progress
+            get_sampler(sampler),
+            denoise,
+            x,
+            run.table,
+            jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
+            per_step=run.guidance,
+            before_step=before_step,
+            callback=callback,
         )
-        images = self.autoencoder.apply(
-            {"params": params["autoencoder"]}, clean, method=self.autoencoder.decode
-        )
+        if edit is not None and edit.mask is not None:
+            clean = edit.mask * clean + (1.0 - edit.mask) * edit.known
+        return self.decode(params, clean, tile)
+
+    def invert(self, params: Params, inputs: Inputs, latents: jax.Array, table: Table) -> jax.Array:
+        """Starting noise (B, h, w, c) from which DDIM, without guidance, draws these latents."""
+        condition = embed(self.embedders, params, inputs)
+        network = self.predict(params, [condition], condition)(None)
+        denoise = make_denoiser(self.parameterization, network, self.sigma_data)
+        keys = example_keys(jax.random.key(0), len(latents))
+        return sample(DDIM_INVERSE, denoise, latents, table, keys)
+
+    def decode(self, params: Params, latents: jax.Array, tile: int = 0) -> jax.Array:
+        """Scaled latents (B, h, w, c) → pictures (B, H, W, C) in [0, 1]."""
+
+        def decode(latents):
+            variables = {"params": params["autoencoder"]}
+            return self.autoencoder.apply(variables, latents, method=self.autoencoder.decode)
+
+        if tile:
+            images = tiled(decode, latents, (tile, tile), scale=self.autoencoder.downsampling)
+        else:
+            images = decode(latents)
         return jnp.clip((images + 1.0) / 2.0, 0.0, 1.0)
 
-    def coefficients(self, sampler: str, steps: int) -> dict[str, np.ndarray]:
-        """The numbers of every step of a sampler for this model's schedule."""
-        timesteps = sampling_timesteps(self.schedule.timesteps, steps, self.spacing)
-        to_clean = self.spacing != "compat"
-        return get_sampler(sampler).coefficients(self.schedule, timesteps, to_clean)
+    def levels(self, steps: int, spacing: str | None = None) -> Level:
+        """The `steps` + 1 noise levels of a run; spacing None is the model's own."""
+        return sampling_levels(self.schedule, steps, spacing or self.spacing)
 
-    def _levels(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """α_t and σ_t for integer t (B,) or (), shaped to broadcast against latents."""
-        levels = (self.schedule.alpha, self.schedule.sigma)
-        tables = (jnp.asarray(table, jnp.float32)[t] for table in levels)
-        alpha, sigma = (value.reshape(value.shape + (1,) * (3 * value.ndim)) for value in tables)
-        return alpha, sigma
+    def plan(
+        self,
+        sampler: str,
+        levels: Level,
+        guidance: float | np.ndarray = 1.0,
+        *,
+        interval: tuple[float, float] | None = None,
+        weights: np.ndarray | None = None,
+        rescale: float = 0.0,
+        percentile: float | None = None,
+        skip: int | None = None,
+        **options: float | None,
+    ) -> Run:
+        """The tables of a run, on the host. Guidance of 1 at every step is left out altogether.
+
+        Raises:
+          ValueError: an option, a guidance or an interval out of its range.
+        """
+        if not 0.0 <= rescale <= 1.0:
+            raise ValueError(f"guidance rescale {rescale:g}: must lie in 0…1")
+        if percentile is not None and not 0.0 < percentile <= 1.0:
+            raise ValueError(f"threshold percentile {percentile:g}: must lie above 0 and up to 1")
+        steps = len(levels.t) - 1
+        longest = getattr(self.schedule, "timesteps", None) or self.schedule.sigma_max
+        scale = guidance_weights(guidance, levels, longest, interval)
+        start = Level(*(np.float32(v[skip or 0]) for v in levels))
+        table = make_table(sampler, self.schedule, levels, skip, **options)
+        several = weights is not None and len(weights) > 1
+        if not several and (scale == 1.0).all():
+            return Run(table, None, start, percentile)
+        active = None if several or (scale != 1.0).all() else scale != 1.0
+        weights = np.broadcast_to(
+            [1.0] if weights is None else weights, (steps, len(weights or [1]))
+        )
+        return Run(
+            table,
+            Guidance(
+                np.float32(scale),
+                np.float32(weights),
+                np.full(steps, rescale, np.float32),
+                active,
+            ),
+            start,
+            percentile,
+        )
 
 
 def make_autoencoder(fields: dict[str, Any], dtype: Any = None) -> AutoencoderKL:

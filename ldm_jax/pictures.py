@@ -21,6 +21,52 @@ def to_uint8(images: Any) -> np.ndarray:
     return np.rint(np.clip(np.asarray(images, np.float32), 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
+def as_images(images: Any, count: int | None = None) -> np.ndarray:
+    """What users hand over → float32 (B, H, W, C) in [0, 1], `count` of them if that is given.
+
+    uint8 or float in [0, 1]; one picture (H, W, C) is taken for each.
+
+    Raises:
+      ValueError: another shape, number or range.
+    """
+    images = np.asarray(images)
+    scale = 255.0 if images.dtype == np.uint8 else 1.0
+    images = images.astype(np.float32) / scale
+    if images.ndim == 3:
+        images = images[None]
+    if images.ndim != 4:
+        raise ValueError(f"image of shape {images.shape}: expected (H, W, C) or (B, H, W, C)")
+    if images.min() < 0.0 or images.max() > 1.0:
+        raise ValueError(
+            f"image values {images.min():g} … {images.max():g}: expected uint8, or float in 0 … 1"
+        )
+    return images if count is None else _each(images, count, "image")
+
+
+def as_mask(mask: Any, size: tuple[int, int], count: int) -> np.ndarray:
+    """A mask (H, W), (B, H, W) or (B, H, W, 1) of 0 and 1 (or 255, or booleans) → float32
+    (count, H, W, 1) of 0 and 1. Raises ValueError for another size, or for values between."""
+    mask = np.asarray(mask)
+    shape, values = mask.shape, np.unique(mask)
+    mask = mask[..., 0] if mask.ndim == 4 and shape[-1] == 1 else mask
+    mask = mask[None] if mask.ndim == 2 else mask
+    if mask.ndim != 3 or mask.shape[1:] != tuple(size):
+        raise ValueError(f"mask of shape {shape}: expected {size[0]}×{size[1]}, as the image")
+    largest = 255 if mask.dtype == np.uint8 and values[-1] > 1 else 1
+    if not set(values.tolist()) <= {0, largest}:
+        raise ValueError(
+            f"mask with values {values[0]} … {values[-1]}: must be binary, 0 to keep and 1 (or "
+            "255) to draw anew"
+        )
+    return _each((mask > 0).astype(np.float32)[..., None], count, "mask")
+
+
+def _each(arrays: np.ndarray, count: int, name: str) -> np.ndarray:
+    if len(arrays) not in (1, count):
+        raise ValueError(f"{len(arrays)} of {name} for {count} pictures: give one, or one for each")
+    return np.repeat(arrays, count // len(arrays), axis=0)
+
+
 def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
     """uint8 (N, H, W, 3) in rows of `columns`, white between → one picture (H', W', 3)."""
     count, height, width, channels = images.shape

@@ -12,10 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.conditioning import Conditioning, embed
+from ldm_jax.diffusion.editing import skipped_steps
+from ldm_jax.diffusion.noise import example_keys
+from ldm_jax.diffusion.samplers import DDIM_INVERSE
 from ldm_jax.interop.native import open_model, save_model
-from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.latent_diffusion import Edit, LatentDiffusion
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.models.unet import UNet
+from ldm_jax.pictures import as_images, as_mask
 
 log = logging.getLogger(__name__)
 
@@ -65,30 +69,62 @@ class Pipeline:
         prompt: str | Sequence[str],
         negative_prompt: str = "",
         *,
+        image: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        strength: float | None = None,
         n: int = 1,
         steps: int = 50,
         sampler: str = "ddim",
-        guidance: float | None = None,
-        eta: float = 0.0,
+        spacing: str | None = None,
+        guidance: float | Sequence[float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        threshold: float | None = None,
+        compose: Sequence[float] | None = None,
+        weak: "Pipeline | None" = None,
+        eta: float | None = None,
+        churn: float | None = None,
         seed: int = 0,
         height: int | None = None,
         width: int | None = None,
+        tile: int | None = None,
         latents: np.ndarray | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int, np.ndarray], None] | None = None,
     ) -> np.ndarray:
         """Draws `n` pictures of each prompt.
 
-        Picture i (prompt by prompt) of a seed is the same whatever else is drawn with it. Only the
-        shapes, `steps` and `sampler` (and whether `guidance` is 1, which halves the work) compile.
+        Picture i (prompt by prompt) of a seed is the same whatever else is drawn with it. Shapes,
+        `steps`, `sampler` and which features are in use compile; numbers never do.
 
         Args:
           prompt: one or several; what goes past the model's text length is cut, with a warning.
           negative_prompt: what guidance leads away from; "" is the unconditional model.
-          guidance: uncond + guidance·(cond − uncond); None takes the model's own default.
-          eta: 0 is deterministic DDIM, 1 ancestral sampling.
+          image: one to change, (H, W, 3), or one for each picture, uint8 or float in [0, 1]. Its
+            size becomes that of the result.
+          mask: with `image`, (H, W) or one each, true, 1 or 255 where it is to be drawn anew; the
+            rest is returned untouched.
+          strength: of the change, 0 (none) … 1; that share of the steps is run. By default 0.8,
+            with a mask 1.
+          steps: of the whole way from noise to picture.
+          sampler, spacing: see `ldm_jax.diffusion.samplers` and `.grids`; the spacing of the
+            model by default.
+          guidance: uncond + guidance·(cond − uncond), one number or one for each step; None takes
+            the model's own.
+          guidance_interval: (low, high) share of the noise, 0…1, outside which there is none; a
+            step there costs half.
+          guidance_rescale: 0…1, against over-exposure by strong guidance (Lin et al. 2023).
+          threshold: percentile in (0, 1] of dynamic thresholding (Saharia et al. 2022); None: off.
+          compose: a weight for each prompt; all of them make one picture then.
+          weak: a worse pipeline of the same latents; guidance leads away from its opinion, in
+            place of the unconditional one (autoguidance, Karras et al. 2024).
+          eta: of samplers that draw noise, 0: none, 1: as much as DDPM; None: the sampler's own.
+          churn: of "euler" and "heun", Karras et al. 2022's S_churn.
           height, width: in pixels, multiples of the autoencoder's factor; default: as trained.
+          tile: in pixels; larger pictures are drawn in overlapping tiles of this side. For sizes
+            that the model was not trained on.
           latents: unit Gaussian starting noise (B, h, w, c) in place of the seed's.
-          progress: called with the number of finished steps, from inside the running program.
+          progress: called with the number of finished steps and the latents predicted at the
+            last, (B, h, w, c), from inside the running program.
 
         Returns:
           float32 (B, H, W, 3) in [0, 1], B = n · number of prompts.
@@ -101,41 +137,86 @@ class Pipeline:
             raise ValueError(
                 f"{len(prompts)} prompts, n={n}: at least one picture must be asked for"
             )
-        prompts = [p for p in prompts for _ in range(n)]
+        if compose is not None and len(compose) != len(prompts):
+            raise ValueError(f"compose has {len(compose)} weights for {len(prompts)} prompts")
+        # A group of prompts for every picture: one each, or all that are composed.
+        groups = [[p] * n for p in prompts]
+        if compose is None:
+            groups = [sum(groups, [])]
+        count = len(groups[0])
+
         guidance = self.config["sampling"]["guidance"] if guidance is None else guidance
-        self._check_guidance(guidance)
-        coefficients = self.model.coefficients(sampler, steps)
-        shape = self._latent_shape(height, width)
-        if latents is not None and latents.shape != (len(prompts), *shape):
-            raise ValueError(f"latents {latents.shape}: expected {(len(prompts), *shape)}")
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.key(seed), jnp.arange(len(prompts))
+        self._check_guidance(guidance, weak)
+        shape, skip, edit = self._start(count, image, mask, strength, steps, height, width)
+        if latents is not None and latents.shape != (count, *shape):
+            raise ValueError(f"latents {latents.shape}: expected {(count, *shape)}")
+        run = self.model.plan(
+            sampler,
+            self.model.levels(steps, spacing),
+            guidance,
+            interval=guidance_interval,
+            weights=compose,
+            rescale=guidance_rescale,
+            percentile=threshold,
+            skip=skip,
+            eta=eta,
+            churn=churn,
         )
+        if mask is not None and skip == 0:  # all of it is drawn anew: no trace of what was there
+            alpha, sigma = run.start.alpha, run.start.sigma
+            run = run._replace(
+                start=run.start._replace(alpha=0.0 * alpha, sigma=np.hypot(alpha, sigma))
+            )
         images = self._generate(
             self.params,
-            self._inputs(prompts),
-            self._inputs([negative_prompt] * len(prompts)),
-            keys,
-            coefficients,
-            jnp.float32(guidance),
-            jnp.float32(eta),
+            [self._inputs(group) for group in groups],
+            self._inputs([negative_prompt] * count),
+            example_keys(jax.random.key(seed), count),
+            run,
+            edit,
             latents=latents,
             latent_shape=shape,
             sampler=sampler,
-            guided=guidance != 1.0,
-            progress=progress,
+            tile=self._tile(tile, shape),
+            weak=None if weak is None else weak.params,
+            weak_model=None if weak is None else weak.model,
+            callback=progress,
         )
-        return np.asarray(images, np.float32)
+        images = np.asarray(images, np.float32)
+        if mask is not None:
+            image, mask = as_images(image, count), as_mask(mask, np.shape(image)[-3:-1], count)
+            images = np.where(mask > 0.0, images, image)
+        return images
+
+    def noise(
+        self, seed: int, n: int = 1, height: int | None = None, width: int | None = None
+    ) -> np.ndarray:
+        """What `seed` draws `n` pictures from: `latents`, unit Gaussian, (n, h, w, c)."""
+        shape, keys = self._latent_shape(height, width), example_keys(jax.random.key(seed), n)
+        return np.asarray(jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
+
+    def invert(
+        self, images: np.ndarray, prompt: str | Sequence[str], steps: int = 50
+    ) -> np.ndarray:
+        """Starting noise that draws these pictures again (DDIM inversion, Song et al. 2021, §4.3).
+
+        `pipe(prompt, latents=pipe.invert(images, prompt), guidance=1, steps=steps)` reconstructs
+        them, up to what the autoencoder loses; another prompt, or guidance, edits them.
+        """
+        images = as_images(images)
+        prompts = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
+        levels = self.model.levels(steps)
+        table = DDIM_INVERSE.coefficients(self.schedule, levels)
+        latents = self._invert(self.params, self._inputs(prompts), self.encode(images), table)
+        return np.asarray(latents) / np.hypot(levels.alpha[0], levels.sigma[0]).astype(np.float32)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Pictures (B, H, W, 3), uint8 or float [0, 1] → scaled latents (B, h, w, c)."""
-        images = np.asarray(images)
-        scale = 255.0 if images.dtype == np.uint8 else 1.0
-        return np.asarray(self._encode(self.params, images / scale * 2.0 - 1.0))
+        return np.asarray(self._encode(self.params, as_images(images) * 2.0 - 1.0))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Scaled latents (B, h, w, c) → pictures (B, H, W, 3), float32 [0, 1]."""
-        return np.clip((np.asarray(self._decode(self.params, latents)) + 1.0) / 2.0, 0.0, 1.0)
+        return np.asarray(self._decode(self.params, latents))
 
     def embed(self, prompts: Sequence[str]) -> Conditioning:
         """What the UNet is told of each prompt."""
@@ -154,14 +235,43 @@ class Pipeline:
                     log.warning("a prompt is longer than %d tokens; cut: %r", length, lost)
         return {e.name: e.prepare({"caption": prompts}) for e in self.model.embedders}
 
-    def _check_guidance(self, guidance: float) -> None:
+    def _check_guidance(self, guidance: Any, weak: "Pipeline | None") -> None:
         undropped = [e.name for e in self.model.embedders if not e.dropout]
-        if guidance != 1.0 and undropped:
+        if np.any(np.asarray(guidance) != 1.0) and undropped and weak is None:
             raise ValueError(
-                f"guidance={guidance:g}, but this model was trained without dropping its condition "
-                f"(conditioning.{undropped[0]}.dropout is 0), so it knows no unconditional "
-                "prediction to lead away from; use guidance=1"
+                f"guidance={np.max(guidance):g}, but this model was trained without dropping its "
+                f"condition (conditioning.{undropped[0]}.dropout is 0), so it knows no "
+                "unconditional prediction to lead away from; use guidance=1"
             )
+        if weak is not None and weak.model.latent_channels != self.model.latent_channels:
+            raise ValueError("weak: a pipeline of other latents cannot guide this one")
+
+    def _start(self, count, image, mask, strength, steps, height, width):
+        """(latent shape, steps to skip or None, edit or None) of a call's arguments."""
+        if image is None:
+            if mask is not None or strength is not None:
+                raise ValueError("mask and strength need an image to change")
+            return self._latent_shape(height, width), None, None
+        image = as_images(image, count)
+        size = image.shape[1:3]
+        if (height, width) not in ((None, None), size):
+            raise ValueError(f"height and width are the image's, {size[0]} and {size[1]}")
+        shape = self._latent_shape(*size)
+        strength = (0.8 if mask is None else 1.0) if strength is None else strength
+        skip = skipped_steps(steps, strength)
+        if mask is not None:
+            # A latent is drawn anew if any of its pixels is.
+            factor = self.autoencoder.downsampling
+            cells = as_mask(mask, size, count).reshape(count, shape[0], factor, shape[1], factor, 1)
+            mask = cells.max(axis=(2, 4))
+        return shape, skip, Edit(self.encode(image), mask)
+
+    def _tile(self, tile: int | None, shape: tuple[int, int, int]) -> int:
+        """The side of a tile in latents, 0 where none is asked for or the picture is no larger."""
+        if tile is None:
+            return 0
+        side, _, _ = self._latent_shape(tile, None)
+        return side if side < max(shape[:2]) else 0
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         factor, size = self.autoencoder.downsampling, self.config["image_size"]
@@ -175,8 +285,16 @@ class Pipeline:
 
     @functools.cached_property
     def _generate(self):
-        static = ("latent_shape", "sampler", "guided", "progress")
-        return jax.jit(self.model.generate, static_argnames=static)
+        def generate(params, *args, weak, weak_model, **kwargs):
+            weak = None if weak is None else (weak_model, weak)
+            return self.model.generate(params, *args, weak=weak, **kwargs)
+
+        static = ("latent_shape", "sampler", "tile", "weak_model", "callback")
+        return jax.jit(generate, static_argnames=static)
+
+    @functools.cached_property
+    def _invert(self):
+        return jax.jit(self.model.invert)
 
     @functools.cached_property
     def _encode(self):
@@ -186,6 +304,4 @@ class Pipeline:
 
     @functools.cached_property
     def _decode(self):
-        return jax.jit(
-            lambda p, z: self.autoencoder.apply({"params": p["autoencoder"]}, z, method="decode")
-        )
+        return jax.jit(self.model.decode)

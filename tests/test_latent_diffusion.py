@@ -8,21 +8,23 @@ import numpy as np
 import pytest
 
 from ldm_jax.conditioning import embed
-from ldm_jax.diffusion.noise import example_keys, per_example
-from ldm_jax.diffusion.objective import uniform_timesteps
+from ldm_jax.diffusion.noise import example_keys
+from ldm_jax.diffusion.objective import draw_noise, draw_times
 from ldm_jax.diffusion.parameterization import target
+from ldm_jax.diffusion.schedule import Level
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.training.workdir import config_dict
 
 AUTOENCODER = dict(ch=8, ch_mult=[1, 2], num_res_blocks=1, z_channels=16, embed_dim=16, groups=4)
 
 
-def build(root, **diffusion):
+def build(root, objective=None, **diffusion):
     spec = importlib.util.spec_from_file_location("config", root / "configs" / "txt2img.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = config_dict(module.get_config("smoke")) | {"autoencoder": AUTOENCODER}
     config["diffusion"] |= diffusion
+    config["objective"] = objective or {}
     return LatentDiffusion.from_config(config)
 
 
@@ -53,12 +55,11 @@ def test_loss_of_a_silent_network_is_the_mean_square_of_its_target(root, kind):
     latents = jax.random.normal(jax.random.key(1), (6, 8, 8, 16))
     key = jax.random.key(2)
     loss = model.loss(params, latents, inputs(model, ["cat"] * 6), key)
-    t = uniform_timesteps(jax.random.fold_in(key, 0), 6, 1000)
-    eps = per_example(jax.random.normal, jax.random.fold_in(key, 1), latents.shape)
-    alpha, sigma = (
-        np.reshape(a[t], (-1, 1, 1, 1)) for a in (model.schedule.alpha, model.schedule.sigma)
-    )
-    goal = target(kind, latents, eps, alpha, sigma)
+    key = jax.random.fold_in(key, 0)
+    t = draw_times(jax.random.fold_in(key, 0), 6, model.schedule)
+    eps = draw_noise(jax.random.fold_in(key, 1), latents.shape)
+    level = Level(*(v.reshape(-1, 1, 1, 1) for v in model.schedule.level(t)))
+    goal = target(kind, latents, eps, level)
     np.testing.assert_allclose(loss, jnp.mean(jnp.square(goal), axis=(1, 2, 3)), rtol=1e-5)
 
 
@@ -78,12 +79,10 @@ def test_generate_is_the_textbook_loop(model, params):
     noise = jax.random.normal(jax.random.key(3), (2, 8, 8, 16))
     images = model.generate(
         params,
-        cond,
+        [cond],
         null,
         example_keys(jax.random.key(0), 2),
-        model.coefficients("ddim", steps),
-        scale,
-        0.0,
+        model.plan("ddim", model.levels(steps), scale),
         latent_shape=(8, 8, 16),
         latents=noise,
     )
@@ -102,11 +101,43 @@ def test_generate_is_the_textbook_loop(model, params):
     np.testing.assert_allclose(images, np.clip((decoded + 1) / 2, 0, 1), atol=2e-5)
 
 
-def test_unguided_generation_is_guidance_one(model, params):
+def test_guidance_of_one_is_left_out_and_changes_nothing(model, params):
+    """A plan with the scale 1 evaluates the network once; forced to guide, the result is equal."""
     cond, null = inputs(model, ["cat"]), inputs(model, [""])
-    arguments = (example_keys(jax.random.key(0), 1), model.coefficients("ddim", 3), 1.0, 0.0)
+    levels, keys = model.levels(3), example_keys(jax.random.key(0), 1)
+    plain = model.plan("ddim", levels, 1.0)
+    forced = model.plan("ddim", levels, 2.0)
+    assert plain.guidance is None
+    forced = forced._replace(guidance=forced.guidance._replace(scale=np.ones(3, np.float32)))
     a, b = (
-        model.generate(params, cond, null, *arguments, latent_shape=(8, 8, 16), guided=guided)
-        for guided in (True, False)
+        model.generate(params, [cond], null, keys, run, latent_shape=(8, 8, 16))
+        for run in (plain, forced)
     )
     np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_guidance_is_on_everywhere_nowhere_or_by_step(model):
+    levels = model.levels(4)  # t = 999, 749, 499, 249
+
+    def active(guidance, **options):
+        run = model.plan("ddim", levels, guidance, **options)
+        return run.guidance and run.guidance.active
+
+    assert active(3.0) is None  # no choice at run time
+    assert active(3.0, interval=(0.4, 0.8)).tolist() == [False, True, True, False]
+    assert active([3.0, 1.0, 1.0, 3.0]).tolist() == [True, False, False, True]
+    assert model.plan("ddim", levels, 3.0, interval=(0.0, 0.1)).guidance is None
+
+
+def test_learned_variances_train_with_the_model(root):
+    model = build(root, objective=dict(learn_logvar=True, logvar_init=0.5))
+    assert model.trainable == ("unet", "text", "logvar")
+    params = model.init(jax.random.key(0), (8, 8, 16))
+    assert params["logvar"]["value"].shape == (1000,)
+    latents = jax.random.normal(jax.random.key(1), (2, 8, 8, 16))
+
+    def loss(params):
+        return model.loss(params, latents, inputs(model, ["cat"] * 2), jax.random.key(2)).mean()
+
+    gradient = jax.grad(loss)(params)["logvar"]["value"]
+    assert (gradient != 0).sum() == 2  # of the two timesteps drawn

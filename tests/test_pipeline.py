@@ -10,10 +10,17 @@ import pytest
 import ldm_jax
 from ldm_jax.data.sources import EmojiSource
 
+PICTURE = np.ones((64, 64, 3), np.float32)
+
 
 @pytest.fixture(scope="module")
 def pipe():
     return ldm_jax.load()
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return np.stack([EmojiSource("held_out")[i]["image"] for i in range(2)])
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +42,8 @@ def test_a_picture_does_not_depend_on_its_company(pipe, four):
 def test_nothing_recompiles_for_prompt_seed_guidance_or_eta(pipe, four):
     before = pipe._generate._cache_size()
     pipe(["tulip", "octopus"], "blue", n=2, steps=4, seed=8, guidance=1.5, eta=0.5)
+    pipe(["tulip", "octopus"], n=2, steps=4, guidance=[1.5, 2, 3, 4], guidance_rescale=0.5)
+    pipe(["tulip", "octopus"], n=2, steps=4, spacing="karras")
     assert pipe._generate._cache_size() == before
 
 
@@ -53,6 +62,64 @@ def test_guidance_one_is_the_conditional_model_and_ignores_the_negative_prompt(p
 
 def test_other_sizes_are_drawn(pipe):
     assert pipe("rainbow", steps=1, height=32, width=96).shape == (1, 32, 96, 3)
+
+
+def test_strength_goes_from_the_picture_itself_to_a_new_one(pipe, pictures):
+    """One program for every strength; 0 is what the autoencoder gives back."""
+    prompts = ["rainbow", "cat face"]
+    before = pipe._generate._cache_size()
+    drawn = [pipe(prompts, image=pictures, strength=s, steps=4) for s in (0.0, 0.5, 1.0)]
+    assert pipe._generate._cache_size() == before + 1
+    np.testing.assert_allclose(drawn[0], pipe.decode(pipe.encode(pictures)), atol=1e-4)
+    change = [np.abs(d - pictures / 255.0).mean() for d in drawn]
+    assert change[0] < change[1] < change[2]
+    again = pipe("rainbow", image=pictures[0], strength=0.5, steps=4)
+    np.testing.assert_allclose(again[0], drawn[1][0], atol=1e-4)
+
+
+def test_a_mask_keeps_what_it_does_not_cover(pipe, pictures):
+    mask = np.zeros((64, 64), bool)
+    mask[20:, :30] = True
+    drawn = pipe(["rainbow", "cat face"], image=pictures, mask=mask, steps=4)
+    before = pipe._generate._cache_size()
+    np.testing.assert_array_equal(drawn[:, ~mask], (pictures / np.float32(255.0))[:, ~mask])
+    assert np.abs(drawn - pictures / 255.0)[:, mask].mean() > 0.02
+    pipe(["tulip", "octopus"], image=pictures, mask=255 * mask[:, ::-1].astype(np.uint8), steps=4)
+    assert pipe._generate._cache_size() == before
+
+
+def test_inversion_finds_noise_that_draws_the_picture_again(pipe, pictures):
+    prompts = ["cat face", "rainbow"]
+    noise = pipe.invert(pictures, prompts, steps=20)
+    assert noise.shape == (2, 8, 8, 16) and 0.7 < noise.std() < 1.3
+    again = pipe(prompts, latents=noise, guidance=1.0, steps=20)
+    reconstructed = pipe.decode(pipe.encode(pictures))
+    assert np.abs(again - reconstructed).mean() < 0.03
+    other = pipe(prompts, latents=noise[::-1], guidance=1.0, steps=20)
+    assert np.abs(other - reconstructed).mean() > 0.1
+
+
+def test_composed_prompts_make_one_picture(pipe):
+    both = pipe(["cat face", "rainbow"], compose=[1.0, 0.0], n=2, steps=4, guidance=2.0)
+    alone = pipe("cat face", n=2, steps=4, guidance=2.0)
+    np.testing.assert_allclose(both, alone, atol=1e-4)
+    mixed = pipe(["cat face", "rainbow"], compose=[0.5, 0.5], n=2, steps=4, guidance=2.0)
+    assert np.abs(mixed - alone).mean() > 0.02
+
+
+def test_tiles_draw_larger_than_trained(pipe):
+    wide = pipe("rainbow", steps=2, height=64, width=144, tile=64)
+    assert wide.shape == (1, 64, 144, 3) and np.isfinite(wide).all()
+    whole = pipe("rainbow", steps=2, tile=64)
+    np.testing.assert_array_equal(whole, pipe("rainbow", steps=2))
+
+
+def test_a_weak_model_replaces_the_null_condition(pipe):
+    """Against itself autoguidance changes nothing, at any scale."""
+    plain = pipe("cat face", steps=2, guidance=1.0)
+    np.testing.assert_allclose(pipe("cat face", steps=2, guidance=3.0, weak=pipe), plain, atol=1e-3)
+    worse = dataclasses.replace(pipe, params=jax.tree.map(lambda v: 0.9 * v, pipe.params))
+    assert np.abs(pipe("cat face", steps=2, guidance=3.0, weak=worse) - plain).mean() > 0.01
 
 
 def test_encode_and_decode_come_back(pipe):
@@ -100,6 +167,23 @@ def test_guidance_without_a_null_condition_is_refused(pipe):
     (dict(sampler="magic"), "sampler 'magic': choose one of ddim"),
     (dict(width=50), "width=50: this model draws multiples of 16 pixels"),
     (dict(n=0), "at least one picture"),
+    (dict(spacing="even"), "spacing 'even': for this schedule choose trailing"),
+    (dict(sampler="unipc", eta=0.5), "sampler 'unipc' has no eta; its options: none"),
+    (dict(strength=0.5), "mask and strength need an image"),
+    (dict(image=PICTURE, strength=1.5), "strength=1.5: must lie in 0"),
+    (dict(image=PICTURE, mask=np.ones((32, 64))), r"mask of shape \(32, 64\): expected 64×64"),
+    (dict(image=PICTURE, mask=np.full((64, 64), 0.5)), "must be binary, 0 to keep and 1"),
+    (dict(image=PICTURE[:50]), "height=50: this model draws multiples of 16 pixels"),
+    (dict(image=PICTURE, width=96), "height and width are the image's, 64 and 64"),
+    (dict(image=2.0 * PICTURE), "image values 2 … 2: expected uint8, or float in 0 … 1"),
+    (dict(image=PICTURE[0]), r"image of shape \(64, 3\): expected \(H, W, C\)"),
+    (dict(image=np.stack([PICTURE] * 3)), "3 of image for 1 pictures: give one, or one for each"),
+    (dict(guidance=[1.0, 2.0], steps=3), r"guidance of shape \(2,\): one number, or one for 3"),
+    (dict(guidance_interval=(0.5, 2.0)), "guidance interval 0.5…2: must lie in 0…1"),
+    (dict(guidance_rescale=2.0), "guidance rescale 2: must lie in 0…1"),
+    (dict(threshold=1.5), "threshold percentile 1.5: must lie above 0"),
+    (dict(compose=[1.0, 2.0]), "compose has 2 weights for 1 prompts"),
+    (dict(tile=20), "height=20: this model draws multiples of 16 pixels"),
 ])  # fmt: skip
 def test_arguments_out_of_range_are_refused(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):

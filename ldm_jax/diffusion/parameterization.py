@@ -1,12 +1,30 @@
-"""What a network predicts, and its conversion to (x0, ε): one table for every use.
+"""What a network is told and what it says, and its conversion to (x0, ε): one table for every use.
 
-With x_t = α·x0 + σ·ε and α² + σ² = 1: "eps" predicts ε (Ho et al. 2020), "x0" the clean latents,
-"v" the velocity α·ε − σ·x0 (Salimans & Ho 2022, §D).
+At a level x = α·x0 + σ·ε a network predicts, by kind,
+
+    eps    the noise ε (Ho et al. 2020)
+    x0     the clean latents
+    v      α·ε − σ·x0, for α² + σ² = 1 (Salimans & Ho 2022, §D)
+    flow   the velocity ε − x0 of a straight path (Liu et al. 2023; Esser et al. 2024)
+    edm    F with x0 = c_skip·x/α + c_out·F(c_in·x/α, ln(σ/α)/4) (Karras et al. 2022, table 1)
+
+Every kind is affine: x0 = A·x + B·output. From that and x = α·x0 + σ·ε all else follows: ε, the
+training target, and the factor between an error of x0 and an error of the output.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from ldm_jax.diffusion.schedule import Level
+
+KINDS = ("eps", "x0", "v", "flow", "edm")
+SIGMA_DATA = 0.5  # of "edm": the standard deviation its authors scale their data to
+
+Network = Callable[[jax.Array, jax.Array], jax.Array]
+Denoiser = Callable[[jax.Array, Level], "Prediction"]
 
 
 class Prediction(NamedTuple):
@@ -16,27 +34,79 @@ class Prediction(NamedTuple):
     eps: jax.Array
 
 
-def to_prediction(
-    kind: str, output: jax.Array, x_t: jax.Array, alpha: jax.Array, sigma: jax.Array
-) -> Prediction:
-    """(x0, ε) of a network's output. `alpha` and `sigma` broadcast against x_t."""
+def x0_coefficients(
+    kind: str, level: Level, sigma_data: float = SIGMA_DATA
+) -> tuple[jax.Array, jax.Array]:
+    """(A, B) of x0 = A·x + B·output."""
+    _, alpha, sigma = level
     if kind == "eps":
-        return Prediction((x_t - sigma * output) / alpha, output)
+        return 1.0 / alpha, -sigma / alpha
     if kind == "x0":
-        return Prediction(output, (x_t - alpha * output) / sigma)
+        return jnp.zeros_like(alpha), jnp.ones_like(alpha)
     if kind == "v":
-        return Prediction(alpha * x_t - sigma * output, sigma * x_t + alpha * output)
-    raise ValueError(f"parameterization {kind!r}: choose eps, x0 or v")
+        return alpha, -sigma
+    if kind == "flow":
+        return 1.0 / (alpha + sigma), -sigma / (alpha + sigma)
+    if kind == "edm":
+        total = sigma**2 + (alpha * sigma_data) ** 2
+        return alpha * sigma_data**2 / total, sigma * sigma_data / jnp.sqrt(total)
+    raise ValueError(f"parameterization {kind!r}: choose one of {', '.join(KINDS)}")
+
+
+def to_prediction(
+    kind: str, output: jax.Array, x: jax.Array, level: Level, sigma_data: float = SIGMA_DATA
+) -> Prediction:
+    """(x0, ε) of a network's output; the level's arrays broadcast against x.
+
+    At a level without signal "eps" says nothing of x0, and at one without noise "x0" nothing of ε:
+    both divide by zero there.
+    """
+    _, alpha, sigma = level
+    a, b = x0_coefficients(kind, level, sigma_data)
+    x0 = a * x + b * output
+    if kind == "eps":
+        return Prediction(x0, output)
+    if kind == "v":
+        return Prediction(x0, sigma * x + alpha * output)
+    if kind == "flow":
+        return Prediction(x0, x0 + output)
+    return Prediction(x0, (x - alpha * x0) / sigma)
 
 
 def target(
-    kind: str, x0: jax.Array, eps: jax.Array, alpha: jax.Array, sigma: jax.Array
+    kind: str, x0: jax.Array, eps: jax.Array, level: Level, sigma_data: float = SIGMA_DATA
 ) -> jax.Array:
     """What the network should have said, the inverse of `to_prediction`."""
+    _, alpha, sigma = level
     if kind == "eps":
         return eps
-    if kind == "x0":
-        return x0
     if kind == "v":
         return alpha * eps - sigma * x0
-    raise ValueError(f"parameterization {kind!r}: choose eps, x0 or v")
+    if kind == "flow":
+        return eps - x0
+    a, b = x0_coefficients(kind, level, sigma_data)
+    return (x0 - a * (alpha * x0 + sigma * eps)) / b
+
+
+def network_inputs(
+    kind: str, x: jax.Array, level: Level, sigma_data: float = SIGMA_DATA
+) -> tuple[jax.Array, jax.Array]:
+    """(x, t) as the network wants them: as they are, or, for "edm", c_in·x/α and ln(σ/α)/4."""
+    if kind != "edm":
+        return x, level.t
+    scaled = x / jnp.sqrt(level.sigma**2 + (level.alpha * sigma_data) ** 2)
+    return scaled, jnp.log(level.sigma / level.alpha) / 4.0
+
+
+def make_denoiser(kind: str, network: Network, sigma_data: float = SIGMA_DATA) -> Denoiser:
+    """`denoise(x, level) -> Prediction` from `network(x, t)`, x (B, …) and t (B,).
+
+    The level is a scalar one, the same for the whole batch, as samplers use it.
+    """
+
+    def denoise(x: jax.Array, level: Level) -> Prediction:
+        inputs, t = network_inputs(kind, x, level, sigma_data)
+        output = network(inputs, jnp.broadcast_to(t, x.shape[:1])).astype(x.dtype)
+        return to_prediction(kind, output, x, level, sigma_data)
+
+    return denoise

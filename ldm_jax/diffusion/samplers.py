@@ -1,12 +1,14 @@
 """Samplers: from noise to latents in one `lax.scan`.
 
-A sampler is two pure functions: `coefficients`, the numbers of every step, computed in float64 on
-the host, and `step`, one update of the carry. `sample` scans any of them over a denoiser
-`denoise(x_t, t) -> Prediction(x0, eps)`; nothing but the shapes, the number of steps and the
-sampler itself is static.
+A sampler is two pure functions. `coefficients(schedule, levels, **options)` makes a table of every
+step's numbers, in float64 on the host: all mathematics of schedules, orders and η is there.
+`step(x, history, c, denoise, noise)` applies one row of it. `sample` scans any of them over a
+denoiser `denoise(x, level) -> Prediction(x0, eps)`; only the shapes, the number of steps and the
+sampler are static, so no change of η, strength or grid compiles anything anew.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,52 +16,64 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.diffusion.parameterization import Prediction
-from ldm_jax.diffusion.schedule import Schedule
-
-Denoiser = Callable[[jax.Array, jax.Array], Prediction]
+from ldm_jax.diffusion import multistep, two_stage
+from ldm_jax.diffusion.multistep import Table
+from ldm_jax.diffusion.parameterization import Denoiser
+from ldm_jax.diffusion.schedule import Level, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """`coefficients(schedule, timesteps)` → dict of (S,) arrays with at least the timesteps "t";
-    `step(x, coefficients of the step, denoise, noise, eta)` → x."""
+    """A method: its table, its step, how many earlier arrays it carries, and what it costs."""
 
-    coefficients: Callable[[Schedule, np.ndarray, bool], dict[str, np.ndarray]]
-    step: Callable[..., jax.Array]
+    coefficients: Callable[..., Table]
+    step: Callable
+    history: int = 0
+    evaluations: int = 1
 
-
-def ddim_coefficients(
-    schedule: Schedule, timesteps: np.ndarray, to_clean: bool = True
-) -> dict[str, np.ndarray]:
-    """Per step α, σ here and at the next (cleaner) level, and the noise of η = 1.
-
-    The last step lands on clean latents, or, with `to_clean` off, on ᾱ_0 as LDM's does.
-    """
-    abar = schedule.alphas_cumprod[timesteps]
-    last = 1.0 if to_clean else schedule.alphas_cumprod[0]
-    abar_next = np.append(abar[1:], last)
-    # Song et al. 2021, eq. 16.
-    noise = np.sqrt((1.0 - abar_next) / (1.0 - abar) * (1.0 - abar / abar_next))
-    return {
-        "t": timesteps,
-        "alpha_next": np.sqrt(abar_next),
-        "sigma_next": np.sqrt(1.0 - abar_next),
-        "noise": noise,
-    }
+    @property
+    def options(self) -> dict[str, float]:
+        """What may be set, e.g. eta, with the defaults."""
+        parameters = inspect.signature(self.coefficients).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-def ddim_step(
-    x: jax.Array, c: dict[str, jax.Array], denoise: Denoiser, noise: jax.Array, eta: jax.Array
-) -> jax.Array:
-    """Denoising diffusion implicit models (Song et al. 2021, eq. 12); η = 1 is ancestral."""
-    x0, eps = denoise(x, c["t"])
-    stochastic = eta * c["noise"]
-    direction = jnp.sqrt(jnp.maximum(c["sigma_next"] ** 2 - stochastic**2, 0.0))
-    return c["alpha_next"] * x0 + direction * eps + stochastic * noise
+_x0, _eps = multistep.multistep("x0"), multistep.multistep("eps")
+_heun, _two_s = two_stage.heun_step, two_stage.dpmpp_2s_step
 
 
-SAMPLERS = {"ddim": Sampler(ddim_coefficients, ddim_step)}
+def _euler_ancestral(schedule: Schedule, levels: Level, eta: float = 1.0) -> Table:
+    """Euler's step down, then noise up (k-diffusion): DDIM in other words."""
+    return multistep.ddim(schedule, levels, eta)
+
+
+def _flow_euler(schedule: Schedule, levels: Level) -> Table:
+    """Euler's method for dx/dt = ε − x0 on straight paths; DDIM in other words."""
+    return multistep.ddim(schedule, levels)
+
+
+SAMPLERS = {
+    "ddim": Sampler(multistep.ddim, _x0),
+    "ddpm": Sampler(multistep.ddpm, _x0),
+    "plms": Sampler(multistep.plms, multistep.plms_step, history=3),
+    "euler": Sampler(multistep.euler, _x0),
+    "euler_ancestral": Sampler(_euler_ancestral, _x0),
+    "heun": Sampler(two_stage.heun, _heun, evaluations=2),
+    "lms": Sampler(multistep.lms, _eps, history=3),
+    "dpmpp_2s_ancestral": Sampler(two_stage.dpmpp_2s_ancestral, _two_s, evaluations=2),
+    "dpmpp_2m": Sampler(multistep.dpmpp_2m, _x0, history=1),
+    "dpmpp_2m_sde": Sampler(multistep.dpmpp_2m_sde, _x0, history=1),
+    "dpmpp_3m_sde": Sampler(multistep.dpmpp_3m_sde, _x0, history=2),
+    "unipc": Sampler(multistep.unipc, multistep.unipc_step, history=3),
+    "lcm": Sampler(multistep.lcm, _x0),
+    "flow_euler": Sampler(_flow_euler, _x0),
+    "flow_heun": Sampler(two_stage.flow_heun, _heun, evaluations=2),
+}
+
+# From latents to noise, so not among the ways to draw.
+DDIM_INVERSE = Sampler(
+    two_stage.ddim_inverse, two_stage.ddim_inverse_step(refinements=3), evaluations=4
+)
 
 
 def get_sampler(name: str) -> Sampler:
@@ -69,33 +83,91 @@ def get_sampler(name: str) -> Sampler:
     return SAMPLERS[name]
 
 
+def make_table(
+    name: str, schedule: Schedule, levels: Level, skip: int | None = None, **options: float | None
+) -> Table:
+    """The coefficients of a sampler on S + 1 levels; options that are None keep their defaults.
+
+    With `skip`, even 0, the table has a column "active" that turns the first steps off, and the
+    method starts, without a past, at `levels[skip]`: the shapes stay, so that another strength
+    compiles nothing.
+
+    Raises:
+      ValueError: an unknown sampler, or an option that it does not take or that is negative.
+    """
+    sampler = get_sampler(name)
+    options = {k: v for k, v in options.items() if v is not None}
+    for option, value in options.items():
+        if option not in sampler.options:
+            takes = ", ".join(sampler.options) or "none"
+            raise ValueError(f"sampler {name!r} has no {option}; its options: {takes}")
+        if value < 0.0:
+            raise ValueError(f"{option}={value:g}: must not be negative")
+    steps = len(levels.t) - 1
+    if skip is None:
+        return sampler.coefficients(schedule, levels, **options)
+    # Nothing is left of a whole skip: its rows are those of the last step, all turned off.
+    late = Level(*(v[min(skip, steps - 1) :] for v in levels))
+    table = sampler.coefficients(schedule, late, **options)
+    rows = np.maximum(np.arange(steps) - skip, 0)
+    return jax.tree.map(lambda v: v[rows], table) | {"active": np.arange(steps) >= skip}
+
+
 def sample(
     sampler: Sampler,
     denoise: Denoiser,
-    noise: jax.Array,
-    coefficients: dict[str, Any],
+    x: jax.Array,
+    table: Table,
     keys: jax.Array,
-    eta: jax.Array | float = 0.0,
-    progress: Callable[[jax.Array], None] | None = None,
+    *,
+    per_step: Any = None,
+    before_step: Callable[[jax.Array, Level, jax.Array], jax.Array] | None = None,
+    callback: Callable[[jax.Array, jax.Array], None] | None = None,
 ) -> jax.Array:
-    """Latents (B, h, w, c) from unit Gaussian noise of that shape.
+    """Latents (B, h, w, c) from x of that shape at the table's first level.
 
-    `keys` (B,) are the examples' own; step i draws from `fold_in(key, i)`. `progress`, if given, is
-    called on the host with the number of finished steps, from inside the program.
+    `keys` (B,) are the examples' own; step i draws from `fold_in(key, i)`. `per_step` is a pytree
+    of (S, …) arrays whose row of the step `denoise` gets as a third argument: guidance, say.
+    `before_step(x, level, keys)` may change x ahead of each step. `callback` is called on the host
+    from inside the program with the number of finished steps and the step's first prediction of x0.
     """
+    dtype = x.dtype
 
-    def body(x, inputs):
-        i, c = inputs
+    def body(carry, inputs):
+        i, c, *row = inputs
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        fresh = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(step_keys)
-        x = sampler.step(x, c, denoise, fresh, eta)
-        if progress is not None:
-            jax.debug.callback(progress, i + 1)
-        return x, None
 
-    table = {
-        name: jnp.asarray(values, jnp.int32 if name == "t" else jnp.float32)
-        for name, values in coefficients.items()
-    }
-    steps = len(coefficients["t"])
-    return jax.lax.scan(body, noise, (jnp.arange(steps), table))[0]
+        def step(carry):
+            x, history = carry
+            if before_step is not None:
+                x = before_step(
+                    x, c["level"], jax.vmap(jax.random.fold_in, (0, None))(step_keys, 1)
+                )
+            noise = None
+            if "noise" in c or "churn" in c:
+                noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], dtype))(step_keys)
+            seen = []
+
+            def watched(x, level):
+                prediction = denoise(x, level, *row)
+                seen.append(prediction.x0)
+                return prediction
+
+            x, history = sampler.step(x, history, c, watched, noise)
+            if callback is not None:
+                jax.debug.callback(callback, i + 1, seen[0])
+            return x, history
+
+        if "active" in c:
+            return jax.lax.cond(c["active"], step, lambda carry: carry, carry), None
+        return step(carry), None
+
+    def cast(values):
+        floating = jnp.issubdtype(values.dtype, jnp.floating)
+        return jnp.asarray(values, dtype if floating else None)
+
+    table = jax.tree.map(cast, table)
+    steps = table["level"].t.shape[0]
+    carry = (x, (jnp.zeros_like(x),) * sampler.history)
+    rows = (jnp.arange(steps), table, *(() if per_step is None else (per_step,)))
+    return jax.lax.scan(body, carry, rows)[0][0]

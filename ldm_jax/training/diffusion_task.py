@@ -117,7 +117,6 @@ class DiffusionTask:
             self._inputs({"caption": prompts}),
             self._inputs({"caption": [""] * len(prompts)}),
             example_keys(jax.random.key(0), len(prompts)),
-            jnp.float32(settings.guidance),
         )
         return image_grid(to_uint8(images), columns=len(settings.prompts))
 
@@ -148,18 +147,17 @@ class DiffusionTask:
     @functools.cached_property
     def _generate(self):
         settings = self.config.sampling
-        coefficients = self.model.coefficients(settings.sampler, settings.steps)
+        levels = self.model.levels(settings.steps)
+        run = self.model.plan(settings.sampler, levels, settings.guidance, eta=settings.eta)
 
         @jax.jit
-        def generate(params, inputs, nulls, keys, guidance):
+        def generate(params, inputs, nulls, keys):
             return self.model.generate(
                 params,
-                inputs,
+                [inputs],
                 nulls,
                 keys,
-                coefficients,
-                guidance,
-                settings.eta,
+                run,
                 latent_shape=self.latent_shape,
                 sampler=settings.sampler,
             )

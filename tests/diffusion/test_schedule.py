@@ -1,9 +1,10 @@
-"""Schedules and grids against the values of the originals."""
+"""Schedules against the values of the originals."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.schedule import make_schedule, sampling_timesteps
+from ldm_jax.diffusion.schedule import DiscreteSchedule, make_schedule
 
 # name, start, end, ᾱ[0], ᾱ[499], ᾱ[999] as the original code computes them.
 ORIGINALS = [
@@ -13,6 +14,7 @@ ORIGINALS = [
     ("linear", 0.0015, 0.0205, 0.9985, 0.1085759962, 9.691086681e-5),
     ("linear", 0.00085, 0.012, 0.99915, 0.2776696505, 4.660098513e-3),
     ("cosine", 0.0, 0.0, 0.9999587158, 0.4938435904, 2.428766907e-9),
+    ("squaredcos_cap_v2", 0.0, 0.0, 0.9999587158, 0.4938435904, 2.428766907e-9),
 ]
 
 
@@ -29,46 +31,55 @@ def test_sqrt_linear_ends_where_other_libraries_linear_does():
     assert schedule.alphas_cumprod[999] == pytest.approx(4.035829765e-5, rel=1e-8)
 
 
+def test_betas_are_the_originals():
+    schedule = make_schedule("linear", 1000, 0.00085, 0.012)
+    np.testing.assert_allclose(schedule.betas[[1, 500]], [8.54698655e-4, 4.81495414e-3], rtol=1e-8)
+    root = make_schedule("sqrt", 1000, 1e-4, 0.02)
+    np.testing.assert_allclose(root.betas[[0, -1]], [0.01, 0.02**0.5], rtol=1e-9)
+    np.testing.assert_allclose(make_schedule("cosine").betas[0], 4.128422482e-5, rtol=1e-8)
+
+
+def test_zero_terminal_snr_keeps_the_start_and_loses_all_signal():
+    plain = make_schedule("linear", 1000, 0.00085, 0.012)
+    rescaled = make_schedule("linear", 1000, 0.00085, 0.012, zero_terminal_snr=True)
+    assert rescaled.alphas_cumprod[-1] == 0.0
+    assert rescaled.alphas_cumprod[0] == pytest.approx(plain.alphas_cumprod[0], rel=1e-12)
+    assert (np.diff(rescaled.alphas_cumprod) < 0).all()
+    with pytest.raises(ValueError, match="zero_terminal_snr is for tables of β; 'flow' has none"):
+        make_schedule("flow", zero_terminal_snr=True)
+
+
+def test_flow_is_a_straight_line_and_edm_has_no_scale():
+    t, alpha, sigma = make_schedule("flow").at(np.array([0.0, 250.0, 1000.0]))
+    np.testing.assert_allclose(alpha, [1.0, 0.75, 0.0])
+    np.testing.assert_allclose(sigma, t / 1000)
+    t, alpha, sigma = make_schedule("edm").at(np.array([0.002, 80.0]))
+    assert (alpha == 1.0).all() and (sigma == t).all()
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "flow", "edm"])
+def test_a_level_is_found_again_by_its_ratio(name):
+    schedule = make_schedule(name, sigma_max=80.0) if name == "edm" else make_schedule(name)
+    levels = schedule.at(np.array([1.0, 17.0, 70.0]))
+    np.testing.assert_allclose(schedule.from_ratio(levels.ratio), levels, rtol=1e-9)
+    if isinstance(schedule, DiscreteSchedule):
+        between = schedule.at(np.array([17.5]))
+        assert 17.4 < schedule.from_ratio(between.ratio).t[0] < 17.6
+        np.testing.assert_allclose(between.alpha**2 + between.sigma**2, 1.0, rtol=1e-12)
+    nearest = schedule.time_of_ratio(jnp.asarray(levels.ratio, jnp.float32))
+    np.testing.assert_allclose(nearest, levels.t, rtol=1e-5)
+
+
+def test_traced_levels_are_the_host_s():
+    for name, t in (("linear", [0, 500, 999]), ("flow", [0.0, 500.0, 1000.0])):
+        schedule = make_schedule(name)
+        traced, host = schedule.level(jnp.asarray(t)), schedule.at(np.asarray(t))
+        np.testing.assert_allclose(traced.alpha, host.alpha, rtol=1e-6)
+        np.testing.assert_allclose(traced.sigma, host.sigma, rtol=1e-6)
+
+
 def test_unknown_schedule_lists_the_known():
-    with pytest.raises(ValueError, match="'quadratic': choose linear, sqrt_linear or cosine"):
+    with pytest.raises(
+        ValueError, match="'quadratic': choose one of linear, sqrt_linear, sqrt, co"
+    ):
         make_schedule("quadratic")
-
-
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 50, 333, 501, 999, 1000])
-def test_any_count_gives_distinct_descending_timesteps(spacing, steps):
-    grid = sampling_timesteps(1000, steps, spacing)
-    assert len(grid) == steps
-    assert grid[0] <= 999 and grid[-1] >= 0
-    # Only "leading" at its fullest has to repeat one: its grid is shifted by one.
-    distinct = np.diff(grid) < 0
-    assert distinct.all() or (spacing == "leading" and steps == 1000 and distinct[1:].all())
-
-
-def test_grids_begin_and_end_where_they_say():
-    assert sampling_timesteps(1000, 50, "trailing")[[0, -1]].tolist() == [999, 19]
-    assert sampling_timesteps(1000, 50, "leading")[[0, -1]].tolist() == [981, 1]
-    assert sampling_timesteps(1000, 50, "linspace")[[0, -1]].tolist() == [999, 0]
-
-
-@pytest.mark.parametrize("steps, count", [(10, 10), (20, 20), (50, 50), (30, 31), (400, 500)])
-def test_compat_grid_has_the_originals_counts(steps, count):
-    grid = sampling_timesteps(1000, steps, "compat")
-    assert len(grid) == count and grid[-1] == 1 and grid[0] == 1 + (count - 1) * (1000 // steps)
-
-
-@pytest.mark.parametrize("steps", [3, 9, 27, 101, 251, 501])
-def test_compat_grid_refuses_what_crashed_the_original(steps):
-    with pytest.raises(ValueError, match=f"steps={steps}: LDM's own grid reaches timestep 1000"):
-        sampling_timesteps(1000, steps, "compat")
-
-
-@pytest.mark.parametrize("steps", [0, -1, 1001])
-def test_counts_outside_the_table_are_refused(steps):
-    with pytest.raises(ValueError, match=f"steps={steps}: this model takes 1 to 1000 steps"):
-        sampling_timesteps(1000, steps, "trailing")
-
-
-def test_unknown_spacing_lists_the_known():
-    with pytest.raises(ValueError, match="choose trailing, leading, linspace or compat"):
-        sampling_timesteps(1000, 10, "karras")
