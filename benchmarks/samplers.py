@@ -119,12 +119,13 @@ def main():
     jax.config.update("jax_enable_x64", True)
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), sharex=True)
     styles = [f"{marker}{line}" for line in ("-", "--") for marker in "osv^Dx"]
+    same = ("euler", "flow_euler", "euler_ancestral")  # as ddim and ddpm
     kinds = [
         (path_error, "distance to the exact path", [
-            n for n in SAMPLERS if n not in ("ddpm", "lcm", "euler", "flow_euler", "euler_ancestral")
+            n for n in SAMPLERS if n not in ("ddpm", "lcm", *same)
         ]),
         (law_error, "distance to the data's distribution", [
-            n for n in SAMPLERS if draws_noise(n) and n not in ("lcm", "euler_ancestral")
+            n for n in SAMPLERS if draws_noise(n) and n not in ("lcm", *same)
         ]),
     ]  # fmt: skip
     for panel, (error, label, names) in zip(panels, kinds, strict=True):
