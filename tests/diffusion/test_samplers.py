@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ldm_jax.diffusion.grids import sampling_levels
 from ldm_jax.diffusion.noise import example_keys
@@ -177,6 +178,17 @@ def test_an_example_does_not_depend_on_its_batch(name):
     full = draw(name, x, levels)
     for count in (1, 3):
         np.testing.assert_allclose(draw(name, x[:count], levels), full[:count], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_3m_sde", "unipc", "heun"])
+def test_eight_devices_draw_as_one_does(name):
+    x = jax.random.normal(jax.random.key(0), (8, 4, 4, 1))
+    levels = sampling_levels(SCHEDULE, 6, "trailing")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    eight = draw(name, spread, levels)
+    assert len(eight.sharding.device_set) == 8
+    np.testing.assert_allclose(eight, draw(name, x, levels), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
