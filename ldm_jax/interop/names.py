@@ -1,0 +1,149 @@
+"""What other people's files call our parameters, and how their arrays lie.
+
+The names of CompVis' code are the common tongue: `compvis_name` makes them from our paths, and
+`diffusers_name` makes diffusers' from those, so each layout is one function in one direction;
+reading inverts it over the parameters that a model has. torch keeps a matrix as (out, in) and a
+convolution as (out, in, height, width), where Flax has (in, out) and (height, width, in, out).
+"""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+Rules = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
+
+
+def _apply(rules: Rules, name: str) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+_LEAVES: Rules = ((r"\.(kernel|scale|embedding)$", ".weight"),)
+_TRANSFORMER: Rules = (
+    (r"\.to_out\.", ".to_out.0."),
+    (r"\.ff\.proj_out\.", ".ff.net.2."),
+)
+_UNET: Rules = (
+    (r"_(\d+)(?=[._])", r".\1"),
+    (r"\.ff\.proj_in\.", ".ff.net.0.proj."),
+    *_TRANSFORMER,
+    # A level's way down or up is a bare convolution here, and one inside a module there.
+    (r"^(input_blocks\.(?!0\.)\d+\.0)\.(?=weight|bias)", r"\1.op."),
+    (r"^(output_blocks\.\d+\.\d)\.(?=weight|bias)", r"\1.conv."),
+)
+_AUTOENCODER: Rules = (
+    (r"^conv_out\.", "decoder.conv_out."),
+    (r"\bmid_", "mid."),
+    (r"\b(down|up)_(\d+)_(block|attn)_(\d+)\.", r"\1.\2.\3.\4."),
+    (r"\b(down|up)_(\d+)_(downsample|upsample)\.", r"\1.\2.\3.conv."),
+)
+
+
+def _bert_layer(match: re.Match) -> str:
+    """Attention and feed-forward are layers of their own there, each (norm, layer)."""
+    feed_forward = match[2] in ("ff", "norm2")
+    part = 0 if match[2].startswith("norm") else 1
+    return f"attn_layers.layers.{2 * int(match[1]) + feed_forward}.{part}."
+
+
+_BERT: Rules = (
+    (r"^pos_emb$", "pos_emb.emb.weight"),
+    (r"^layers_(\d+)_(attn|ff|norm1|norm2)\.", _bert_layer),
+    (r"^norm\.", "norm."),
+    (r"^(attn_layers\.layers\.\d*[13579]\.1)\.proj_in\.", r"\1.net.0.0."),
+    (r"^(attn_layers\.layers\.\d*[13579]\.1)\.proj_out\.", r"\1.net.2."),
+)
+COMPVIS: dict[str, Rules] = {"unet": _UNET, "autoencoder": _AUTOENCODER, "bert": _BERT}
+
+
+def compvis_name(network: str, path: str) -> str:
+    """The name in CompVis' code of our leaf `path` ("a/b/kernel") of a "unet", "autoencoder" or
+    "bert" (LDM's text transformer), without the prefix that the whole model puts before it."""
+    return _apply(COMPVIS[network], _apply(_LEAVES, path.replace("/", ".")))
+
+
+_RESNET: Rules = (
+    (r"\.in_layers\.0\.", ".norm1."),
+    (r"\.in_layers\.2\.", ".conv1."),
+    (r"\.emb_layers\.1\.", ".time_emb_proj."),
+    (r"\.out_layers\.0\.", ".norm2."),
+    (r"\.out_layers\.3\.", ".conv2."),
+    (r"\.(skip_connection|nin_shortcut)\.", ".conv_shortcut."),
+)
+
+
+def diffusers_unet_name(name: str, num_res_blocks: int) -> str:
+    """diffusers' name of a UNet's tensor, from CompVis'."""
+    per_level = num_res_blocks + 1
+
+    def down(match: re.Match) -> str:
+        level, place = divmod(int(match[1]) - 1, per_level)
+        if place == num_res_blocks:
+            return f"down_blocks.{level}.downsamplers.0.{'conv.' if match[3] else ''}"
+        kind = ("resnets", "attentions")[int(match[2])]
+        return f"down_blocks.{level}.{kind}.{place}."
+
+    def up(match: re.Match) -> str:
+        level, place = divmod(int(match[1]), per_level)
+        if match[3]:
+            return f"up_blocks.{level}.upsamplers.0.conv."
+        kind = ("resnets", "attentions", "upsamplers")[int(match[2])]
+        return f"up_blocks.{level}.{kind}.{0 if kind == 'upsamplers' else place}."
+
+    rules: Rules = (
+        (r"^time_embed\.([02])\.", lambda m: f"time_embedding.linear_{int(m[1]) // 2 + 1}."),
+        (r"^input_blocks\.0\.0\.", "conv_in."),
+        (r"^out\.0\.", "conv_norm_out."),
+        (r"^out\.2\.", "conv_out."),
+        (r"^input_blocks\.(\d+)\.(\d)\.(op\.)?", down),
+        (r"^output_blocks\.(\d+)\.(\d)\.(conv\.)?", up),
+        (r"^middle_block\.0\.", "mid_block.resnets.0."),
+        (r"^middle_block\.1\.", "mid_block.attentions.0."),
+        (r"^middle_block\.2\.", "mid_block.resnets.1."),
+        *_RESNET,
+    )
+    return _apply(rules, name)
+
+
+def diffusers_autoencoder_name(name: str, levels: int) -> str:
+    """diffusers' name of an autoencoder's tensor, from CompVis'; decoders count from the top."""
+
+    def up(match: re.Match) -> str:
+        return f"up_blocks.{levels - 1 - int(match[1])}.{match[2]}"
+
+    rules: Rules = (
+        (r"\bdown\.(\d+)\.", r"down_blocks.\1."),
+        (r"\bup\.(\d+)\.(.)", up),
+        (r"\.block\.(\d+)\.", r".resnets.\1."),
+        (r"\.attn\.(\d+)\.", r".attentions.\1."),
+        (r"\.(downsample|upsample)\.conv\.", r".\1rs.0.conv."),
+        (r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}."),
+        (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+        (r"(\.attentions\.\d+)\.norm\.", r"\1.group_norm."),
+        (r"(\.attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+        (r"(\.attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+        (r"\.norm_out\.", ".conv_norm_out."),
+        *_RESNET,
+    )
+    return _apply(rules, name)
+
+
+def to_torch(array: np.ndarray, dimensions: int) -> np.ndarray:
+    """Our array as torch's of that many dimensions: transposed, and with 1s for a 1×1 kernel.
+
+    Vectors, embeddings and whatever is not a kernel must not be passed here.
+    """
+    flipped = array.transpose(array.ndim - 1, array.ndim - 2, *range(array.ndim - 2))
+    return flipped.reshape(
+        flipped.shape[:2] + flipped.shape[2:dimensions] + (1,) * (dimensions - array.ndim)
+    )
+
+
+def to_flax(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """torch's kernel as ours of that shape. Raises ValueError if it cannot be that."""
+    flipped = array.transpose(*range(2, array.ndim), 1, 0)
+    if [n for n in flipped.shape if n > 1] != [n for n in shape if n > 1]:
+        raise ValueError(f"shape {array.shape} there cannot be {shape} here")
+    return flipped.reshape(shape)
