@@ -330,26 +330,19 @@ class LatentDiffusion:
         steps = len(levels.t) - 1
         longest = getattr(self.schedule, "timesteps", None) or self.schedule.sigma_max
         scale = guidance_weights(guidance, levels, longest, interval)
+        weights = np.ones(1) if weights is None else np.asarray(weights)
         start = Level(*(np.float32(v[skip or 0]) for v in levels))
         table = make_table(sampler, self.schedule, levels, skip, **options)
-        several = weights is not None and len(weights) > 1
-        if not several and (scale == 1.0).all():
+        on = scale != 1.0
+        if len(weights) == 1 and not on.any():
             return Run(table, None, start, percentile)
-        active = None if several or (scale != 1.0).all() else scale != 1.0
-        weights = np.broadcast_to(
-            [1.0] if weights is None else weights, (steps, len(weights or [1]))
+        steps_of = Guidance(
+            scale=np.float32(scale),
+            weights=np.tile(np.float32(weights), (steps, 1)),
+            rescale=np.full(steps, rescale, np.float32),
+            active=None if len(weights) > 1 or on.all() else on,
         )
-        return Run(
-            table,
-            Guidance(
-                np.float32(scale),
-                np.float32(weights),
-                np.full(steps, rescale, np.float32),
-                active,
-            ),
-            start,
-            percentile,
-        )
+        return Run(table, steps_of, start, percentile)
 
 
 def make_autoencoder(fields: dict[str, Any], dtype: Any = None) -> AutoencoderKL:

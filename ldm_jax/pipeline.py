@@ -243,8 +243,16 @@ class Pipeline:
                 f"condition (conditioning.{undropped[0]}.dropout is 0), so it knows no "
                 "unconditional prediction to lead away from; use guidance=1"
             )
-        if weak is not None and weak.model.latent_channels != self.model.latent_channels:
-            raise ValueError("weak: a pipeline of other latents cannot guide this one")
+        if weak is not None:
+            mine, its = (
+                (m.latent_channels, m.parameterization, tuple(e.name for e in m.embedders))
+                for m in (self.model, weak.model)
+            )
+            if mine != its:
+                raise ValueError(
+                    "weak: a model of other latents, parameterization or conditions cannot guide "
+                    f"this one: {its} there, {mine} here"
+                )
 
     def _start(self, count, image, mask, strength, steps, height, width):
         """(latent shape, steps to skip or None, edit or None) of a call's arguments."""

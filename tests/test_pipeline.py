@@ -120,6 +120,9 @@ def test_a_weak_model_replaces_the_null_condition(pipe):
     np.testing.assert_allclose(pipe("cat face", steps=2, guidance=3.0, weak=pipe), plain, atol=1e-3)
     worse = dataclasses.replace(pipe, params=jax.tree.map(lambda v: 0.9 * v, pipe.params))
     assert np.abs(pipe("cat face", steps=2, guidance=3.0, weak=worse) - plain).mean() > 0.01
+    other = dataclasses.replace(pipe.model, parameterization="eps")
+    with pytest.raises(ValueError, match=r"weak: a model of other latents.*\(16, 'eps', \('text',"):
+        pipe("cat face", steps=2, weak=dataclasses.replace(pipe, model=other))
 
 
 def test_encode_and_decode_come_back(pipe):
