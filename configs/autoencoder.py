@@ -5,7 +5,7 @@
 
 Variants, as in --config=configs/autoencoder.py:smoke
 
-    emoji   1,697 training emoji, 64 px → 8×8×16 latents (default; an hour on two CPU cores)
+    emoji   1,697 training emoji, 64 px → 8×8×16 latents (default; two hours on two CPU cores)
     smoke   a few steps of a tiny network, for tests
 
 L1 + KL, and from `loss.disc_start` on the discriminator. The perceptual term needs a file of VGG-16
@@ -47,7 +47,7 @@ def emoji() -> ml_collections.ConfigDict:
         logvar_init=-6.0,
         lpips="",
         perceptual_weight=1.0,
-        disc_start=28000,
+        disc_start=40000,
         disc_weight=0.1,
     )
     config.optimizer = dict(
@@ -62,7 +62,7 @@ def emoji() -> ml_collections.ConfigDict:
         multipliers=(),
     )
     config.train = dict(
-        steps=32000,
+        steps=44000,
         batch_size=8,
         ema_decay=0.999,
         log_every=100,

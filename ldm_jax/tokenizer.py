@@ -1,13 +1,100 @@
-"""Prompts to tokens: WordPiece over a vocabulary that ships, or the user's own file."""
+"""Prompts to tokens: BERT's WordPiece and CLIP's byte pairs.
+
+Each works over a vocabulary that ships or over the user's own file. The package `tokenizers` does
+the work; importing it by way of `transformers` would cost every start of the program another
+second.
+"""
 
 import dataclasses
 import functools
+import gzip
+import itertools
 from pathlib import Path
 
 import numpy as np
-from tokenizers import BertWordPieceTokenizer
+from tokenizers import (
+    BertWordPieceTokenizer,
+    Encoding,
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 VOCABULARIES = Path(__file__).parent / "data" / "vocabulary"
+START, END = "<|startoftext|>", "<|endoftext|>"
+# What CLIP uses of its file: 49,408 pieces, less 2 × 256 for single bytes and these two.
+MERGES = 48_894
+# Radford et al. 2021, their code: special tokens, contractions, words, digits, other signs.
+WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+    r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+)
+
+
+def find(vocabulary: str, suffix: str) -> Path:
+    """File of a vocabulary that ships, else of the user's; ValueError if there is neither."""
+    path = VOCABULARIES / f"{vocabulary}{suffix}"
+    path = path if path.exists() else Path(vocabulary)
+    if not path.is_file():
+        names = sorted(p.name.removesuffix(suffix) for p in VOCABULARIES.glob(f"*{suffix}"))
+        known = ", ".join(names)
+        raise ValueError(f"vocabulary {vocabulary!r}: neither one of {known} nor a file")
+    return path
+
+
+def stack(encodings: list[Encoding], max_length: int, padding: int) -> np.ndarray:
+    """Ids int32 (B, max_length); of those that do not fit, the first ones and the very last."""
+    tokens = np.full((len(encodings), max_length), padding, np.int32)
+    for row, encoding in zip(tokens, encodings, strict=True):
+        ids = encoding.ids
+        if len(ids) > max_length:
+            ids = ids[: max_length - 1] + ids[-1:]
+        row[: len(ids)] = ids
+    return tokens
+
+
+def cut(prompt: str, encoding: Encoding, max_length: int) -> str:
+    """The end of the prompt that `stack` leaves out; "" if nothing."""
+    if len(encoding.ids) <= max_length:
+        return ""
+    return prompt[encoding.offsets[max_length - 1][0] :]
+
+
+@functools.cache
+def byte_pair_tokenizer(path: Path) -> Tokenizer:
+    """CLIP's tokenizer from a file of merges: a line with the version, then two pieces a line.
+
+    Ids: the 256 bytes as characters, the same at a word's end, the merges in their order, start and
+    end. Merges after the 48,894th, which CLIP does not use, are not read.
+    """
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        lines = list(itertools.islice(file, MERGES + 1))
+    merges = [tuple(line.split()) for line in lines[1:]]
+    if not lines or "#version" not in lines[0] or any(len(pair) != 2 for pair in merges):
+        raise ValueError(f"{path}: not a file of merges: '#version' first, then two pieces a line")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    at_end = [character + "</w>" for character in alphabet]
+    pieces = [*alphabet, *at_end, *("".join(pair) for pair in merges), START, END]
+    ids = {piece: index for index, piece in enumerate(pieces)}
+
+    missing = next((p for pair in merges for p in pair if p not in ids), None)
+    if missing is not None:
+        raise ValueError(f"{path}: no merge makes {missing!r}, which another merge takes")
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=END, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    split = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
+    bytes_as_characters = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_as_characters])
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (END, ids[END]), (START, ids[START]), trim_offsets=False, add_prefix_space=False
+    )
+    tokenizer.add_special_tokens([START, END])
+    return tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +102,7 @@ class WordPiece:
     """BERT's tokenizer, lower-cased: [CLS] pieces… [SEP], padded with 0 to `max_length`.
 
     `vocabulary` is "bert" (30,522 pieces; for any English), "emoji" (those that the embedded
-    captions use) or the path of a vocab.txt. The package `tokenizers` does the work; importing it
-    by way of `transformers` would cost every start of the program another second.
+    captions use) or the path of a vocab.txt.
     """
 
     vocabulary: str
@@ -24,12 +110,7 @@ class WordPiece:
 
     @functools.cached_property
     def _tokenizer(self) -> BertWordPieceTokenizer:
-        path = VOCABULARIES / f"{self.vocabulary}.txt"
-        path = path if path.exists() else Path(self.vocabulary)
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in VOCABULARIES.glob("*.txt")))
-            raise ValueError(f"vocabulary {self.vocabulary!r}: neither one of {known} nor a file")
-        return BertWordPieceTokenizer(str(path), lowercase=True)
+        return BertWordPieceTokenizer(str(find(self.vocabulary, ".txt")), lowercase=True)
 
     @property
     def size(self) -> int:
@@ -38,17 +119,54 @@ class WordPiece:
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
         """Tokens int32 (B, max_length). What does not fit is cut: see `overflow`."""
-        tokens = np.zeros((len(prompts), self.max_length), np.int32)
-        for row, encoding in zip(tokens, self._tokenizer.encode_batch(prompts), strict=True):
-            ids = encoding.ids
-            if len(ids) > self.max_length:
-                ids = ids[: self.max_length - 1] + ids[-1:]
-            row[: len(ids)] = ids
-        return tokens
+        return stack(self._tokenizer.encode_batch(prompts), self.max_length, padding=0)
 
     def overflow(self, prompt: str) -> str:
         """The end of the prompt that does not fit, as the user wrote it; "" if all does."""
-        encoding = self._tokenizer.encode(prompt)
-        if len(encoding.ids) <= self.max_length:
-            return ""
-        return prompt[encoding.offsets[self.max_length - 1][0] :]
+        return cut(prompt, self._tokenizer.encode(prompt), self.max_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class BytePair:
+    """CLIP's tokenizer (Radford et al. 2021, §2.4): start, pieces… end, padded to `max_length`.
+
+    The ids are those of transformers' CLIPTokenizer. Text is composed (NFC), lower-cased, and split
+    into contractions, words, single digits and runs of other signs; white space goes. OpenAI's and
+    OpenCLIP's own code first repairs broken encodings (ftfy) and unescapes HTML ("&amp;"): this
+    does not.
+
+    `vocabulary` is "clip" (49,408 pieces) or the path of a file of merges in CLIP's format, .txt or
+    .gz; of n merges come 512 + n + 2 pieces. `padding` is "end" (CLIP, as in SD 1 and SDXL's first
+    encoder) or "zero" (OpenCLIP, as in SD 2 and SDXL's second). For these two, diffusers declares
+    "!" to be the padding, and so turns every "!" of a prompt into 0; here, as in OpenCLIP and where
+    the models were trained, it remains the piece it is.
+
+    Raises:
+      ValueError: an unknown `padding`; a `vocabulary` that is not found or not in the format.
+    """
+
+    vocabulary: str = "clip"
+    max_length: int = 77
+    padding: str = "end"
+
+    def __post_init__(self):
+        if self.padding not in ("end", "zero"):
+            raise ValueError(f"padding={self.padding!r}: choose one of end, zero")
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return byte_pair_tokenizer(find(self.vocabulary, ".txt.gz"))
+
+    @property
+    def size(self) -> int:
+        """Number of pieces. The last is the end token, the one before it the start token."""
+        return self._tokenizer.get_vocab_size()
+
+    def __call__(self, prompts: list[str]) -> np.ndarray:
+        """Tokens int32 (B, max_length). What does not fit is cut: see `overflow`."""
+        padding = self.size - 1 if self.padding == "end" else 0
+        return stack(self._tokenizer.encode_batch(prompts), self.max_length, padding)
+
+    def overflow(self, prompt: str) -> str:
+        """The end of the prompt that does not fit, as the user wrote it; "" if all does."""
+        return cut(prompt, self._tokenizer.encode(prompt), self.max_length)

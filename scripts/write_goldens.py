@@ -60,7 +60,9 @@ def nhwc(array):
     return np.moveaxis(array, 1, -1) if array.ndim == 4 else array
 
 
-def record(name, network, forward, inputs, parameters=(), weights=random_weights):
+def record(
+    name, network, forward, inputs, parameters=(), weights=random_weights, packages=PACKAGES
+):
     """Writes one golden.
 
     Args:
@@ -69,6 +71,7 @@ def record(name, network, forward, inputs, parameters=(), weights=random_weights
       inputs: arrays by name, pictures in NHWC. There are gradients with respect to all floats.
       parameters: names of parameters to give gradients of.
       weights: function of the parameters' shapes to their values.
+      packages: whose versions the golden names.
     """
     import torch
 
@@ -93,7 +96,7 @@ def record(name, network, forward, inputs, parameters=(), weights=random_weights
     arrays |= {f"output/{key}": nhwc(o.detach().numpy()) for key, o in outputs.items()}
     arrays |= {f"input_gradient/{key}": nhwc(tensors[key].grad.numpy()) for key in floats}
     arrays |= {f"gradient/{key}": named[key].grad.numpy() for key in parameters}
-    versions = {package: version(package) for package in PACKAGES}
+    versions = {package: version(package) for package in packages}
     about = json.dumps({"shapes": shapes, "versions": versions})
     np.savez_compressed(GOLDEN / f"{name}.npz", about=np.array(about), **arrays)
     norms = {key: f"{float(np.sqrt(np.mean(np.square(a)))):.3g}" for key, a in arrays.items()}
