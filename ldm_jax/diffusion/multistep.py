@@ -70,11 +70,14 @@ def add_churn(
     if not amount:
         return here, {}
     gamma = min(amount / len(here.t), np.sqrt(2.0) - 1.0)
-    churned = (here.ratio >= low) & (here.ratio <= high)
-    raised = schedule.from_ratio(here.ratio * np.where(churned, 1.0 + gamma, 1.0))
+    # Where no signal is left there is nothing above.
+    churned = (here.ratio >= low) & (here.ratio <= high) & np.isfinite(here.ratio)
+    ratio = np.where(churned, here.ratio, 1.0)
+    raised = schedule.from_ratio(ratio * (1.0 + gamma))
+    added = scale * raised.alpha * ratio * np.sqrt((1.0 + gamma) ** 2 - 1.0)
+    kept = raised.alpha / np.where(churned, here.alpha, 1.0)
     raised = Level(*(np.where(churned, r, h) for r, h in zip(raised, here, strict=True)))
-    added = scale * raised.alpha * np.sqrt(np.maximum(raised.ratio**2 - here.ratio**2, 0.0))
-    return raised, {"churn_x": raised.alpha / here.alpha, "churn": added}
+    return raised, {"churn_x": np.where(churned, kept, 1.0), "churn": np.where(churned, added, 0.0)}
 
 
 def ddim(schedule: Schedule, levels: Level, eta: float = 0.0) -> Table:

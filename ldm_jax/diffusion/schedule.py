@@ -88,7 +88,8 @@ class DiscreteSchedule:
 
     def time_of_ratio(self, ratio: jax.Array) -> jax.Array:
         """The integer t whose σ/α is nearest, on a logarithmic scale."""
-        table = np.log(self.sigma[:-1] / self.alpha[:-1])
+        with np.errstate(divide="ignore"):
+            table = np.log(self.sigma / self.alpha)
         middles = jnp.asarray((table[1:] + table[:-1]) / 2.0, jnp.float32)
         return jnp.searchsorted(middles, jnp.log(ratio)).astype(jnp.int32)
 

@@ -148,6 +148,14 @@ def test_churn_keeps_the_distribution():
         assert abs(stirred.mean() - MEAN) < bias and abs(stirred.std() - STD) < bias
 
 
+def test_churn_leaves_a_level_without_signal_alone():
+    levels = sampling_levels(SCHEDULES["flow"], 10, "trailing")
+    table = make_table("euler", SCHEDULES["flow"], levels, churn=5.0)
+    assert table["churn"][0] == 0.0 and (table["churn"][1:] > 0.0).all()
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
+    assert np.isfinite(draw("euler", x, levels, schedule=SCHEDULES["flow"], churn=5.0)).all()
+
+
 def test_equal_methods_are_equal():
     """Euler over σ/α, over a flow's time and DDIM are one; so are DDPM, DDIM at η = 1 and Euler
     ancestral."""

@@ -70,6 +70,13 @@ def test_a_level_is_found_again_by_its_ratio(name):
     np.testing.assert_allclose(nearest, levels.t, rtol=1e-5)
 
 
+def test_the_noisiest_ratio_is_the_last_timestep():
+    schedule = make_schedule("linear", zero_terminal_snr=True)
+    assert schedule.time_of_ratio(jnp.array([1e9]))[0] == 998  # the last has none at all
+    plain = make_schedule("linear")
+    assert plain.time_of_ratio(jnp.array([1e9, 1e-9])).tolist() == [999, 0]
+
+
 def test_traced_levels_are_the_host_s():
     for name, t in (("linear", [0, 500, 999]), ("flow", [0.0, 500.0, 1000.0])):
         schedule = make_schedule(name)
