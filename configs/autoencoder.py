@@ -77,7 +77,7 @@ def emoji() -> ml_collections.ConfigDict:
 def smoke() -> ml_collections.ConfigDict:
     config = emoji()
     config.data.classes = ("food & drink",)
-    config.autoencoder.update(ch=8, patch_size=2, ch_mult=(1, 1, 2), groups=8)
+    config.autoencoder.update(ch=8, ch_mult=(1, 1, 2), num_res_blocks=1, patch_size=2, groups=8)
     config.discriminator.ndf = 8
     config.loss.disc_start = 4
     config.train.update(steps=8, batch_size=8, log_every=2, checkpoint_every=4, preview_every=8)
