@@ -87,11 +87,16 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x + self-attention, x + cross-attention, x + GEGLU, each on a LayerNorm (LDM, §3.3)."""
+    """x + self-attention, x + cross-attention, x + GEGLU, each on a LayerNorm (LDM, §3.3).
+
+    Without a context both attentions are to x itself; with `disable_self_attn` both are to the
+    context (SD 2's upscaler).
+    """
 
     heads: int
     head_dim: int
     dropout: float = 0.0
+    disable_self_attn: bool = False
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
@@ -108,7 +113,8 @@ class TransformerBlock(nn.Module):
         def attention(name):
             return Attention(self.heads, self.head_dim, name=name, **types)
 
-        x = x + drop(attention("attn1")(norm("norm1")(x)))
+        own = context if self.disable_self_attn else None
+        x = x + drop(attention("attn1")(norm("norm1")(x), own))
         x = x + drop(attention("attn2")(norm("norm2")(x), context))
         feed_forward = FeedForward(gated=True, dropout=self.dropout, name="ff", **types)
         return x + feed_forward(norm("norm3")(x), deterministic)
@@ -117,8 +123,8 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer over the pixels of (B, H, W, C), with a context (B, S, D) to cross-attend.
 
-    `use_linear` projects after flattening (SD 2, SDXL) instead of by a 1×1 convolution before: the
-    same product, kept apart because the checkpoints store it differently.
+    The originals project by a 1×1 convolution (LDM, SD 1) or, flattened, by a matrix (SD 2, SDXL):
+    the same product, which checkpoints store differently. Here it is always a matrix.
     """
 
     heads: int
@@ -126,6 +132,7 @@ class SpatialTransformer(nn.Module):
     depth: int = 1
     groups: int = 32
     dropout: float = 0.0
+    disable_self_attn: bool = False
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
@@ -142,7 +149,12 @@ class SpatialTransformer(nn.Module):
         h = nn.Dense(inner, name="proj_in", kernel_init=uniform_init, **types)(h)
         for i in range(self.depth):
             block = TransformerBlock(
-                self.heads, self.head_dim, self.dropout, name=f"transformer_blocks_{i}", **types
+                self.heads,
+                self.head_dim,
+                self.dropout,
+                self.disable_self_attn,
+                name=f"transformer_blocks_{i}",
+                **types,
             )
             h = block(h, context, deterministic)
         h = nn.Dense(channels, name="proj_out", kernel_init=nn.initializers.zeros, **types)(h)

@@ -1,4 +1,6 @@
-"""The first stage: a convolutional KL autoencoder (Rombach et al. 2022, §3.1 and §G).
+"""The first stage: a convolutional autoencoder (Rombach et al. 2022, §3.1 and §G), here with KL.
+
+`ldm_jax.models.vq` has the one with a codebook, of the same encoder and decoder.
 
 An image x (B, H, W, 3) in [−1, 1] becomes a diagonal Gaussian over latents (B, H/f, W/f, C) with
 f = patch_size·2^(levels−1), and comes back. Field names are those of the original configurations;
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ldm_jax.models.attention import SpatialSelfAttention
-from ldm_jax.models.layers import GroupNorm, conv
+from ldm_jax.models.layers import GroupNorm, check_channels, check_sides, conv, upsample
 
 
 class ResnetBlock(nn.Module):
@@ -34,13 +36,6 @@ class ResnetBlock(nn.Module):
         if x.shape[-1] != self.features:
             x = conv(self.features, 1, name="nin_shortcut", **types)(x)
         return x + h
-
-
-def upsample(x: jax.Array) -> jax.Array:
-    """Nearest neighbour ×2: (B, H, W, C) → (B, 2H, 2W, C), each pixel repeated."""
-    batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
 
 
 def space_to_depth(x: jax.Array, size: int) -> jax.Array:
@@ -66,6 +61,7 @@ class Encoder(nn.Module):
     attn_resolutions: tuple[int, ...]
     resolution: int
     out_channels: int
+    patch_size: int = 1
     mid_attn: bool = True
     groups: int = 32
     dropout: float = 0.0
@@ -79,7 +75,8 @@ class Encoder(nn.Module):
         def resnet(features, name):
             return ResnetBlock(features, self.groups, self.dropout, name=name, **types)
 
-        h = conv(self.ch, name="conv_in", **types)(x)
+        check_sides(x, "images", self.patch_size * 2 ** (len(self.ch_mult) - 1))
+        h = conv(self.ch, name="conv_in", **types)(space_to_depth(x, self.patch_size))
         resolution = self.resolution
         for level, mult in enumerate(self.ch_mult):
             for j in range(self.num_res_blocks):
@@ -137,12 +134,25 @@ class Decoder(nn.Module):
         return nn.swish(GroupNorm(self.groups, 1e-6, name="norm_out", **types)(h))
 
 
+def encoder_and_decoder(model: nn.Module, out_channels: int) -> tuple[Encoder, Decoder]:
+    """The two as the fields of an autoencoder say, whose `setup` calls this."""
+    names = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resolution", "mid_attn")
+    names += ("groups", "dropout", "dtype", "param_dtype")
+    shared = {name: getattr(model, name) for name in names}
+    encoder = Encoder(out_channels=out_channels, patch_size=model.patch_size, **shared)
+    return encoder, Decoder(**shared)
+
+
 class AutoencoderKL(nn.Module):
     """KL autoencoder. Outside it, latents are already multiplied by `scale_factor`.
 
     `resolution` is nominal: it only places attention (`attn_resolutions` at levels of that size,
     the first level counting as `resolution` whatever the `patch_size`);
     any height and width divisible by `downsampling` go through. `groups` must divide every width.
+    The originals' `attn_type: none` is `mid_attn=False` without `attn_resolutions`. Without
+    `use_quant_conv` (SGM's own autoencoders, SD 3) the encoder's output is the moments.
+
+    Raises ValueError for pictures or latents of other channels or indivisible sides.
     """
 
     ch: int = 128
@@ -155,6 +165,7 @@ class AutoencoderKL(nn.Module):
     z_channels: int = 4
     embed_dim: int = 4
     mid_attn: bool = True
+    use_quant_conv: bool = True
     groups: int = 32
     dropout: float = 0.0
     patch_size: int = 1
@@ -164,22 +175,16 @@ class AutoencoderKL(nn.Module):
 
     def setup(self):
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        shared = dict(
-            ch=self.ch,
-            ch_mult=self.ch_mult,
-            num_res_blocks=self.num_res_blocks,
-            attn_resolutions=self.attn_resolutions,
-            resolution=self.resolution,
-            mid_attn=self.mid_attn,
-            groups=self.groups,
-            dropout=self.dropout,
-            **types,
-        )
-        self.encoder = Encoder(out_channels=2 * self.z_channels, **shared)
-        self.decoder = Decoder(**shared)
+        self.encoder, self.decoder = encoder_and_decoder(self, 2 * self.z_channels)
         self.conv_out = conv(self.out_ch * self.patch_size**2, **types)
-        self.quant_conv = conv(2 * self.embed_dim, 1, **types)
-        self.post_quant_conv = conv(self.z_channels, 1, **types)
+        if self.use_quant_conv:
+            self.quant_conv = conv(2 * self.embed_dim, 1, **types)
+            self.post_quant_conv = conv(self.z_channels, 1, **types)
+        elif self.embed_dim != self.z_channels:
+            raise ValueError(
+                f"AutoencoderKL without quant_conv: embed_dim={self.embed_dim} must equal "
+                f"z_channels={self.z_channels}"
+            )
 
     @property
     def downsampling(self) -> int:
@@ -187,12 +192,9 @@ class AutoencoderKL(nn.Module):
 
     def moments(self, x: jax.Array, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
         """Mean and log-variance (clamped to [−30, 20]) of the posterior, unscaled, float32."""
-        if x.shape[1] % self.downsampling or x.shape[2] % self.downsampling:
-            raise ValueError(
-                f"images {x.shape[1:3]}: sides must be multiples of {self.downsampling} pixels"
-            )
-        h = self.encoder(space_to_depth(x, self.patch_size), deterministic)
-        moments = self.quant_conv(h).astype(jnp.float32)
+        check_channels(x, "AutoencoderKL with in_channels", self.in_channels)
+        h = self.encoder(x, deterministic)
+        moments = (self.quant_conv(h) if self.use_quant_conv else h).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
@@ -206,7 +208,8 @@ class AutoencoderKL(nn.Module):
 
     def features(self, z: jax.Array, deterministic: bool = True) -> jax.Array:
         """The last convolution's input (B, H, W, ch) for *unscaled* latents z."""
-        return self.decoder(self.post_quant_conv(z), deterministic)
+        check_channels(z, "AutoencoderKL with embed_dim", self.embed_dim)
+        return self.decoder(self.post_quant_conv(z) if self.use_quant_conv else z, deterministic)
 
     def last_layer(self, features: jax.Array) -> jax.Array:
         """The last convolution, apart because LDM weighs its adversarial loss by its gradient."""

@@ -1,8 +1,10 @@
-"""Building blocks that the autoencoder and the UNet share. Everything is NHWC.
+"""Building blocks that the networks share. Everything is NHWC.
 
 `dtype` is the type of the arithmetic (None: that of the inputs), `param_dtype` that of the
 parameters; normalisation statistics are always float32.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -65,3 +67,37 @@ def conv(
         kernel_init=nn.initializers.zeros if zero_init else uniform_init,
         **options,
     )
+
+
+def check_channels(array: jax.Array, field: str, channels: int) -> None:
+    """Raises ValueError if an array (..., C) has not the channels that a network's field says."""
+    if array.shape[-1] != channels:
+        raise ValueError(f"{field}={channels} got {array.shape[-1]} channels, {array.shape}")
+
+
+def check_sides(array: jax.Array, what: str, factor: int) -> None:
+    """Raises ValueError if height and width of (B, H, W, C) are no multiples of a factor."""
+    if array.shape[1] % factor or array.shape[2] % factor:
+        raise ValueError(f"{what} {array.shape[1:3]}: sides must be multiples of {factor} pixels")
+
+
+def upsample(x: jax.Array) -> jax.Array:
+    """Nearest neighbour ×2: (B, H, W, C) → (B, 2H, 2W, C), each pixel repeated."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def average_pool(x: jax.Array) -> jax.Array:
+    """Mean of 2×2 pixels: (B, 2H, 2W, C) → (B, H, W, C)."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
+
+
+def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
+    """Sinusoids of timesteps (B,), 0…1000 and possibly fractional → (B, dim), cosines first."""
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, dim % 2)))

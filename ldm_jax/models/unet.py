@@ -4,30 +4,21 @@ Modules carry the originals' names (`input_blocks_3_0` is their `input_blocks.3.
 checkpoint's keys can be read off.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from ldm_jax.models.attention import SpatialTransformer, attend
-from ldm_jax.models.autoencoder import upsample
-from ldm_jax.models.layers import GroupNorm, conv, uniform_init
-
-
-def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
-    """Sinusoids of timesteps (B,), 0…1000 and possibly fractional → (B, dim), cosines first."""
-    half = dim // 2
-    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = t.astype(jnp.float32)[:, None] * frequencies
-    embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-    return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
-
-
-def average_pool(x: jax.Array) -> jax.Array:
-    """Mean of 2×2 pixels: (B, 2H, 2W, C) → (B, H, W, C)."""
-    batch, height, width, channels = x.shape
-    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
+from ldm_jax.models.layers import (
+    GroupNorm,
+    average_pool,
+    check_channels,
+    check_sides,
+    conv,
+    timestep_embedding,
+    uniform_init,
+    upsample,
+)
 
 
 class ResBlock(nn.Module):
@@ -93,10 +84,22 @@ class AttentionBlock(nn.Module):
 class UNet(nn.Module):
     """Noisy latents (B, h, w, in_channels) at timesteps (B,) → (B, h, w, out_channels).
 
-    With `context_dim` every attention is a SpatialTransformer over `context` (B, L, context_dim),
-    without it a plain AttentionBlock. `attention_resolutions` are *down-sampling factors* at which
-    there is attention, as in the originals. Exactly one of `num_heads` and `num_head_channels`
-    counts: the latter if it is positive.
+    Attention is a SpatialTransformer over `context` (B, L, context_dim), or, without `context_dim`
+    and unless `use_spatial_transformer`, a plain AttentionBlock. It stands at the *down-sampling
+    factors* `attention_resolutions`, as in the originals, and in the middle. Exactly one of
+    `num_heads` and `num_head_channels` counts: the latter if it is positive. Channels must divide
+    into heads, so the originals' `legacy`, which differs only where they do not, has no place here.
+    `transformer_depth` and `disable_self_attentions` hold for all levels or are tuples, an entry a
+    level; the middle has the last level's depth, and always self-attention.
+    `use_linear_in_transformer` changes nothing here: it says how checkpoints store projections.
+
+    `num_classes` says what `y` is, of which an embedding is added to that of the time:
+      a number n: labels (B,), integers in [0, n) (SD 2's upscaler, whose labels are noise levels);
+      "sequential": vectors (B, adm_in_channels) (unCLIP, SDXL);
+      "continuous": numbers (B, 1), through one linear layer;
+      "timestep": numbers (B,), which are embedded as timesteps are.
+
+    Raises ValueError for shapes that would fail late, or build another network.
     """
 
     in_channels: int = 4
@@ -108,7 +111,12 @@ class UNet(nn.Module):
     num_heads: int = 8
     num_head_channels: int = -1
     context_dim: int | None = None
-    transformer_depth: int = 1
+    use_spatial_transformer: bool = False
+    transformer_depth: int | tuple[int, ...] = 1
+    disable_self_attentions: bool | tuple[bool, ...] = False
+    use_linear_in_transformer: bool = False
+    num_classes: int | str | None = None
+    adm_in_channels: int | None = None
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
     groups: int = 32
@@ -116,17 +124,40 @@ class UNet(nn.Module):
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
-    def _check(self, x: jax.Array, context: jax.Array | None) -> None:
-        """Raises ValueError for shapes that would fail late, or build another network."""
-        if x.shape[-1] != self.in_channels:
-            raise ValueError(f"UNet with in_channels={self.in_channels} got {x.shape[-1]}")
+    def _check(self, x: jax.Array, context: jax.Array | None, y: jax.Array | None) -> None:
+        check_channels(x, "UNet with in_channels", self.in_channels)
+        check_sides(x, "UNet latents", 2 ** (len(self.channel_mult) - 1))
         width = None if context is None else context.shape[-1]
         if width != self.context_dim:
             shape = None if context is None else context.shape
             raise ValueError(f"UNet with context_dim={self.context_dim} got context={shape}")
-        factor = 2 ** (len(self.channel_mult) - 1)
-        if x.shape[1] % factor or x.shape[2] % factor:
-            raise ValueError(f"UNet latents {x.shape[1:3]}: sides must be multiples of {factor}")
+
+        batch, kind = x.shape[0], self.num_classes
+        shapes = {
+            "sequential": (batch, self.adm_in_channels),
+            "continuous": (batch, 1),
+            "timestep": (batch,),
+        }
+        if isinstance(kind, str) and kind not in shapes:
+            raise ValueError(f"UNet: num_classes={kind!r} is no number and none of {list(shapes)}")
+        if kind == "sequential" and self.adm_in_channels is None:
+            raise ValueError("UNet with num_classes='sequential' needs adm_in_channels, y's width")
+        expected = None if kind is None else shapes.get(kind, (batch,))
+        found = None if y is None else y.shape
+        if found != expected:
+            raise ValueError(f"UNet with num_classes={kind!r} takes y={expected} and got y={found}")
+        if isinstance(kind, int) and not jnp.issubdtype(y.dtype, jnp.integer):
+            raise ValueError(f"UNet with num_classes={kind} takes integers as y and got {y.dtype}")
+
+    def _per_level(self, field: str) -> tuple:
+        """A field's entry for each level, from one for all of them or from a tuple."""
+        value, levels = getattr(self, field), len(self.channel_mult)
+        value = (value,) * levels if isinstance(value, int) else tuple(value)
+        if len(value) != levels:
+            raise ValueError(
+                f"UNet: {field}={value} has {len(value)} entries for {levels} levels (channel_mult)"
+            )
+        return value
 
     @nn.compact
     def __call__(
@@ -135,9 +166,13 @@ class UNet(nn.Module):
         t: jax.Array,
         context: jax.Array | None = None,
         deterministic: bool = True,
+        *,
+        y: jax.Array | None = None,
     ) -> jax.Array:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        self._check(x, context)
+        self._check(x, context, y)
+        depths = self._per_level("transformer_depth")
+        only_cross = self._per_level("disable_self_attentions")
 
         def resblock(name, features, resize=""):
             return ResBlock(
@@ -150,34 +185,48 @@ class UNet(nn.Module):
                 **types,
             )
 
-        def attention(name, h):
-            channels = h.shape[-1]
-            by_width = self.num_head_channels > 0
-            if channels % (self.num_head_channels if by_width else self.num_heads):
+        def attention(name, h, depth, cross=False):
+            channels, size = h.shape[-1], self.num_head_channels
+            heads = channels // size if size > 0 else self.num_heads
+            if heads < 1 or channels % (size if size > 0 else heads):
                 raise ValueError(
                     f"UNet: {channels} channels do not divide into heads (num_heads="
                     f"{self.num_heads}, num_head_channels={self.num_head_channels})"
                 )
-            heads = channels // self.num_head_channels if by_width else self.num_heads
-            if self.context_dim is None:
+            if self.context_dim is None and not self.use_spatial_transformer:
                 return AttentionBlock(heads, self.groups, name=name, **types)(h)
             transformer = SpatialTransformer(
                 heads,
                 channels // heads,
-                self.transformer_depth,
+                depth,
                 self.groups,
                 self.dropout,
+                cross,
                 name=name,
                 **types,
             )
             return transformer(h, context, deterministic)
 
-        # Time.
-        emb = timestep_embedding(t, self.model_channels).astype(self.dtype or x.dtype)
-        for name in ("time_embed_0", "time_embed_2"):
-            emb = nn.silu(emb) if name == "time_embed_2" else emb
+        def dense(name, values):
             width = 4 * self.model_channels
-            emb = nn.Dense(width, kernel_init=uniform_init, name=name, **types)(emb)
+            return nn.Dense(width, kernel_init=uniform_init, name=name, **types)(values)
+
+        def perceptron(name, values):
+            values = values.astype(self.dtype or x.dtype)
+            return dense(f"{name}_2", nn.silu(dense(f"{name}_0", values)))
+
+        # Time, and what else the network is told as a vector. The names are the originals'.
+        emb = perceptron("time_embed", timestep_embedding(t, self.model_channels))
+        if self.num_classes == "sequential":
+            emb += perceptron("label_emb_0", y)
+        elif self.num_classes == "timestep":
+            emb += perceptron("label_emb_1", timestep_embedding(y, self.model_channels))
+        elif self.num_classes == "continuous":
+            emb += dense("label_emb", y.astype(emb.dtype))
+        elif self.num_classes is not None:
+            normal = nn.initializers.normal(1.0)
+            shape = (self.num_classes, emb.shape[-1])
+            emb += nn.Embed(*shape, embedding_init=normal, name="label_emb", **types)(y)
 
         # Down: every block's output is kept for the way up.
         h = conv(self.model_channels, name="input_blocks_0_0", **types)(x)
@@ -187,7 +236,8 @@ class UNet(nn.Module):
             for _ in range(self.num_res_blocks):
                 name, features = f"input_blocks_{len(skips)}", mult * self.model_channels
                 h = resblock(f"{name}_0", features)(h, emb, deterministic)
-                h = attention(f"{name}_1", h) if attends else h
+                if attends:
+                    h = attention(f"{name}_1", h, depths[level], only_cross[level])
                 skips.append(h)
             if level < levels - 1:
                 name = f"input_blocks_{len(skips)}_0"
@@ -198,7 +248,7 @@ class UNet(nn.Module):
                 skips.append(h)
 
         h = resblock("middle_block_0", h.shape[-1])(h, emb, deterministic)
-        h = attention("middle_block_1", h)
+        h = attention("middle_block_1", h, depths[-1])
         h = resblock("middle_block_2", h.shape[-1])(h, emb, deterministic)
 
         # Up: each block takes one skip.
@@ -210,7 +260,8 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 features = self.channel_mult[level] * self.model_channels
                 h = resblock(f"{name}_0", features)(h, emb, deterministic)
-                h = attention(f"{name}_1", h) if attends else h
+                if attends:
+                    h = attention(f"{name}_1", h, depths[level], only_cross[level])
                 if level and i == self.num_res_blocks:
                     name = f"{name}_{2 if attends else 1}"
                     if self.resblock_updown:

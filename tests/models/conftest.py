@@ -104,7 +104,7 @@ def fresh():
 def epsilons():
     """Function of a module and its inputs to {path of each normalisation: its epsilon}."""
 
-    def epsilons(module, *inputs):
+    def epsilons(module, *inputs, **named):
         found = {}
 
         def note(call, args, kwargs, context):
@@ -113,7 +113,7 @@ def epsilons():
             return call(*args, **kwargs)
 
         with nn.intercept_methods(note):
-            jax.eval_shape(module.init, jax.random.key(0), *inputs)
+            jax.eval_shape(module.init, jax.random.key(0), *inputs, **named)
         return found
 
     return epsilons
@@ -121,10 +121,10 @@ def epsilons():
 
 @pytest.fixture
 def size():
-    """Function of a module and shapes of inputs to (millions of parameters, number of tensors)."""
+    """Function of a module and its inputs to (millions of parameters, number of tensors)."""
 
-    def size(module, *inputs):
-        shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    def size(module, *inputs, **named):
+        shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs, **named)["params"]
         counts = [leaf.size for leaf in jax.tree.leaves(shapes)]
         return sum(counts) / 1e6, len(counts)
 

@@ -18,6 +18,10 @@ BLOCKS = {
     "cross_attention": (Attention(heads=4, head_dim=8), UNET),
     "feed_forward": (FeedForward(gated=True), UNET),
     "spatial_transformer": (SpatialTransformer(heads=4, head_dim=16, depth=2), UNET),
+    "cross_attention_only": (
+        SpatialTransformer(heads=4, head_dim=8, disable_self_attn=True),
+        UNET,
+    ),
     "autoencoder_attention": (SpatialSelfAttention(), AUTOENCODER),
 }
 

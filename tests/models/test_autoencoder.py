@@ -10,8 +10,8 @@ from ldm_jax.models.autoencoder import (
     ResnetBlock,
     depth_to_space,
     space_to_depth,
-    upsample,
 )
+from ldm_jax.models.layers import upsample
 from scripts.write_goldens import uniform
 from tests.models.torch_layout import AUTOENCODER
 
@@ -20,20 +20,13 @@ NETWORKS = {
     "one_block": dict(ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,)),
     "two_blocks": dict(ch_mult=(1, 2), num_res_blocks=2, attn_resolutions=(16,)),
     "three_levels": dict(ch_mult=(2, 1, 1), num_res_blocks=1, mid_attn=False),
-}
-# ldm-facts §2.1: models/first_stage_models/*/config.yaml, parameters in millions, tensors.
-RELEASED = {
-    "kl-f4": (dict(ch_mult=(1, 2, 4), z_channels=3, embed_dim=3), 55.31, 204),
-    "kl-f8": (dict(ch_mult=(1, 2, 4, 4), z_channels=4, embed_dim=4), 83.65, 248),
-    "kl-f16": (
-        dict(ch_mult=(1, 1, 2, 2, 4), z_channels=16, embed_dim=16, attn_resolutions=(16,)),
-        69.61,
-        342,
-    ),
-    "kl-f32": (
-        dict(ch_mult=(1, 1, 2, 2, 4, 4), z_channels=64, embed_dim=64, attn_resolutions=(16, 8)),
-        103.88,
-        436,
+    "no_quant_conv": dict(
+        ch_mult=(1, 2),
+        num_res_blocks=1,
+        embed_dim=3,
+        use_quant_conv=False,
+        in_channels=6,
+        out_ch=6,
     ),
 }
 
@@ -51,7 +44,7 @@ def test_resnet_block_agrees_with_original(agrees):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network_agrees_with_original(name, agrees):
-    network = AutoencoderKL(**SMALL, **NETWORKS[name])
+    network = AutoencoderKL(**SMALL | NETWORKS[name])
 
     def apply(params, x, z):
         mean, logvar = network.apply({"params": params}, x, method="moments")
@@ -65,13 +58,6 @@ def test_network_agrees_with_original(name, agrees):
         apply=apply,
         tolerance=5e-5,
     )
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_released_sizes(name, size):
-    options, millions, tensors = RELEASED[name]
-    found = size(AutoencoderKL(**options), jnp.zeros((1, 64, 64, 3)))
-    assert found == (pytest.approx(millions, abs=0.01), tensors)
 
 
 def test_epsilons(epsilons):

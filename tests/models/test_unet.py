@@ -1,13 +1,15 @@
-"""The UNet against CompVis's, the sizes of the released ones, and what a fresh one does."""
+"""The UNet against CompVis's and diffusers', and what a fresh one does."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.models.unet import AttentionBlock, ResBlock, UNet, average_pool, timestep_embedding
+from ldm_jax.models.embedders import concat_timestep_embedding
+from ldm_jax.models.layers import average_pool, timestep_embedding
+from ldm_jax.models.unet import AttentionBlock, ResBlock, UNet
 from scripts.write_goldens import GOLDEN, uniform
-from tests.models.torch_layout import UNET, leaves
+from tests.models.torch_layout import UNET, UNET_LABELS, diffusers_unet, leaves
 
 BLOCKS = {
     "resblock": ResBlock(96),
@@ -36,66 +38,52 @@ NETWORKS = {
         use_scale_shift_norm=True,
         resblock_updown=True,
     ),
+    "upscaler": dict(
+        num_res_blocks=1,
+        attention_resolutions=(1, 2),
+        num_heads=4,
+        context_dim=24,
+        disable_self_attentions=(True, False),
+        use_linear_in_transformer=True,
+        num_classes=10,
+    ),
+    "continuous": dict(
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        num_heads=1,
+        resblock_updown=True,
+        num_classes="continuous",
+    ),
+    "no_context": dict(
+        num_res_blocks=1,
+        attention_resolutions=(),
+        num_head_channels=32,
+        use_spatial_transformer=True,
+    ),
+    "sdxl": dict(
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        num_head_channels=16,
+        context_dim=24,
+        transformer_depth=(1, 2),
+        use_linear_in_transformer=True,
+        num_classes="sequential",
+        adm_in_channels=20,
+    ),
+    "refiner": dict(
+        num_res_blocks=1,
+        attention_resolutions=(1,),
+        num_head_channels=8,
+        context_dim=24,
+        transformer_depth=(1, 2),
+        use_scale_shift_norm=True,
+        num_classes="timestep",
+    ),
 }
-
-
-def released(inputs, width, mult, attention, *, outputs=3, heads=-1, head_channels=32, **options):
-    return dict(
-        in_channels=inputs,
-        out_channels=outputs,
-        model_channels=width,
-        channel_mult=mult,
-        attention_resolutions=attention,
-        num_heads=heads,
-        num_head_channels=-1 if heads > 0 else head_channels,
-        **options,
-    )
-
-
-STABLE = dict(outputs=4, context_dim=768, heads=8)
-STABLE_2 = dict(outputs=4, context_dim=1024, head_channels=64)
-# ldm-facts §2.2 and §2.3: parameters in millions, tensors.
-RELEASED = {
-    "celeba256": (released(3, 224, (1, 2, 3, 4), (8, 4, 2)), 274.06, 368),
-    "lsun_churches256": (
-        released(
-            *(4, 192, (1, 2, 2, 4, 4), (1, 2, 4, 8)),
-            outputs=4,
-            heads=8,
-            use_scale_shift_norm=True,
-            resblock_updown=True,
-        ),
-        294.97,
-        520,
-    ),
-    "cin256": (released(4, 256, (1, 2, 4), (4, 2, 1), outputs=4, context_dim=512), 394.98, 626),
-    "cin256-v2": (released(3, 192, (1, 2, 3, 5), (8, 4, 2), heads=1, context_dim=512), 400.92, 688),
-    "text2img256": (released(3, 192, (1, 2, 3, 5), (8, 4, 2), context_dim=640), 403.62, 688),
-    "txt2img-1p4B": (
-        released(4, 320, (1, 2, 4, 4), (4, 2, 1), outputs=4, heads=8, context_dim=1280),
-        872.30,
-        686,
-    ),
-    "layout2img-openimages256": (
-        released(3, 128, (1, 2, 3, 4), (8, 4, 2), context_dim=512, transformer_depth=3),
-        246.28,
-        1328,
-    ),
-    "semantic_synthesis256": (released(6, 128, (1, 4, 8), (32, 16, 8), heads=8), 215.23, 216),
-    "bsr_sr": (released(6, 160, (1, 2, 2, 4), (16, 8)), 113.62, 306),
-    "inpainting_big": (
-        released(7, 256, (1, 2, 3, 4), (8, 4, 2), heads=8, resblock_updown=True),
-        387.25,
-        416,
-    ),
-    "rdm768": (
-        released(16, 448, (1, 2, 3, 4), (4, 2, 1), outputs=16, context_dim=768),
-        1335.48,
-        688,
-    ),
-    "sd1": (released(4, 320, (1, 2, 4, 4), (4, 2, 1), **STABLE), 859.52, 686),
-    "sd1-inpainting": (released(9, 320, (1, 2, 4, 4), (4, 2, 1), **STABLE), 859.54, 686),
-    "sd2": (released(4, 320, (1, 2, 4, 4), (4, 2, 1), **STABLE_2), 865.91, 686),
+RULES = {
+    "upscaler": UNET_LABELS,
+    "sdxl": diffusers_unet(1, (True, False)),
+    "refiner": diffusers_unet(1, (False, True)),
 }
 
 
@@ -115,35 +103,35 @@ def test_block_agrees_with_original(name, agrees):
 def test_network_agrees_with_original(name, agrees):
     options = dict(channel_mult=(1, 2)) | NETWORKS[name]
     network = UNet(in_channels=5, out_channels=3, model_channels=32, **options)
+
+    def inputs(pooled=None, sizes=None, **others):
+        """SDXL's vector is a text's embedding beside those of sizes."""
+        if pooled is None:
+            return others
+        return others | {"y": jnp.hstack([pooled, concat_timestep_embedding(sizes, 4)])}
+
     agrees(
         f"unet_{name}",
-        UNET,
-        init=lambda **inputs: network.init(jax.random.key(0), **inputs)["params"],
-        apply=lambda params, **inputs: {"y": network.apply({"params": params}, **inputs)},
+        RULES.get(name, UNET),
+        init=lambda **given: network.init(jax.random.key(0), **inputs(**given))["params"],
+        apply=lambda params, **given: {"y": network.apply({"params": params}, **inputs(**given))},
         tolerance=5e-5,
     )
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_released_sizes(name, size):
-    options, millions, tensors = RELEASED[name]
-    inputs = [jnp.zeros((1, 16, 16, options["in_channels"])), jnp.zeros(1)]
-    if "context_dim" in options:
-        inputs.append(jnp.zeros((1, 1, options["context_dim"])))
-    assert size(UNet(**options), *inputs) == (pytest.approx(millions, abs=0.01), tensors)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_epsilons(name, epsilons):
     """1e-5, but 1e-6 where a SpatialTransformer begins (ldm-facts §9)."""
     options = dict(channel_mult=(1, 2)) | NETWORKS[name]
-    inputs = [jnp.zeros((1, 8, 8, 4)), jnp.zeros(1)]
-    if "context_dim" in options:
-        inputs.append(jnp.zeros((1, 1, 24)))
-    found = epsilons(UNet(model_channels=32, **options), *inputs)
+    context = jnp.zeros((1, 1, 24)) if "context_dim" in options else None
+    labels = {None: None, "sequential": jnp.zeros((1, 20)), "continuous": jnp.zeros((1, 1))}
+    y = labels.get(options.get("num_classes"), jnp.zeros(1, int))
+    inputs = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), context
+    found = epsilons(UNet(model_channels=32, **options), *inputs, y=y)
     assert len(found) > 10
     for path, epsilon in found.items():
-        entry = "context_dim" in options and path.endswith("_1/norm")
+        transformer = "context_dim" in options or "use_spatial_transformer" in options
+        entry = transformer and path.endswith("_1/norm")
         assert epsilon == (1e-6 if entry else 1e-5), path
 
 

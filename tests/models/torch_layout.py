@@ -23,12 +23,57 @@ UNET: Rules = [
     (r"\.(op|conv)\.", "."),  # down- and up-samplers hold nothing but their convolution
     (r"\.(\d+)", r"_\1"),
 ]
+UNET_LABELS: Rules = [(r"^label_emb\.weight", "label_emb.embedding"), *UNET]
 AUTOENCODER: Rules = [
+    (r"\bembedding\.weight", "embedding.embedding"),  # of a codebook
     (r"^decoder\.conv_out", "conv_out"),
     (r"\b(down|up)\.(\d+)\.(block|attn)\.(\d+)", r"\1_\2_\3_\4"),
     (r"\b(down|up)\.(\d+)\.(downsample|upsample)\.conv", r"\1_\2_\3"),
     (r"\bmid\.", "mid_"),
 ]
+
+
+TINY_AUTOENCODER: Rules = [(r"\.(\d+)", r"_\1")]
+
+
+def diffusers_unet(num_res_blocks: int, attention_on_way_up: tuple[bool, ...]) -> Rules:
+    """A UNet2DConditionModel, and at which of its up_blocks there is attention."""
+
+    def down(match: re.Match) -> str:
+        level, kind, place = int(match[1]), match[2], int(match[3])
+        place = num_res_blocks if kind == "downsamplers" else place
+        block = 1 + level * (num_res_blocks + 1) + place
+        return f"input_blocks_{block}_{int(kind == 'attentions')}."
+
+    def up(match: re.Match) -> str:
+        level, kind, place = int(match[1]), match[2], int(match[3])
+        place = num_res_blocks if kind == "upsamplers" else place
+        block = level * (num_res_blocks + 1) + place
+        layers = ("resnets", "attentions", "upsamplers")
+        if not attention_on_way_up[level]:
+            layers = ("resnets", "upsamplers")
+        return f"output_blocks_{block}_{layers.index(kind)}."
+
+    return [
+        (r"(?<=resnets\.\d)\.norm1\.", ".in_layers_0."),
+        (r"(?<=resnets\.\d)\.norm2\.", ".out_layers_0."),
+        (r"\.conv1\.", ".in_layers_2."),
+        (r"\.conv2\.", ".out_layers_3."),
+        (r"\.time_emb_proj\.", ".emb_layers_1."),
+        (r"\.conv_shortcut\.", ".skip_connection."),
+        (r"^down_blocks\.(\d)\.(\w+)\.(\d)\.", down),
+        (r"^up_blocks\.(\d)\.(\w+)\.(\d)\.", up),
+        (r"^mid_block\.resnets\.(\d)", lambda match: f"middle_block_{2 * int(match[1])}"),
+        (r"^mid_block\.attentions\.0", "middle_block_1"),
+        (r"\.linear_(\d)", lambda match: f"_{2 * int(match[1]) - 2}"),
+        (r"^time_embedding", "time_embed"),
+        (r"^add_embedding", "label_emb_0"),
+        (r"^class_embedding", "label_emb_1"),
+        (r"^conv_in", "input_blocks_0_0"),
+        (r"^conv_norm_out", "out_0"),
+        (r"^conv_out", "out_2"),
+        *UNET,
+    ]
 
 
 def _text_layer(match: re.Match) -> str:

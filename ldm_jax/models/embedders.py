@@ -1,0 +1,68 @@
+"""Small networks, and a function, that turn conditions other than text into what a UNet is told."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ldm_jax.models.layers import average_pool, check_sides, conv, timestep_embedding
+
+
+class ClassEmbedder(nn.Module):
+    """Labels (B,), integers in [0, n_classes) → a context of one token (B, 1, embed_dim).
+
+    LDM's class-conditional models; a null class, if there is one, is one more class.
+    """
+
+    n_classes: int = 1000
+    embed_dim: int = 512
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, labels: jax.Array) -> jax.Array:
+        if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(
+                f"ClassEmbedder takes labels (B,), integers, and got {labels.dtype}{labels.shape}"
+            )
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        normal = nn.initializers.normal(1.0)
+        embed = nn.Embed(
+            self.n_classes, self.embed_dim, embedding_init=normal, name="embedding", **types
+        )
+        return embed(labels[:, None])
+
+
+class SpatialRescaler(nn.Module):
+    """Maps (B, H, W, C) halved `n_stages` times, then, with `out_channels`, mixed by a 1×1 matrix.
+
+    What brings a segmentation to the size of the latents (LDM, §4.3.2). torch's bilinear ×½ without
+    antialiasing, which LDM uses, looks midway between pixels 2i and 2i + 1: it is their mean.
+
+    Raises ValueError for sides that do not halve so often.
+    """
+
+    n_stages: int = 1
+    out_channels: int | None = None
+    use_bias: bool = False
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        check_sides(x, "maps", 2**self.n_stages)
+        for _ in range(self.n_stages):
+            x = average_pool(x)
+        if self.out_channels is None:
+            return x
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        mapper = conv(self.out_channels, 1, use_bias=self.use_bias, name="channel_mapper", **types)
+        return mapper(x)
+
+
+def concat_timestep_embedding(values: jax.Array, dim: int = 256) -> jax.Array:
+    """Numbers (B, N) → their sinusoids side by side (B, N·dim): SGM's ConcatTimestepEmbedderND.
+
+    So SDXL is told sizes, crops and scores, in pixels and points. (B,) counts as (B, 1).
+    """
+    values = values.reshape(values.shape[0], -1)
+    return timestep_embedding(values.reshape(-1), dim).reshape(values.shape[0], -1)
