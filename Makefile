@@ -45,7 +45,7 @@ demo: $(RUNTIME)  ## train text-to-image on the embedded pictures, then draw wit
 	@echo "The model that ships:    out/shipped/grid.png"
 
 test: lint  ## lint, then every test but the long ones
-	$(BIN)/python -m pytest -m "not long" --durations=10
+	$(BIN)/python -m pytest -m "not long" -n 2 --durations=10
 
 parity: $(PARITY)  ## the mathematics of diffusion against torch references (1.5 GB more)
 	$(PARITY_VENV)/bin/python -m pytest parity --disable-warnings

@@ -31,6 +31,8 @@ def test_compvis_names_are_the_originals(network, golden):
     with np.load(GOLDEN / f"{golden}.npz") as file:
         shapes = json.loads(str(file["about"]))["shapes"]
     rules, _ = NETWORKS[network]
+    if "time_embedding.linear_1.weight" in shapes:
+        return  # written by diffusers: these names are the next test's
     for name, shape in shapes.items():
         path, _ = convert(name, np.empty(shape, np.float32), rules)
         assert compvis_name(network, path) == name
