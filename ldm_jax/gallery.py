@@ -1,6 +1,5 @@
 """Pictures to disk: what `sample.py` does, callable from anywhere."""
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -118,7 +117,7 @@ def draw(
         frames = frames + frames[-2:0:-1]  # there and back
         path = out / "interpolation.gif"
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
-    if previews:
+    if watch.seen:  # an edit of strength 0 runs no step
         columns = [to_uint8(pipe.decode(x0)) for _, x0 in sorted(watch.seen.items())]
         rows = np.stack(columns, axis=1).reshape(-1, *images.shape[1:])
         save_png(out / "previews.png", image_grid(rows, len(columns)), about | {"prompts": prompts})
@@ -143,8 +142,8 @@ class _Watch:
         self.tqdm = tqdm(total=self.steps, unit="step", dynamic_ncols=True, disable=not self.bar)
         return self
 
-    def __exit__(self, *error) -> None:
-        with contextlib.suppress(Exception):
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None:
             jax.effects_barrier()  # the last report may still be on its way
         self.tqdm.close()
 

@@ -50,6 +50,12 @@ def test_previews_show_the_way_to_the_picture(pipe, tmp_path):
     assert np.abs(sheet[66:130, :64].astype(int) - end).mean() > 3
 
 
+def test_an_edit_of_no_strength_has_no_previews_to_show(pipe, picture, tmp_path):
+    settings = SETTINGS | {"strength": 0.0}
+    draw(pipe, ["cat face"], settings, tmp_path, edit=Edit(picture), previews=3)
+    assert not (tmp_path / "previews.png").exists() and (tmp_path / "grid.png").exists()
+
+
 def test_outpainting_grows_the_picture_and_keeps_it(pipe, picture, tmp_path):
     draw(pipe, ["cat face"], SETTINGS, tmp_path, edit=Edit(picture, outpaint=(16, 0, 0, 16)))
     wide = read(tmp_path / "0000-cat-face.png")

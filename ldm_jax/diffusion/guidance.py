@@ -103,6 +103,8 @@ def guidance_weights(
     weights = np.broadcast_to(weights, (steps,))
     if interval is None:
         return weights
+    if len(interval) != 2:
+        raise ValueError(f"guidance interval {list(interval)}: two numbers, its low and high end")
     low, high = interval
     if not 0.0 <= low <= high <= 1.0:
         raise ValueError(f"guidance interval {low:g}…{high:g}: must lie in 0…1, 0 clean, 1 noise")

@@ -80,6 +80,8 @@ def test_weights_of_every_step():
         ValueError, match=r"guidance of shape \(3,\): one number, or one for 4 steps"
     ):
         weights([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match=r"guidance interval \[0.5\]: two numbers, its low and"):
+        weights(3.0, (0.5,))
     with pytest.raises(ValueError, match="guidance interval 0.5…1.5: must lie in 0…1"):
         weights(3.0, (0.5, 1.5))
 
