@@ -23,7 +23,7 @@ from ldm.models.diffusion.dpm_solver.sampler import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 
 from ldm_jax.diffusion.grids import sampling_levels
-from ldm_jax.diffusion.guidance import classifier_free, dynamic_threshold, rescaled
+from ldm_jax.diffusion.guidance import classifier_free, dynamic_threshold
 from ldm_jax.diffusion.parameterization import make_denoiser
 from ldm_jax.diffusion.samplers import Sampler
 from ldm_jax.diffusion.schedule import EDMSchedule, FlowSchedule, Level, make_schedule
@@ -389,14 +389,3 @@ def test_compvis_ddpm(kind, dtype, monkeypatch, agree):
     expected = compvis(kind).p_sample_loop(None, SHAPE, x_T=torch.tensor(x), verbose=False)
     levels = sampling_levels(SCHEDULE, 1000, "trailing")
     agree(ours("ddpm", SCHEDULE, levels, x, kind), expected)
-
-
-@pytest.mark.parametrize("phi", [0.0, 0.3, 0.7, 1.0])
-def test_guidance_rescale(phi, dtype, agree):
-    """diffusers' `rescale_noise_cfg`."""
-    from diffusers.guiders.guider_utils import rescale_noise_cfg
-
-    plain = start(dtype)
-    guided = 4.0 * plain[::-1] + 0.3 * plain**2
-    expected = rescale_noise_cfg(torch.tensor(guided), torch.tensor(plain), phi)
-    agree(rescaled(jnp.asarray(guided), jnp.asarray(plain), phi), expected)
