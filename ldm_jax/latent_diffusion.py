@@ -15,8 +15,8 @@ import numpy as np
 
 from ldm_jax.conditioning import (
     Conditioning,
+    Embedder,
     Inputs,
-    TextEmbedder,
     drop_conditions,
     embed,
     make_embedders,
@@ -37,9 +37,13 @@ from ldm_jax.diffusion.parameterization import SIGMA_DATA, Network, Prediction, 
 from ldm_jax.diffusion.samplers import DDIM_INVERSE, get_sampler, make_table, sample
 from ldm_jax.diffusion.schedule import Level, Schedule, make_schedule
 from ldm_jax.models.autoencoder import AutoencoderKL
+from ldm_jax.models.tiny_autoencoder import TinyAutoencoder
 from ldm_jax.models.unet import UNet
+from ldm_jax.models.vq import VQModel
 
 Params = dict[str, Any]
+Autoencoder = AutoencoderKL | VQModel | TinyAutoencoder
+AUTOENCODERS = {"kl": AutoencoderKL, "vq": VQModel, "tiny": TinyAutoencoder}
 
 
 class Guidance(NamedTuple):
@@ -77,17 +81,20 @@ class LatentDiffusion:
     """The static half of a model; the other half is `params`."""
 
     unet: UNet
-    autoencoder: AutoencoderKL
-    embedders: tuple[TextEmbedder, ...]
+    autoencoder: Autoencoder
+    embedders: tuple[Embedder, ...]
     schedule: Schedule
     parameterization: str
     spacing: str
     objective: Objective = Objective()
     sigma_data: float = SIGMA_DATA
+    offset: int | None = None
+    end: str | None = None
 
     @property
     def latent_channels(self) -> int:
-        return self.unet.in_channels
+        """Not the UNet's inputs, of which some may be a condition."""
+        return self.unet.out_channels
 
     @classmethod
     def from_config(cls, config: dict[str, Any], dtype: Any = None) -> "LatentDiffusion":
@@ -105,29 +112,32 @@ class LatentDiffusion:
             spacing=diffusion["spacing"],
             objective=Objective(**config.get("objective", {})),
             sigma_data=diffusion.get("sigma_data", SIGMA_DATA),
+            offset=diffusion.get("offset"),
+            end=diffusion.get("end"),
         )
 
     @property
     def trainable(self) -> tuple[str, ...]:
         """Names of what trains: all but the first stage."""
         logvar = ("logvar",) if self.objective.learn_logvar else ()
-        return ("unet", *(embedder.name for embedder in self.embedders), *logvar)
+        embedders = (embedder.name for embedder in self.embedders if embedder.network is not None)
+        return ("unet", *embedders, *logvar)
 
     def init(self, key: jax.Array, latent_shape: tuple[int, ...]) -> Params:
         """Fresh parameters of the trainable networks; `latent_shape` is (h, w, c)."""
         unet_key, embed_key = jax.random.split(key)
         params = {}
-        for i, embedder in enumerate(self.embedders):
-            inputs = jnp.asarray(embedder.null(1))
-            params[embedder.name] = embedder.network.init(jax.random.fold_in(embed_key, i), inputs)[
-                "params"
-            ]
         nulls = {embedder.name: jnp.asarray(embedder.null(1)) for embedder in self.embedders}
+        for i, embedder in enumerate(self.embedders):
+            if embedder.network is not None:
+                # −1 stands for "no prompt" where that is not encoded.
+                inputs = jnp.maximum(nulls[embedder.name], 0)
+                variables = embedder.network.init(jax.random.fold_in(embed_key, i), inputs)
+                params[embedder.name] = variables["params"]
         condition = embed(self.embedders, params, nulls)
-        latents = jnp.zeros((1, *latent_shape))
-        params["unet"] = self.unet.init(unet_key, latents, jnp.zeros(1), condition.context)[
-            "params"
-        ]
+        x = beside(jnp.zeros((1, *latent_shape)), condition)
+        variables = self.unet.init(unet_key, x, jnp.zeros(1), condition.context, y=condition.vector)
+        params["unet"] = variables["params"]
         if self.objective.learn_logvar:
             params["logvar"] = {
                 "value": jnp.full(self.schedule.timesteps, self.objective.logvar_init)
@@ -157,9 +167,10 @@ class LatentDiffusion:
         def network(x, t):
             return self.unet.apply(
                 {"params": params["unet"]},
-                x,
+                beside(x, condition),
                 t,
                 condition.context,
+                y=condition.vector,
                 deterministic=not training,
                 rngs=rngs,
             )
@@ -185,11 +196,14 @@ class LatentDiffusion:
         """
 
         def whole(x, t, condition: Conditioning):
-            return self.unet.apply({"params": params["unet"]}, x, t, condition.context)
+            variables = {"params": params["unet"]}
+            return self.unet.apply(variables, x, t, condition.context, y=condition.vector)
 
         def network(x, t, condition: Conditioning):
+            x = beside(x, condition)
             if not tile:
                 return whole(x, t, condition)
+            condition = condition.replace(concat=None)  # cut into tiles with x
 
             def parts(x):
                 def repeat(v):
@@ -303,7 +317,8 @@ class LatentDiffusion:
 
     def levels(self, steps: int, spacing: str | None = None) -> Level:
         """The `steps` + 1 noise levels of a run; spacing None is the model's own."""
-        return sampling_levels(self.schedule, steps, spacing or self.spacing)
+        own = {} if spacing else {"offset": self.offset, "end": self.end}
+        return sampling_levels(self.schedule, steps, spacing or self.spacing, **own)
 
     def plan(
         self,
@@ -345,9 +360,26 @@ class LatentDiffusion:
         return Run(table, steps_of, start, percentile)
 
 
-def make_autoencoder(fields: dict[str, Any], dtype: Any = None) -> AutoencoderKL:
-    """The autoencoder of a config's section `autoencoder`."""
-    return AutoencoderKL(**_tuples(fields), dtype=dtype)
+def beside(x: jax.Array, condition: Conditioning) -> jax.Array:
+    """x (B, h, w, c) and, after its channels, those of `condition.concat`, if there is one."""
+    if condition.concat is None:
+        return x
+    concat = condition.concat.astype(x.dtype)
+    concat = jnp.broadcast_to(concat, (*x.shape[:3], concat.shape[-1]))
+    return jnp.concatenate([x, concat], axis=-1)
+
+
+def make_autoencoder(section: dict[str, Any], dtype: Any = None) -> Autoencoder:
+    """The autoencoder of a config's section `autoencoder`: its `kind` (default "kl"), its fields.
+
+    Raises:
+      ValueError: no such kind.
+    """
+    fields = dict(section)
+    kind = fields.pop("kind", "kl")
+    if kind not in AUTOENCODERS:
+        raise ValueError(f"autoencoder.kind={kind!r}: choose one of {', '.join(AUTOENCODERS)}")
+    return AUTOENCODERS[kind](**_tuples(fields), dtype=dtype)
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

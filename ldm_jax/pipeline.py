@@ -11,42 +11,77 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.conditioning import Conditioning, embed
+from ldm_jax.conditioning import Conditioning, MaskedImageEmbedder, embed
 from ldm_jax.diffusion.editing import skipped_steps
 from ldm_jax.diffusion.noise import example_keys
 from ldm_jax.diffusion.samplers import DDIM_INVERSE
+from ldm_jax.inputs import NEGATIVE_SIZES, inputs_for, nulls_for, requests, told_sizes
 from ldm_jax.interop.native import open_model, save_model
-from ldm_jax.latent_diffusion import Edit, LatentDiffusion
-from ldm_jax.models.autoencoder import AutoencoderKL
+from ldm_jax.latent_diffusion import Autoencoder, Edit, LatentDiffusion, make_autoencoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.pictures import as_images, as_mask
 
 log = logging.getLogger(__name__)
 
 
-def load(path: str | Path = "", dtype: str = "float32") -> "Pipeline":
+def load(path: str | Path = "", dtype: str = "float32") -> "Pipeline | FirstStage":
     """A model from a finished run's workdir or an exported file; "" is the one that ships.
 
-    `dtype` "bfloat16" halves the memory of the parameters and computes in it.
+    An autoencoder alone becomes a `FirstStage`. `dtype` "bfloat16" halves the memory of the
+    parameters and computes in it.
 
     Raises:
-      FileNotFoundError: nothing there. ValueError: it is no text-to-image model of ours.
+      FileNotFoundError: nothing there. ValueError: it is no model of ours.
     """
-    config, params = open_model(path)
-    if config["task"] != "diffusion":
-        raise ValueError(
-            f"{path} holds an {config['task']} alone; name it as config.first_stage to train a "
-            "diffusion model on it, or measure it with evaluate.py"
-        )
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
+    config, params = open_model(path)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
-    return Pipeline(LatentDiffusion.from_config(config, dtype), jax.device_put(params), config)
+    params = jax.device_put(params)
+    if config["task"] == "autoencoder":
+        return FirstStage(make_autoencoder(config["autoencoder"], dtype), params, config)
+    return Pipeline(LatentDiffusion.from_config(config, dtype), params, config)
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstStage:
+    """An autoencoder ready to use. Made by `load`; `Pipeline.first_stage` is that of a pipeline."""
+
+    autoencoder: Autoencoder
+    params: dict[str, Any]
+    config: dict[str, Any]
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Pictures (B, H, W, C), uint8 or float [0, 1] → scaled latents (B, h, w, c)."""
+        return np.asarray(self._encode(self.params, as_images(images) * 2.0 - 1.0))
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Scaled latents (B, h, w, c) → pictures (B, H, W, C), float32 [0, 1]."""
+        return np.asarray(self._decode(self.params, latents), np.float32)
+
+    def save(self, path: str | Path, dtype: str = "float32") -> None:
+        """Writes one self-describing .safetensors that `load` opens."""
+        save_model(path, self.config, self.params, dtype)
+
+    @functools.cached_property
+    def _encode(self):
+        return jax.jit(
+            lambda p, x: self.autoencoder.apply({"params": p["autoencoder"]}, x, method="encode")
+        )
+
+    @functools.cached_property
+    def _decode(self):
+        def decode(params, latents):
+            variables = {"params": params["autoencoder"]}
+            images = self.autoencoder.apply(variables, latents, method="decode")
+            return jnp.clip((images + 1.0) / 2.0, 0.0, 1.0)
+
+        return jax.jit(decode)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A text-to-image model ready to draw. Made by `load`."""
+    """A latent diffusion model ready to draw. Made by `load`."""
 
     model: LatentDiffusion
     params: dict[str, Any]
@@ -57,21 +92,32 @@ class Pipeline:
         return self.model.unet
 
     @property
-    def autoencoder(self) -> AutoencoderKL:
+    def autoencoder(self) -> Autoencoder:
         return self.model.autoencoder
 
     @property
     def schedule(self):
         return self.model.schedule
 
+    @functools.cached_property
+    def first_stage(self) -> FirstStage:
+        """The autoencoder alone."""
+        config = {"task": "autoencoder", "autoencoder": self.config["autoencoder"]}
+        params = {"autoencoder": self.params["autoencoder"]}
+        return FirstStage(self.autoencoder, params, config)
+
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         negative_prompt: str = "",
         *,
+        labels: int | Sequence[int] | None = None,
         image: np.ndarray | None = None,
         mask: np.ndarray | None = None,
         strength: float | None = None,
+        sizes: dict[str, Any] | None = None,
+        negative_sizes: dict[str, Any] | None = None,
+        conditions: dict[str, np.ndarray] | None = None,
         n: int = 1,
         steps: int = 50,
         sampler: str = "ddim",
@@ -91,7 +137,7 @@ class Pipeline:
         latents: np.ndarray | None = None,
         progress: Callable[[int, np.ndarray], None] | None = None,
     ) -> np.ndarray:
-        """Draws `n` pictures of each prompt.
+        """Draws `n` pictures of each prompt, or of each label, or, without condition, `n`.
 
         Picture i (prompt by prompt) of a seed is the same whatever else is drawn with it. Shapes,
         `steps`, `sampler` and which features are in use compile; numbers never do.
@@ -99,12 +145,18 @@ class Pipeline:
         Args:
           prompt: one or several; what goes past the model's text length is cut, with a warning.
           negative_prompt: what guidance leads away from; "" is the unconditional model.
+          labels: of a class-conditional model, one or several.
           image: one to change, (H, W, 3), or one for each picture, uint8 or float in [0, 1]. Its
             size becomes that of the result.
           mask: with `image`, (H, W) or one each, true, 1 or 255 where it is to be drawn anew; the
             rest is returned untouched.
           strength: of the change, 0 (none) … 1; that share of the steps is run. By default 0.8,
             with a mask 1.
+          sizes: what SDXL is told: "original_size" and "target_size" (height, width), "crop" (top,
+            left), "aesthetic_score"; by default the picture's own size, uncropped, 6.
+            `negative_sizes` is what guidance leads away from: the same, but a score of 2.5.
+          conditions: arrays of other conditions by their names in `config["conditioning"]`, one
+            (1, …) or one for each picture.
           steps: of the whole way from noise to picture.
           sampler, spacing: see `ldm_jax.diffusion.samplers` and `.grids`; the spacing of the
             model by default.
@@ -132,22 +184,19 @@ class Pipeline:
         Raises:
           ValueError: an argument is out of its range; says what is allowed.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or n < 1:
-            raise ValueError(
-                f"{len(prompts)} prompts, n={n}: at least one picture must be asked for"
-            )
-        if compose is not None and len(compose) != len(prompts):
-            raise ValueError(f"compose has {len(compose)} weights for {len(prompts)} prompts")
-        # A group of prompts for every picture: one each, or all that are composed.
-        groups = [[p] * n for p in prompts]
-        if compose is None:
-            groups = [sum(groups, [])]
-        count = len(groups[0])
+        embedders = self.model.embedders
+        groups = requests(embedders, prompt, labels, n, compose)
+        count = max((len(values) for values in groups[0].values()), default=n)
 
         guidance = self.config["sampling"]["guidance"] if guidance is None else guidance
         self._check_guidance(guidance, weak)
-        shape, skip, edit = self._start(count, image, mask, strength, steps, height, width)
+        shape, skip, edit, known = self._start(count, image, mask, strength, steps, height, width)
+        side = self.autoencoder.downsampling * np.array(shape[:2])
+        told = told_sizes(count, side, sizes) | known | (conditions or {})
+        inputs = [inputs_for(embedders, group | told, count) for group in groups]
+        unlike = (sizes or {}) | NEGATIVE_SIZES | (negative_sizes or {})
+        unlike = told_sizes(count, side, unlike)
+        nulls = nulls_for(embedders, inputs[0], negative_prompt, unlike, count)
         if latents is not None and latents.shape != (count, *shape):
             raise ValueError(f"latents {latents.shape}: expected {(count, *shape)}")
         run = self.model.plan(
@@ -162,15 +211,17 @@ class Pipeline:
             eta=eta,
             churn=churn,
         )
-        if mask is not None and skip == 0:  # all of it is drawn anew: no trace of what was there
+        if (
+            edit is not None and edit.mask is not None and skip == 0
+        ):  # all of it is drawn anew: no trace of what was there
             alpha, sigma = run.start.alpha, run.start.sigma
             run = run._replace(
                 start=run.start._replace(alpha=0.0 * alpha, sigma=np.hypot(alpha, sigma))
             )
         images = self._generate(
             self.params,
-            [self._inputs(group) for group in groups],
-            self._inputs([negative_prompt] * count),
+            inputs,
+            nulls,
             example_keys(jax.random.key(seed), count),
             run,
             edit,
@@ -196,7 +247,11 @@ class Pipeline:
         return np.asarray(jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
 
     def invert(
-        self, images: np.ndarray, prompt: str | Sequence[str], steps: int = 50
+        self,
+        images: np.ndarray,
+        prompt: str | Sequence[str] | None = None,
+        steps: int = 50,
+        labels: int | Sequence[int] | None = None,
     ) -> np.ndarray:
         """Starting noise that draws these pictures again (DDIM inversion, Song et al. 2021, §4.3).
 
@@ -204,23 +259,29 @@ class Pipeline:
         them, up to what the autoencoder loses; another prompt, or guidance, edits them.
         """
         images = as_images(images)
-        prompts = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
+        count = len(images)
+        (group,) = requests(self.model.embedders, prompt, labels)
+        told = group | told_sizes(count, images.shape[1:3])
+        inputs = inputs_for(self.model.embedders, told, count)
         levels = self.model.levels(steps)
         table = DDIM_INVERSE.coefficients(self.schedule, levels)
-        latents = self._invert(self.params, self._inputs(prompts), self.encode(images), table)
+        latents = self._invert(self.params, inputs, self.encode(images), table)
         return np.asarray(latents) / np.hypot(levels.alpha[0], levels.sigma[0]).astype(np.float32)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """Pictures (B, H, W, 3), uint8 or float [0, 1] → scaled latents (B, h, w, c)."""
-        return np.asarray(self._encode(self.params, as_images(images) * 2.0 - 1.0))
+        """Pictures (B, H, W, C), uint8 or float [0, 1] → scaled latents (B, h, w, c)."""
+        return self.first_stage.encode(images)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Scaled latents (B, h, w, c) → pictures (B, H, W, 3), float32 [0, 1]."""
-        return np.asarray(self._decode(self.params, latents))
+        """Scaled latents (B, h, w, c) → pictures (B, H, W, C), float32 [0, 1]."""
+        return self.first_stage.decode(latents)
 
     def embed(self, prompts: Sequence[str]) -> Conditioning:
-        """What the UNet is told of each prompt."""
-        return embed(self.model.embedders, self.params, self._inputs(list(prompts)))
+        """What the UNet of a text-to-image model is told of each prompt."""
+        size, count = self.config["image_size"], len(prompts)
+        told = {"caption": list(prompts)} | told_sizes(count, (size, size))
+        inputs = inputs_for(self.model.embedders, told, count)
+        return embed(self.model.embedders, self.params, inputs)
 
     def save(self, path: str | Path, dtype: str = "float32") -> None:
         """Writes one self-describing .safetensors that `load` opens."""
@@ -236,7 +297,13 @@ class Pipeline:
         return {e.name: e.prepare({"caption": prompts}) for e in self.model.embedders}
 
     def _check_guidance(self, guidance: Any, weak: "Pipeline | None") -> None:
-        undropped = [e.name for e in self.model.embedders if not e.dropout]
+        guided = [e for e in self.model.embedders if e.guided]
+        undropped = [e.name for e in guided if not e.dropout]
+        if np.any(np.asarray(guidance) != 1.0) and weak is None and not guided:
+            raise ValueError(
+                f"guidance={np.max(guidance):g}, but this model has no condition to be guided by; "
+                "use guidance=1"
+            )
         if np.any(np.asarray(guidance) != 1.0) and undropped and weak is None:
             raise ValueError(
                 f"guidance={np.max(guidance):g}, but this model was trained without dropping its "
@@ -255,11 +322,15 @@ class Pipeline:
                 )
 
     def _start(self, count, image, mask, strength, steps, height, width):
-        """(latent shape, steps to skip or None, edit or None) of a call's arguments."""
+        """Of a call's arguments: the latents' shape, steps to skip or None, edit or None, and what
+        an inpainting model is told."""
+        inpainting = [e for e in self.model.embedders if isinstance(e, MaskedImageEmbedder)]
+        if inpainting and (image is None or mask is None):
+            raise ValueError("this model inpaints: give it an image and a mask")
         if image is None:
             if mask is not None or strength is not None:
                 raise ValueError("mask and strength need an image to change")
-            return self._latent_shape(height, width), None, None
+            return self._latent_shape(height, width), None, None, {}
         image = as_images(image, count)
         size = image.shape[1:3]
         if (height, width) not in ((None, None), size):
@@ -267,12 +338,18 @@ class Pipeline:
         shape = self._latent_shape(*size)
         strength = (0.8 if mask is None else 1.0) if strength is None else strength
         skip = skipped_steps(steps, strength)
+        if inpainting:
+            mask = as_mask(mask, size, count)
+            known = {e.name: e.build(image, mask, self.encode) for e in inpainting}
+            if strength == 1.0:
+                return shape, None, None, known
+            return shape, skip, Edit(self.encode(image), None), known
         if mask is not None:
             # A latent is drawn anew if any of its pixels is.
             factor = self.autoencoder.downsampling
             cells = as_mask(mask, size, count).reshape(count, shape[0], factor, shape[1], factor, 1)
             mask = cells.max(axis=(2, 4))
-        return shape, skip, Edit(self.encode(image), mask)
+        return shape, skip, Edit(self.encode(image), mask), {}
 
     def _tile(self, tile: int | None, shape: tuple[int, int, int]) -> int:
         """The side of a tile in latents, 0 where none is asked for or the picture is no larger."""
@@ -303,13 +380,3 @@ class Pipeline:
     @functools.cached_property
     def _invert(self):
         return jax.jit(self.model.invert)
-
-    @functools.cached_property
-    def _encode(self):
-        return jax.jit(
-            lambda p, x: self.autoencoder.apply({"params": p["autoencoder"]}, x, method="encode")
-        )
-
-    @functools.cached_property
-    def _decode(self):
-        return jax.jit(self.model.decode)

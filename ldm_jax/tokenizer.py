@@ -1,4 +1,4 @@
-"""Prompts to tokens: BERT's WordPiece and CLIP's byte pairs.
+"""Prompts to tokens: BERT's WordPiece, CLIP's byte pairs, and SentencePiece.
 
 Each works over a vocabulary that ships or over the user's own file. The package `tokenizers` does
 the work; importing it by way of `transformers` would cost every start of the program another
@@ -45,11 +45,10 @@ def find(vocabulary: str, suffix: str) -> Path:
     return path
 
 
-def stack(encodings: list[Encoding], max_length: int, padding: int) -> np.ndarray:
+def stack(sequences: list[list[int]], max_length: int, padding: int) -> np.ndarray:
     """Ids int32 (B, max_length); of those that do not fit, the first ones and the very last."""
-    tokens = np.full((len(encodings), max_length), padding, np.int32)
-    for row, encoding in zip(tokens, encodings, strict=True):
-        ids = encoding.ids
+    tokens = np.full((len(sequences), max_length), padding, np.int32)
+    for row, ids in zip(tokens, sequences, strict=True):
         if len(ids) > max_length:
             ids = ids[: max_length - 1] + ids[-1:]
         row[: len(ids)] = ids
@@ -119,7 +118,8 @@ class WordPiece:
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
         """Tokens int32 (B, max_length). What does not fit is cut: see `overflow`."""
-        return stack(self._tokenizer.encode_batch(prompts), self.max_length, padding=0)
+        ids = [encoding.ids for encoding in self._tokenizer.encode_batch(prompts)]
+        return stack(ids, self.max_length, padding=0)
 
     def overflow(self, prompt: str) -> str:
         """The end of the prompt that does not fit, as the user wrote it; "" if all does."""
@@ -165,8 +165,57 @@ class BytePair:
     def __call__(self, prompts: list[str]) -> np.ndarray:
         """Tokens int32 (B, max_length). What does not fit is cut: see `overflow`."""
         padding = self.size - 1 if self.padding == "end" else 0
-        return stack(self._tokenizer.encode_batch(prompts), self.max_length, padding)
+        ids = [encoding.ids for encoding in self._tokenizer.encode_batch(prompts)]
+        return stack(ids, self.max_length, padding)
 
     def overflow(self, prompt: str) -> str:
         """The end of the prompt that does not fit, as the user wrote it; "" if all does."""
         return cut(prompt, self._tokenizer.encode(prompt), self.max_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class SentencePiece:
+    """A model of Google's sentencepiece, as T5's tokenizer reads it: pieces… end, padded.
+
+    What rinna's Japanese Stable Diffusion has in CLIP's place. Text is lower-cased. `vocabulary` is
+    the path of the .model; padding is its piece [PAD], or else its own padding, or else the end.
+
+    Raises:
+      ValueError: no such file. ImportError: sentencepiece is not installed.
+    """
+
+    vocabulary: str
+    max_length: int = 77
+
+    @functools.cached_property
+    def _model(self):
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise ImportError(
+                "this model's tokenizer needs sentencepiece: pip install sentencepiece"
+            ) from error
+        return SentencePieceProcessor(model_file=str(find(self.vocabulary, ".model")))
+
+    @property
+    def size(self) -> int:
+        """Number of pieces."""
+        return self._model.get_piece_size()
+
+    def _ids(self, prompt: str) -> list[int]:
+        return [*self._model.encode(prompt.lower()), self._model.eos_id()]
+
+    def __call__(self, prompts: list[str]) -> np.ndarray:
+        """Tokens int32 (B, max_length). What does not fit is cut: see `overflow`."""
+        named = self._model.piece_to_id("[PAD]")
+        padding = next(
+            i
+            for i in (named, self._model.pad_id(), self._model.eos_id())
+            if i >= 0 and i != self._model.unk_id()
+        )
+        return stack([self._ids(prompt) for prompt in prompts], self.max_length, padding)
+
+    def overflow(self, prompt: str) -> str:
+        """The end of the prompt that does not fit, normalised; "" if all does."""
+        ids = self._ids(prompt)
+        return "" if len(ids) <= self.max_length else self._model.decode(ids[self.max_length - 1 :])

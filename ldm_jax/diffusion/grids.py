@@ -14,11 +14,17 @@ LCM_TEACHER_STEPS = 50  # the grid on which latent consistency models are distil
 
 
 def sampling_levels(
-    schedule: Schedule, steps: int, spacing: str = "trailing", shift: float = 1.0
+    schedule: Schedule,
+    steps: int,
+    spacing: str = "trailing",
+    shift: float = 1.0,
+    offset: int | None = None,
+    end: str | None = None,
 ) -> Level:
     """`steps` + 1 levels, float64: where each step starts, and, last, where sampling ends.
 
-    The end is clean, except on CompVis' own grids, which stop at the table's first entry.
+    The end is clean, except on CompVis' own grids, which stop at the table's first entry; `end`
+    "clean" or "first" (diffusers' `set_alpha_to_one` and its contrary) chooses otherwise.
 
     Spacings of time, for discrete schedules; for flow ones "trailing" and "linspace":
       trailing: starts at the last timestep (Lin et al. 2023). The default.
@@ -33,6 +39,8 @@ def sampling_levels(
     Args:
       steps: how many, at least 1, and for discrete schedules at most T.
       shift: of a flow schedule, t ← s·t/(1 + (s − 1)·t) (Esser et al. 2024, eq. 23).
+      offset: of "leading", in place of our own: whole strides T // S, and so many timesteps added
+        (diffusers' `steps_offset`).
 
     Raises:
       ValueError: steps out of range, a spacing that is unknown or not for this schedule.
@@ -43,12 +51,18 @@ def sampling_levels(
     spacings = [name for name, (kinds, _) in SPACINGS.items() if isinstance(schedule, kinds)]
     if spacing not in spacings:
         raise ValueError(f"spacing {spacing!r}: for this schedule choose {', '.join(spacings)}")
-    end = schedule.at(np.zeros(1)) if spacing in ("compat", "quad", "dpm") else CLEAN
-    levels = SPACINGS[spacing][1](schedule, steps)
+    end = end or ("first" if spacing in ("compat", "quad", "dpm") else "clean")
+    last_level = schedule.at(np.zeros(1)) if end == "first" else CLEAN
+    if spacing == "leading" and offset is not None:
+        stride = schedule.timesteps // steps
+        grid = np.arange(steps)[::-1] * stride + offset
+        levels = schedule.at(np.minimum(grid, schedule.timesteps - 1))
+    else:
+        levels = SPACINGS[spacing][1](schedule, steps)
     if isinstance(schedule, FlowSchedule) and shift != 1.0:
         t = levels.t / schedule.timesteps
         levels = schedule.at(schedule.timesteps * shift * t / (1.0 + (shift - 1.0) * t))
-    return Level(*(np.append(start, last) for start, last in zip(levels, end, strict=True)))
+    return Level(*(np.append(start, last) for start, last in zip(levels, last_level, strict=True)))
 
 
 def _trailing(schedule, steps):

@@ -136,6 +136,11 @@ class VQModel(nn.Module):
         check_channels(x, "VQModel with in_channels", self.in_channels)
         return self.quant_conv(self.encoder(x, deterministic)).astype(jnp.float32)
 
+    def moments(self, x: jax.Array, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
+        """`prequant` as mean and log-variance of a posterior without any width."""
+        z = self.prequant(x, deterministic)
+        return z, jnp.full_like(z, -jnp.inf)
+
     def nearest(self, z: jax.Array) -> Quantized:
         """The codebook's entries for *unscaled* latents z (B, h, w, embed_dim)."""
         return self.quantize(z)

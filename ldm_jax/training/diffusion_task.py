@@ -11,12 +11,13 @@ import numpy as np
 
 from ldm_jax.data.loader import batches_once
 from ldm_jax.diffusion.noise import example_keys, per_example
-from ldm_jax.latent_diffusion import LatentDiffusion
-from ldm_jax.models.autoencoder import AutoencoderKL
+from ldm_jax.inputs import inputs_for, nulls_for, requests, told_sizes
+from ldm_jax.latent_diffusion import Autoencoder, LatentDiffusion
 from ldm_jax.pictures import image_grid, to_float, to_uint8
 from ldm_jax.training.batches import training_batches
 
 PICTURE_AUGMENTS = ("flip", "zoom", "shift", "color", "background")
+UNCONDITIONAL_PREVIEWS = 5  # columns of the sample grid
 HELD_OUT_DRAWS = 8  # noise and timesteps per held-out picture: one draw is too noisy to compare
 
 
@@ -26,7 +27,7 @@ class LatentSource(Sequence):
     Everything else of an example stays, so captions can still be augmented.
     """
 
-    def __init__(self, source: Any, autoencoder: AutoencoderKL, params: dict[str, Any]):
+    def __init__(self, source: Any, autoencoder: Autoencoder, params: dict[str, Any]):
         @jax.jit
         def moments(params, images):
             mean, logvar = autoencoder.apply({"params": params}, to_float(images), method="moments")
@@ -109,16 +110,24 @@ class DiffusionTask:
         return {"loss": float(np.mean(np.concatenate(losses)))}
 
     def preview(self, ema):
-        """Samples of the averaged model for `config.sampling.prompts`, two rows, same seeds."""
-        settings = self.config.sampling
-        prompts = list(settings.prompts) * 2
+        """Samples of the averaged model for `config.sampling`'s prompts or labels, in two rows."""
+        settings, embedders = self.config.sampling, self.model.embedders
+        needed = {key for embedder in embedders for key in embedder.needs}
+        prompts = list(settings.prompts) if "caption" in needed else None
+        labels = list(settings.labels) if "label" in needed else None
+        (told,) = requests(embedders, prompts, labels)
+        columns = max((len(values) for values in told.values()), default=UNCONDITIONAL_PREVIEWS)
+        count = 2 * columns
+        sizes = told_sizes(count, [self.config.data.image_size] * 2)
+        told = {key: values * 2 for key, values in told.items()}
+        inputs = inputs_for(embedders, told | sizes, count)
         images = self._generate(
             {**ema, "autoencoder": self.first_stage},
-            self._inputs({"caption": prompts}),
-            self._inputs({"caption": [""] * len(prompts)}),
-            example_keys(jax.random.key(0), len(prompts)),
+            inputs,
+            nulls_for(embedders, inputs, "", sizes, count),
+            example_keys(jax.random.key(0), count),
         )
-        return image_grid(to_uint8(images), columns=len(settings.prompts))
+        return image_grid(to_uint8(images), columns)
 
     def export(self, ema):
         kept = ("task", "autoencoder", "unet", "conditioning", "diffusion", "sampling")
@@ -127,7 +136,8 @@ class DiffusionTask:
         return about, {**ema, "autoencoder": self.first_stage}
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
-        return {embedder.name: embedder.prepare(batch) for embedder in self.model.embedders}
+        sizes = told_sizes(len(batch["image"]), [self.config.data.image_size] * 2)
+        return {e.name: e.prepare(sizes | batch) for e in self.model.embedders}
 
     def _sample_latents(self, moments: jax.Array, key: jax.Array) -> jax.Array:
         mean, logvar = jnp.split(moments, 2, axis=-1)
