@@ -11,6 +11,7 @@ from ldm_jax.runtime.console import run
 MODEL = flags.DEFINE_string("model", "", "A workdir or an exported file; empty: what ships.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", "", "A text file with one prompt a line.")
+LABEL = flags.DEFINE_multi_integer("label", [], "Class to draw, of class-conditional models.")
 OUT = flags.DEFINE_string("out", "out", "Directory for the PNGs, the grid and the settings.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the parameters.")
 # Arguments of Pipeline.__call__, by their own names.
@@ -48,9 +49,7 @@ def main():
     if PROMPTS_FILE.value:
         with open(PROMPTS_FILE.value, encoding="utf-8") as file:
             prompts += [line.strip() for line in file if line.strip()]
-    if not prompts:
-        raise ValueError("nothing to draw: give --prompt or --prompts_file")
-    settings = {flag.name: flag.value for flag in SETTINGS}
+    settings = {flag.name: flag.value for flag in SETTINGS} | {"labels": LABEL.value or None}
     for name in ("guidance_interval", "compose"):
         settings[name] = settings[name] and [float(value) for value in settings[name]]
     outpaint = tuple(int(value) for value in OUTPAINT.value)

@@ -6,6 +6,7 @@
 Variants, as in --config=configs/autoencoder.py:smoke
 
     emoji   1,697 training emoji, 64 px → 8×8×16 latents (default; two hours on two CPU cores)
+    vq      the same with a codebook of 1,024 entries in place of KL, not tuned
     smoke   a few steps of a tiny network, for tests
 
 L1 + KL, and from `loss.disc_start` on the discriminator. The perceptual term needs a file of VGG-16
@@ -32,6 +33,7 @@ def emoji() -> ml_collections.ConfigDict:
         augment=("flip", "shift", "zoom"),
     )
     config.autoencoder = dict(
+        kind="kl",
         ch=60,
         ch_mult=(1, 2),
         num_res_blocks=2,
@@ -44,6 +46,7 @@ def emoji() -> ml_collections.ConfigDict:
     config.discriminator = dict(ndf=32, n_layers=2)
     config.loss = dict(
         kl_weight=1e-6,
+        codebook_weight=1.0,  # of kind "vq"
         logvar_init=-6.0,
         lpips="",
         perceptual_weight=1.0,
@@ -74,6 +77,12 @@ def emoji() -> ml_collections.ConfigDict:
     return config
 
 
+def vq() -> ml_collections.ConfigDict:
+    config = emoji()
+    config.autoencoder.update(kind="vq", n_embed=1024, z_channels=8, embed_dim=8)
+    return config
+
+
 def smoke() -> ml_collections.ConfigDict:
     config = emoji()
     config.data.classes = ("food & drink",)
@@ -84,7 +93,7 @@ def smoke() -> ml_collections.ConfigDict:
     return config
 
 
-VARIANTS = {"emoji": emoji, "smoke": smoke}
+VARIANTS = {"emoji": emoji, "vq": vq, "smoke": smoke}
 
 
 def get_config(variant: str = "emoji") -> ml_collections.ConfigDict:

@@ -5,7 +5,7 @@
 
 Variants, as in --config=configs/txt2img.py:demo
 
-    emoji   all 1,697 training emoji, 64 px (default; 45 minutes on two CPU cores, a first version)
+    emoji   all 1,697 training emoji, 64 px (default; an hour and a half on two CPU cores)
     demo    food, drink, animals and nature only: 262 pictures, minutes on two CPU cores
     smoke   a few steps of a tiny network, for tests
 
@@ -85,10 +85,10 @@ def emoji() -> ml_collections.ConfigDict:
         logvar_init=0.0,
     )
     config.optimizer = dict(
-        lr=1.5e-3,
+        lr=1e-3,
         schedule="cosine",
         lr_end=0.01,
-        warmup=200,
+        warmup=500,
         b1=0.9,
         b2=0.99,
         weight_decay=0.01,
@@ -96,12 +96,12 @@ def emoji() -> ml_collections.ConfigDict:
         multipliers=(),
     )
     config.train = dict(
-        steps=6000,
-        batch_size=64,
-        ema_decay=0.999,
-        log_every=50,
-        checkpoint_every=500,
-        preview_every=1000,
+        steps=15000,
+        batch_size=32,
+        ema_decay=0.9995,
+        log_every=100,
+        checkpoint_every=1000,
+        preview_every=4000,
         keep=2,
     )
     config.sampling = dict(
@@ -118,7 +118,9 @@ def emoji() -> ml_collections.ConfigDict:
 def demo() -> ml_collections.ConfigDict:
     config = emoji()
     config.data.classes = ("food & drink", "animals & nature")
-    config.train.update(steps=1000, ema_decay=0.99, checkpoint_every=250, preview_every=250)
+    config.optimizer.update(lr=1.5e-3, warmup=200)
+    config.train.update(steps=1000, batch_size=64, ema_decay=0.99, log_every=50)
+    config.train.update(checkpoint_every=250, preview_every=250)
     config.sampling.prompts = ("red apple", "cat face", "hamburger", "tulip", "octopus")
     return config
 

@@ -4,10 +4,12 @@ from ldm_jax.runtime.cpu import use_fast_cpu_kernels
 
 use_fast_cpu_kernels()  # before jax starts its backends, and so before the imports below
 
-from ldm_jax.pipeline import Pipeline, load  # noqa: E402
+from ldm_jax.first_stage import FirstStage  # noqa: E402
+from ldm_jax.loading import load  # noqa: E402
+from ldm_jax.pipeline import Pipeline  # noqa: E402
 from ldm_jax.version import __version__  # noqa: E402
 
-__all__ = ["Pipeline", "__version__", "load", "train"]
+__all__ = ["FirstStage", "Pipeline", "__version__", "load", "train"]
 
 
 def train(config, workdir):

@@ -8,14 +8,15 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm_jax.data.sources import Source, open_source
-from ldm_jax.interop.native import open_model
-from ldm_jax.latent_diffusion import make_autoencoder
+from ldm_jax.interop.opening import open_any
+from ldm_jax.loading import load
 from ldm_jax.metrics.distance import floor, frechet_distance, kernel_distance
 from ldm_jax.metrics.efficientnet import load_extractor
 from ldm_jax.metrics.reconstruction import reconstruction_quality
 from ldm_jax.metrics.retrieval import caption_retrieval
+from ldm_jax.models.build import make_autoencoder
 from ldm_jax.pictures import to_float, to_uint8
-from ldm_jax.pipeline import Pipeline, load
+from ldm_jax.pipeline import Pipeline
 
 
 def evaluate(
@@ -33,7 +34,8 @@ def evaluate(
     model also what `text_to_image` measures on `count` training captions (0: skip), and its
     pictures, uint8 (count, H, W, 3).
     """
-    config, params = open_model(model)
+    opened = open_any(model)
+    config, params = opened.config, opened.params
     autoencoder = make_autoencoder(config["autoencoder"])
     size = config.get("image_size", autoencoder.resolution)
     data = ml_collections.ConfigDict(dict(source=source, path=path, image_size=size))

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ldm_jax.data.images import composite, read_image
 from ldm_jax.diffusion.editing import slerp
-from ldm_jax.pictures import image_grid, save_png, to_uint8
+from ldm_jax.pictures import image_grid, save_png, split_depth, to_uint8
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.version import __version__
 
@@ -72,6 +72,9 @@ def draw(
 ) -> Path:
     """Draws `settings["n"]` pictures of each prompt into the directory `out`; returns its grid.
 
+    Without prompts: of each of `settings["labels"]`, or of nothing, as the model is. Pictures with
+    depth (LDM3D) leave it beside them as a PNG of 16 bits.
+
     Every PNG's text chunk "ldm_jax" and `settings.json` hold what is needed to make it again.
     `settings` are arguments of `Pipeline.__call__`; `weak_pipe` that of autoguidance, from the
     file `weak`. `interpolate` draws so many pictures of one prompt on the way from the noise of the
@@ -82,9 +85,10 @@ def draw(
     if settings.get("guidance") is None:
         inverted = edit is not None and edit.source
         settings = settings | {"guidance": 1.0 if inverted else pipe.config["sampling"]["guidance"]}
+    names = prompts or [f"label {label}" for label in settings.get("labels") or ()] or ["sample"]
     arguments = {} if edit is None else edit.arguments(pipe, settings["steps"])
     if interpolate:
-        if len(prompts) != 1 or edit is not None:
+        if len(names) != 1 or edit is not None:
             raise ValueError("interpolation draws one prompt from noise")
         settings = settings | {"n": interpolate}
         ends = [
@@ -92,23 +96,28 @@ def draw(
             for i in (0, 1)
         ]
         arguments["latents"] = np.asarray(slerp(*ends, np.linspace(0.0, 1.0, interpolate)))
-    if edit is not None and edit.source and len(prompts) * settings["n"] != 1:
+    if edit is not None and edit.source and len(names) * settings["n"] != 1:
         raise ValueError("an inverted picture (--source) is drawn once, with one prompt")
-    count = settings["n"] if settings["compose"] else len(prompts) * settings["n"]
+    count = settings["n"] if settings["compose"] else len(names) * settings["n"]
     watch = _Watch(settings["steps"], previews, bar=count * settings["steps"] >= LONG_RUN)
     with watch:
-        images = pipe(prompts, **settings, **arguments, weak=weak_pipe, progress=watch.callback)
-    images = to_uint8(images)
+        made = pipe(
+            prompts or None, **settings, **arguments, weak=weak_pipe, progress=watch.callback
+        )
+    images, depth = split_depth(made) if made.shape[-1] == 6 else (to_uint8(made), None)
 
     about = {"model": model or "shipped", "version": __version__, **settings}
     about |= {} if edit is None else {"edit": dataclasses.asdict(edit)}
     about |= {"weak": weak} if weak else {}
     about |= {"interpolate": interpolate} if interpolate else {}
-    names = [" AND ".join(prompts)] if settings["compose"] else prompts
+    names = [" AND ".join(names)] if settings["compose"] else names
     for i, image in enumerate(images):
         prompt = names[i // settings["n"]]
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
-        save_png(out / f"{i:04d}-{slug}.png", image, about | {"prompt": prompt, "index": i})
+        name = f"{i:04d}-{slug}"
+        save_png(out / f"{name}.png", image, about | {"prompt": prompt, "index": i})
+        if depth is not None:
+            save_png(out / f"{name}-depth.png", depth[i], about | {"prompt": prompt, "index": i})
     columns = settings["n"] if len(names) > 1 and settings["n"] > 1 else min(len(images), 8)
     grid = out / "grid.png"
     save_png(grid, image_grid(images, columns), about | {"prompts": prompts})
@@ -118,7 +127,7 @@ def draw(
         path = out / "interpolation.gif"
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
     if watch.seen:  # an edit of strength 0 runs no step
-        columns = [to_uint8(pipe.decode(x0)) for _, x0 in sorted(watch.seen.items())]
+        columns = [to_uint8(pipe.decode(x0)[..., :3]) for _, x0 in sorted(watch.seen.items())]
         rows = np.stack(columns, axis=1).reshape(-1, *images.shape[1:])
         save_png(out / "previews.png", image_grid(rows, len(columns)), about | {"prompts": prompts})
     (out / "settings.json").write_text(json.dumps(about | {"prompts": prompts}, indent=2) + "\n")

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.conditioning import SIZES, Embedder, SizeEmbedder, default_sizes
+from ldm_jax.conditioning import Embedder
+from ldm_jax.embedders import SIZES, SizeEmbedder, default_sizes
 
 log = logging.getLogger(__name__)
 Embedders = tuple[Embedder, ...]

@@ -19,7 +19,6 @@ from ldm_jax.conditioning import (
     Inputs,
     drop_conditions,
     embed,
-    make_embedders,
 )
 from ldm_jax.diffusion.editing import keep_known, noised, tiled
 from ldm_jax.diffusion.grids import sampling_levels
@@ -36,14 +35,11 @@ from ldm_jax.diffusion.objective import Objective, diffusion_loss
 from ldm_jax.diffusion.parameterization import SIGMA_DATA, Network, Prediction, make_denoiser
 from ldm_jax.diffusion.samplers import DDIM_INVERSE, get_sampler, make_table, sample
 from ldm_jax.diffusion.schedule import Level, Schedule, make_schedule
-from ldm_jax.models.autoencoder import AutoencoderKL
-from ldm_jax.models.tiny_autoencoder import TinyAutoencoder
+from ldm_jax.embedders import make_embedders
+from ldm_jax.models.build import Autoencoder, make_autoencoder, tuples
 from ldm_jax.models.unet import UNet
-from ldm_jax.models.vq import VQModel
 
 Params = dict[str, Any]
-Autoencoder = AutoencoderKL | VQModel | TinyAutoencoder
-AUTOENCODERS = {"kl": AutoencoderKL, "vq": VQModel, "tiny": TinyAutoencoder}
 
 
 class Guidance(NamedTuple):
@@ -104,7 +100,7 @@ class LatentDiffusion:
         """
         diffusion = config["diffusion"]
         return cls(
-            unet=UNet(**_tuples(config["unet"]), dtype=dtype),
+            unet=UNet(**tuples(config["unet"]), dtype=dtype),
             autoencoder=make_autoencoder(config["autoencoder"], dtype),
             embedders=make_embedders(config["conditioning"], dtype),
             schedule=make_schedule(**diffusion["schedule"]),
@@ -367,21 +363,3 @@ def beside(x: jax.Array, condition: Conditioning) -> jax.Array:
     concat = condition.concat.astype(x.dtype)
     concat = jnp.broadcast_to(concat, (*x.shape[:3], concat.shape[-1]))
     return jnp.concatenate([x, concat], axis=-1)
-
-
-def make_autoencoder(section: dict[str, Any], dtype: Any = None) -> Autoencoder:
-    """The autoencoder of a config's section `autoencoder`: its `kind` (default "kl"), its fields.
-
-    Raises:
-      ValueError: no such kind.
-    """
-    fields = dict(section)
-    kind = fields.pop("kind", "kl")
-    if kind not in AUTOENCODERS:
-        raise ValueError(f"autoencoder.kind={kind!r}: choose one of {', '.join(AUTOENCODERS)}")
-    return AUTOENCODERS[kind](**_tuples(fields), dtype=dtype)
-
-
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    """JSON's lists as the tuples that make a Flax module hashable."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}

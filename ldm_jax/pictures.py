@@ -21,6 +21,13 @@ def to_uint8(images: Any) -> np.ndarray:
     return np.rint(np.clip(np.asarray(images, np.float32), 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
+def split_depth(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """LDM3D's six channels, float [0, 1] (Stan et al. 2023, §3.1) → RGB as uint8 (B, H, W, 3) and
+    depth as uint16 (B, H, W): the last two channels are its high and its low byte."""
+    bytes_ = to_uint8(images)
+    return bytes_[..., :3], bytes_[..., 4].astype(np.uint16) * 256 + bytes_[..., 5]
+
+
 def as_images(images: Any, count: int | None = None) -> np.ndarray:
     """What users hand over → float32 (B, H, W, C) in [0, 1], `count` of them if that is given.
 
@@ -78,7 +85,7 @@ def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray, settings: dict | None = None) -> None:
-    """Writes uint8 (H, W, 3); `settings` go into the text chunk "ldm_jax" as JSON."""
+    """Writes uint8 (H, W, 3) or uint16 (H, W); `settings` go into the text chunk "ldm_jax"."""
     text = PngImagePlugin.PngInfo()
     if settings is not None:
         text.add_text("ldm_jax", json.dumps(settings))

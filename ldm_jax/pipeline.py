@@ -1,91 +1,43 @@
-"""What a user holds: `load(path)`, then prompts in, pictures out."""
+"""What a user holds: prompts in, pictures out. Made by `ldm_jax.load`."""
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.conditioning import Conditioning, MaskedImageEmbedder, embed
+from ldm_jax.conditioning import Conditioning, embed
 from ldm_jax.diffusion.editing import skipped_steps
 from ldm_jax.diffusion.noise import example_keys
 from ldm_jax.diffusion.samplers import DDIM_INVERSE
+from ldm_jax.embedders import MaskedImageEmbedder
+from ldm_jax.first_stage import FirstStage
 from ldm_jax.inputs import NEGATIVE_SIZES, inputs_for, nulls_for, requests, told_sizes
-from ldm_jax.interop.native import open_model, save_model
-from ldm_jax.latent_diffusion import Autoencoder, Edit, LatentDiffusion, make_autoencoder
+from ldm_jax.interop.lora import Lora, merge, read_lora
+from ldm_jax.interop.opening import export
+from ldm_jax.latent_diffusion import Edit, LatentDiffusion
+from ldm_jax.models.build import Autoencoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.pictures import as_images, as_mask
 
-log = logging.getLogger(__name__)
-
-
-def load(path: str | Path = "", dtype: str = "float32") -> "Pipeline | FirstStage":
-    """A model from a finished run's workdir or an exported file; "" is the one that ships.
-
-    An autoencoder alone becomes a `FirstStage`. `dtype` "bfloat16" halves the memory of the
-    parameters and computes in it.
-
-    Raises:
-      FileNotFoundError: nothing there. ValueError: it is no model of ours.
-    """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
-    config, params = open_model(path)
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
-    params = jax.device_put(params)
-    if config["task"] == "autoencoder":
-        return FirstStage(make_autoencoder(config["autoencoder"], dtype), params, config)
-    return Pipeline(LatentDiffusion.from_config(config, dtype), params, config)
-
-
-@dataclasses.dataclass(frozen=True)
-class FirstStage:
-    """An autoencoder ready to use. Made by `load`; `Pipeline.first_stage` is that of a pipeline."""
-
-    autoencoder: Autoencoder
-    params: dict[str, Any]
-    config: dict[str, Any]
-
-    def encode(self, images: np.ndarray) -> np.ndarray:
-        """Pictures (B, H, W, C), uint8 or float [0, 1] → scaled latents (B, h, w, c)."""
-        return np.asarray(self._encode(self.params, as_images(images) * 2.0 - 1.0))
-
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Scaled latents (B, h, w, c) → pictures (B, H, W, C), float32 [0, 1]."""
-        return np.asarray(self._decode(self.params, latents), np.float32)
-
-    def save(self, path: str | Path, dtype: str = "float32") -> None:
-        """Writes one self-describing .safetensors that `load` opens."""
-        save_model(path, self.config, self.params, dtype)
-
-    @functools.cached_property
-    def _encode(self):
-        return jax.jit(
-            lambda p, x: self.autoencoder.apply({"params": p["autoencoder"]}, x, method="encode")
-        )
-
-    @functools.cached_property
-    def _decode(self):
-        def decode(params, latents):
-            variables = {"params": params["autoencoder"]}
-            images = self.autoencoder.apply(variables, latents, method="decode")
-            return jnp.clip((images + 1.0) / 2.0, 0.0, 1.0)
-
-        return jax.jit(decode)
+# Parameters, and LoRAs to be added to them, each with its scale.
+Weights = tuple[dict[str, Any], tuple[tuple[Lora, Any], ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A latent diffusion model ready to draw. Made by `load`."""
+    """A latent diffusion model ready to draw. Made by `load`.
+
+    `loras` are LoRAs that stand beside the parameters, each with its scale: see `with_lora`.
+    """
 
     model: LatentDiffusion
     params: dict[str, Any]
     config: dict[str, Any]
+    loras: tuple[tuple[Lora, float], ...] = ()
 
     @property
     def unet(self) -> UNet:
@@ -218,8 +170,9 @@ class Pipeline:
             run = run._replace(
                 start=run.start._replace(alpha=0.0 * alpha, sigma=np.hypot(alpha, sigma))
             )
-        images = self._generate(
-            self.params,
+        images = _generate(
+            self.model,
+            self._weights,
             inputs,
             nulls,
             example_keys(jax.random.key(seed), count),
@@ -229,7 +182,7 @@ class Pipeline:
             latent_shape=shape,
             sampler=sampler,
             tile=self._tile(tile, shape),
-            weak=None if weak is None else weak.params,
+            weak=None if weak is None else weak._weights,
             weak_model=None if weak is None else weak.model,
             callback=progress,
         )
@@ -265,7 +218,7 @@ class Pipeline:
         inputs = inputs_for(self.model.embedders, told, count)
         levels = self.model.levels(steps)
         table = DDIM_INVERSE.coefficients(self.schedule, levels)
-        latents = self._invert(self.params, inputs, self.encode(images), table)
+        latents = _invert(self.model, self._weights, inputs, self.encode(images), table)
         return np.asarray(latents) / np.hypot(levels.alpha[0], levels.sigma[0]).astype(np.float32)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
@@ -281,20 +234,40 @@ class Pipeline:
         size, count = self.config["image_size"], len(prompts)
         told = {"caption": list(prompts)} | told_sizes(count, (size, size))
         inputs = inputs_for(self.model.embedders, told, count)
-        return embed(self.model.embedders, self.params, inputs)
+        return embed(self.model.embedders, _merged(self._weights), inputs)
 
-    def save(self, path: str | Path, dtype: str = "float32") -> None:
-        """Writes one self-describing .safetensors that `load` opens."""
-        save_model(path, self.config, self.params, dtype)
+    def with_lora(self, path: str | Path, scale: float = 1.0) -> "Pipeline":
+        """This pipeline with a LoRA of kohya's or peft's format, which stays a delta beside the
+        parameters: W + scale·Δ is computed in the program, for any scale the same one.
 
-    def _inputs(self, prompts: list[str]) -> dict[str, np.ndarray]:
-        for embedder in self.model.embedders:
-            for prompt in dict.fromkeys(prompts):
-                lost = embedder.tokenizer.overflow(prompt)
-                if lost:
-                    length = embedder.tokenizer.max_length
-                    log.warning("a prompt is longer than %d tokens; cut: %r", length, lost)
-        return {e.name: e.prepare({"caption": prompts}) for e in self.model.embedders}
+        Raises:
+          ValueError: the file holds none, or one for another model.
+        """
+        lora = jax.device_put(read_lora(path, self.config))
+        return dataclasses.replace(self, loras=(*self.loras, (lora, scale)))
+
+    def with_scales(self, *scales: float) -> "Pipeline":
+        """This pipeline with other scales of its LoRAs, one for each."""
+        if len(scales) != len(self.loras):
+            raise ValueError(f"{len(scales)} scales for {len(self.loras)} LoRAs")
+        loras = tuple((lora, s) for (lora, _), s in zip(self.loras, scales, strict=True))
+        return dataclasses.replace(self, loras=loras)
+
+    def merged(self) -> "Pipeline":
+        """This pipeline with its LoRAs added to the parameters for good."""
+        return dataclasses.replace(self, params=jax.jit(_merged)(self._weights), loras=())
+
+    def save(self, path: str | Path, dtype: str = "float32", layout: str = "single_file") -> None:
+        """Writes the model, LoRAs merged, so that `load` opens it.
+
+        Args:
+          layout: "single_file", one self-describing .safetensors; "diffusers", a folder; "compvis",
+            one .safetensors with the names of CompVis' and Stability's code.
+
+        Raises:
+          ValueError: no such layout, or one that cannot express this model.
+        """
+        export(path, self.config, self.merged().params, dtype, layout)
 
     def _check_guidance(self, guidance: Any, weak: "Pipeline | None") -> None:
         guided = [e for e in self.model.embedders if e.guided]
@@ -368,15 +341,29 @@ class Pipeline:
                 raise ValueError(f"{name}={side}: this model draws multiples of {multiple} pixels")
         return sides[0] // factor, sides[1] // factor, self.model.latent_channels
 
-    @functools.cached_property
-    def _generate(self):
-        def generate(params, *args, weak, weak_model, **kwargs):
-            weak = None if weak is None else (weak_model, weak)
-            return self.model.generate(params, *args, weak=weak, **kwargs)
+    @property
+    def _weights(self) -> Weights:
+        """Parameters and LoRAs, scales as arrays, so that another scale is no other program."""
+        return self.params, tuple((lora, np.float32(scale)) for lora, scale in self.loras)
 
-        static = ("latent_shape", "sampler", "tile", "weak_model", "callback")
-        return jax.jit(generate, static_argnames=static)
 
-    @functools.cached_property
-    def _invert(self):
-        return jax.jit(self.model.invert)
+def _merged(weights: Weights) -> dict[str, Any]:
+    params, loras = weights
+    for lora, scale in loras:
+        params = merge(params, lora, scale)
+    return params
+
+
+@functools.partial(
+    jax.jit,
+    static_argnums=0,
+    static_argnames=("latent_shape", "sampler", "tile", "weak_model", "callback"),
+)
+def _generate(model: LatentDiffusion, weights: Weights, *args, weak, weak_model, **kwargs):
+    weak = None if weak is None else (weak_model, _merged(weak))
+    return model.generate(_merged(weights), *args, weak=weak, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _invert(model: LatentDiffusion, weights: Weights, *args):
+    return model.invert(_merged(weights), *args)

@@ -45,7 +45,7 @@ def _import_references() -> list[types.ModuleType]:
     for name in (
         *("pytorch_lightning.utilities", "pytorch_lightning.utilities.distributed"),
         *("torchvision", "torchvision.utils", "torchvision.transforms"),
-        *("dctorch", "einops", "omegaconf", "torchdiffeq", "torchsde"),
+        *("dctorch", "omegaconf", "torchdiffeq", "torchsde"),
     ):
         _stand_in(name)
     stand_ins = set(sys.modules) - before
@@ -61,6 +61,7 @@ def _import_references() -> list[types.ModuleType]:
     modules = [importlib.import_module(name) for name in names]
     for name in stand_ins:
         del sys.modules[name]
+    _stand_in("omegaconf.listconfig")  # CompVis' UNet asks it for a type whenever it is made
     return modules
 
 
@@ -126,10 +127,44 @@ def agree(request):
     return check
 
 
+_ERRORS = defaultdict(dict)
+MEASURED = ("layers", "outputs", "gradients")
+
+
+@pytest.fixture
+def near(request):
+    """`near(measured, ours, theirs, tolerance)` asserts ‖ours − theirs‖ ≤ tolerance·‖theirs‖.
+
+    Both are arrays by name, and each is to be near. `measured` is one of `MEASURED`; the session
+    ends with a table of the worst of each. With `floor`, ‖theirs‖ counts as no less than that of an
+    array filled with it.
+    """
+    row = request.node.name.removeprefix("test_")
+
+    def check(measured, ours, theirs, tolerance, floor=0.0):
+        assert ours.keys() == theirs.keys()
+        errors = {}
+        for name, reference in theirs.items():
+            assert ours[name].shape == reference.shape, name
+            difference = np.linalg.norm(np.float64(ours[name]) - reference)
+            scale = max(np.linalg.norm(np.float64(reference)), floor * reference.size**0.5)
+            errors[name] = float(difference / scale)
+        worst = max(errors, key=errors.get)
+        _ERRORS[row][measured] = max(errors[worst], _ERRORS[row].get(measured, 0.0))
+        assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.1e}"
+
+    return check
+
+
 def pytest_terminal_summary(terminalreporter):
-    """The table of differences."""
-    if _DIFFERENCES:
-        terminalreporter.section("largest differences from the references")
-    for row, found in _DIFFERENCES.items():
-        cells = (f"{found[p]:9.1e}" if p in found else " " * 9 for p in TOLERANCE)
-        terminalreporter.write_line(f"{row:60}" + "  ".join(cells))
+    """The tables of differences and errors."""
+    tables = {
+        "largest differences from the references": (_DIFFERENCES, TOLERANCE),
+        f"relative errors of {', '.join(MEASURED)}": (_ERRORS, MEASURED),
+    }
+    for title, (rows, columns) in tables.items():
+        if rows:
+            terminalreporter.section(title)
+        for row, found in rows.items():
+            cells = (f"{found[c]:9.1e}" if c in found else " " * 9 for c in columns)
+            terminalreporter.write_line(f"{row:60}" + "  ".join(cells))

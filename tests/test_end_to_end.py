@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_tensor(root, tmp_pat
 BAD = {
     "config file": (
         "train.py", ["--config=configs/nope.py"],
-        r"no config file configs/nope.py; there are configs/autoencoder.py, configs/txt2img.py"),
+        r"no config file configs/nope.py; there are configs/autoencoder.py, configs/published.py"),
     "variant": (
         "train.py", ["--config=configs/txt2img.py:nope"],
         r"no variant 'nope' of txt2img: choose emoji, demo, smoke"),
@@ -192,9 +192,9 @@ BAD = {
     "value": (
         "train.py", ["--config=configs/txt2img.py", "--config.optimizer.lr=fast"],
         r"could not convert string to float: 'fast'"),
-    "no prompt": ("sample.py", [], r"nothing to draw: give --prompt or --prompts_file"),
+    "no prompt": ("sample.py", [], r"this model needs prompt"),
     "no model": (
-        "sample.py", ["--prompt=cat", "--model=nowhere"], r"no model file at nowhere"),
+        "sample.py", ["--prompt=cat", "--model=nowhere"], r"no model at nowhere: there is no such"),
     "not a model": (
         "sample.py", ["--prompt=cat", "--model=README.md"], r"README.md is not a safetensors file"),
     "not a run": (

@@ -96,3 +96,22 @@ def test_edits_that_make_no_sense_are_refused(pipe, picture, tmp_path, edit, mor
     with pytest.raises(ValueError, match=message):
         draw(pipe, ["cat face"], SETTINGS, tmp_path / "out", edit=edit, **more)
     assert not (tmp_path / "out").exists()
+
+
+def test_depth_is_written_with_sixteen_bits(tmp_path):
+    """High byte 3, low byte 7: 775. One picture a label, named by it."""
+    made = np.zeros((2, 8, 8, 6), np.float32)
+    made[..., 4], made[..., 5] = 3 / 255, 7 / 255
+
+    class Six:
+        config = {"sampling": {"guidance": 1.0}}
+
+        def __call__(self, prompt, **settings):
+            assert prompt is None and settings["labels"] == [1, 2]
+            return made
+
+    settings = {"n": 1, "steps": 1, "seed": 0, "compose": None, "labels": [1, 2]}
+    draw(Six(), [], settings, tmp_path)
+    depth = np.asarray(Image.open(tmp_path / "0001-label-2-depth.png"))
+    assert depth.dtype == np.uint16 and (depth == 775).all()
+    assert Image.open(tmp_path / "0001-label-2.png").mode == "RGB"

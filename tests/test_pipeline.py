@@ -9,6 +9,7 @@ import pytest
 
 import ldm_jax
 from ldm_jax.data.sources import EmojiSource
+from ldm_jax.pipeline import _generate
 
 PICTURE = np.ones((64, 64, 3), np.float32)
 
@@ -40,11 +41,11 @@ def test_a_picture_does_not_depend_on_its_company(pipe, four):
 
 
 def test_nothing_recompiles_for_prompt_seed_guidance_or_eta(pipe, four):
-    before = pipe._generate._cache_size()
+    before = _generate._cache_size()
     pipe(["tulip", "octopus"], "blue", n=2, steps=4, seed=8, guidance=1.5, eta=0.5)
     pipe(["tulip", "octopus"], n=2, steps=4, guidance=[1.5, 2, 3, 4], guidance_rescale=0.5)
     pipe(["tulip", "octopus"], n=2, steps=4, spacing="karras")
-    assert pipe._generate._cache_size() == before
+    assert _generate._cache_size() == before
 
 
 def test_latents_replace_the_seed(pipe):
@@ -67,9 +68,9 @@ def test_other_sizes_are_drawn(pipe):
 def test_strength_goes_from_the_picture_itself_to_a_new_one(pipe, pictures):
     """One program for every strength; 0 is what the autoencoder gives back."""
     prompts = ["rainbow", "cat face"]
-    before = pipe._generate._cache_size()
+    before = _generate._cache_size()
     drawn = [pipe(prompts, image=pictures, strength=s, steps=4) for s in (0.0, 0.5, 1.0)]
-    assert pipe._generate._cache_size() == before + 1
+    assert _generate._cache_size() == before + 1
     np.testing.assert_allclose(drawn[0], pipe.decode(pipe.encode(pictures)), atol=1e-4)
     change = [np.abs(d - pictures / 255.0).mean() for d in drawn]
     assert change[0] < change[1] < change[2]
@@ -81,11 +82,11 @@ def test_a_mask_keeps_what_it_does_not_cover(pipe, pictures):
     mask = np.zeros((64, 64), bool)
     mask[20:, :30] = True
     drawn = pipe(["rainbow", "cat face"], image=pictures, mask=mask, steps=4)
-    before = pipe._generate._cache_size()
+    before = _generate._cache_size()
     np.testing.assert_array_equal(drawn[:, ~mask], (pictures / np.float32(255.0))[:, ~mask])
     assert np.abs(drawn - pictures / 255.0)[:, mask].mean() > 0.02
     pipe(["tulip", "octopus"], image=pictures, mask=255 * mask[:, ::-1].astype(np.uint8), steps=4)
-    assert pipe._generate._cache_size() == before
+    assert _generate._cache_size() == before
 
 
 def test_inversion_finds_noise_that_draws_the_picture_again(pipe, pictures):

@@ -1,8 +1,9 @@
 """What other people's files call our parameters, and how their arrays lie.
 
-The names of CompVis' code are the common tongue: `compvis_name` makes them from our paths, and
-`diffusers_name` makes diffusers' from those, so each layout is one function in one direction;
-reading inverts it over the parameters that a model has. torch keeps a matrix as (out, in) and a
+The names of CompVis' code are the common tongue of UNet, autoencoder and LDM's text transformer:
+`compvis_name` makes them from our paths, and the functions named after diffusers make diffusers'
+from those. CLIP's have their own two. Each layout is one function in one direction; reading inverts
+it over the parameters that a model has (`layout.slots`). torch keeps a matrix as (out, in) and a
 convolution as (out, in, height, width), where Flax has (in, out) and (height, width, in, out).
 """
 
@@ -21,6 +22,12 @@ def _apply(rules: Rules, name: str) -> str:
 
 
 _LEAVES: Rules = ((r"\.(kernel|scale|embedding)$", ".weight"),)
+
+
+def _dotted(path: str) -> str:
+    return _apply(_LEAVES, path.replace("/", "."))
+
+
 _TRANSFORMER: Rules = (
     (r"\.to_out\.", ".to_out.0."),
     (r"\.ff\.proj_out\.", ".ff.net.2."),
@@ -39,6 +46,12 @@ _AUTOENCODER: Rules = (
     (r"\b(down|up)_(\d+)_(block|attn)_(\d+)\.", r"\1.\2.\3.\4."),
     (r"\b(down|up)_(\d+)_(downsample|upsample)\.", r"\1.\2.\3.conv."),
 )
+# TAESD's own decoder begins with a layer that clamps; diffusers' has that outside of the list.
+_TINY: Rules = (
+    (r"\bconv_(\d)\.", r"conv.\1."),
+    (r"^encoder\.layers_(\d+)\.", r"encoder.\1."),
+    (r"^decoder\.layers_(\d+)\.", lambda match: f"decoder.{int(match[1]) + 1}."),
+)
 
 
 def _bert_layer(match: re.Match) -> str:
@@ -51,17 +64,24 @@ def _bert_layer(match: re.Match) -> str:
 _BERT: Rules = (
     (r"^pos_emb$", "pos_emb.emb.weight"),
     (r"^layers_(\d+)_(attn|ff|norm1|norm2)\.", _bert_layer),
-    (r"^norm\.", "norm."),
     (r"^(attn_layers\.layers\.\d*[13579]\.1)\.proj_in\.", r"\1.net.0.0."),
     (r"^(attn_layers\.layers\.\d*[13579]\.1)\.proj_out\.", r"\1.net.2."),
 )
-COMPVIS: dict[str, Rules] = {"unet": _UNET, "autoencoder": _AUTOENCODER, "bert": _BERT}
+COMPVIS: dict[str, Rules] = {
+    "unet": _UNET,
+    "autoencoder": _AUTOENCODER,
+    "tiny": _TINY,
+    "bert": _BERT,
+    "class": (),
+    "rescaler": (),
+}
 
 
 def compvis_name(network: str, path: str) -> str:
-    """The name in CompVis' code of our leaf `path` ("a/b/kernel") of a "unet", "autoencoder" or
-    "bert" (LDM's text transformer), without the prefix that the whole model puts before it."""
-    return _apply(COMPVIS[network], _apply(_LEAVES, path.replace("/", ".")))
+    """The name in CompVis' code of our leaf `path` ("a/b/kernel"), without the prefix that the
+    whole model puts before it. `network` is a key of `COMPVIS`: "tiny" is TAESD, by its own code,
+    and "bert" LDM's text transformer."""
+    return _apply(COMPVIS[network], _dotted(path))
 
 
 _RESNET: Rules = (
@@ -72,10 +92,30 @@ _RESNET: Rules = (
     (r"\.out_layers\.3\.", ".conv2."),
     (r"\.(skip_connection|nin_shortcut)\.", ".conv_shortcut."),
 )
+# Attention without a context is one module, `Attention`, in UNets and autoencoders.
+_ATTENTION: Rules = (
+    (r"(\.attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(\.attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(\.attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+)
+_OLD_ATTENTION: Rules = (
+    (r"(\.attentions\.\d+)\.to_q\.", r"\1.query."),
+    (r"(\.attentions\.\d+)\.to_k\.", r"\1.key."),
+    (r"(\.attentions\.\d+)\.to_v\.", r"\1.value."),
+    (r"(\.attentions\.\d+)\.to_out\.0\.", r"\1.proj_attn."),
+)
 
 
-def diffusers_unet_name(name: str, num_res_blocks: int) -> str:
-    """diffusers' name of a UNet's tensor, from CompVis'."""
+def diffusers_unet_name(
+    name: str, num_res_blocks: int, plain_attention: bool = False, vector: str = "add_embedding"
+) -> str:
+    """diffusers' name of a UNet's tensor, from CompVis'.
+
+    Args:
+      plain_attention: attention is without a context and no transformer (UNet2DModel). CompVis'
+        one `qkv` stays as it is: diffusers has three in its place, to_q, to_k and to_v.
+      vector: what takes the vector y: "add_embedding" (SDXL) or "class_embedding" (unCLIP).
+    """
     per_level = num_res_blocks + 1
 
     def down(match: re.Match) -> str:
@@ -87,22 +127,28 @@ def diffusers_unet_name(name: str, num_res_blocks: int) -> str:
 
     def up(match: re.Match) -> str:
         level, place = divmod(int(match[1]), per_level)
-        if match[3]:
-            return f"up_blocks.{level}.upsamplers.0.conv."
-        kind = ("resnets", "attentions", "upsamplers")[int(match[2])]
-        return f"up_blocks.{level}.{kind}.{0 if kind == 'upsamplers' else place}."
+        return f"up_blocks.{level}.{('resnets', 'attentions')[int(match[2])]}.{place}."
+
+    def upsampler(match: re.Match) -> str:
+        return f"up_blocks.{int(match[1]) // per_level}.upsamplers.0."
 
     rules: Rules = (
         (r"^time_embed\.([02])\.", lambda m: f"time_embedding.linear_{int(m[1]) // 2 + 1}."),
+        (r"^label_emb\.0\.([02])\.", lambda m: f"{vector}.linear_{int(m[1]) // 2 + 1}."),
+        (r"^label_emb\.1\.([02])\.", lambda m: f"class_embedding.linear_{int(m[1]) // 2 + 1}."),
+        (r"^label_emb\.", "class_embedding."),
         (r"^input_blocks\.0\.0\.", "conv_in."),
         (r"^out\.0\.", "conv_norm_out."),
         (r"^out\.2\.", "conv_out."),
         (r"^input_blocks\.(\d+)\.(\d)\.(op\.)?", down),
-        (r"^output_blocks\.(\d+)\.(\d)\.(conv\.)?", up),
+        # The last module of a level's last block: a convolution or a ResBlock, but no transformer.
+        (r"^output_blocks\.(\d+)\.[12]\.(?=conv\.|(?:in|emb|out)_layers|skip_)", upsampler),
+        (r"^output_blocks\.(\d+)\.([01])\.", up),
         (r"^middle_block\.0\.", "mid_block.resnets.0."),
         (r"^middle_block\.1\.", "mid_block.attentions.0."),
         (r"^middle_block\.2\.", "mid_block.resnets.1."),
         *_RESNET,
+        *(_ATTENTION if plain_attention else ()),
     )
     return _apply(rules, name)
 
@@ -121,13 +167,69 @@ def diffusers_autoencoder_name(name: str, levels: int) -> str:
         (r"\.(downsample|upsample)\.conv\.", r".\1rs.0.conv."),
         (r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}."),
         (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
-        (r"(\.attentions\.\d+)\.norm\.", r"\1.group_norm."),
-        (r"(\.attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
-        (r"(\.attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+        *_ATTENTION,
         (r"\.norm_out\.", ".conv_norm_out."),
         *_RESNET,
     )
     return _apply(rules, name)
+
+
+def old_diffusers_name(name: str) -> str:
+    """What a tensor of attention without a context was called before diffusers 0.14."""
+    return _apply(_OLD_ATTENTION, name)
+
+
+def diffusers_tiny_name(path: str) -> str:
+    """The name in diffusers' AutoencoderTiny of our leaf."""
+    return _apply(((r"\blayers_", "layers."), (r"\bconv_", "conv.")), _dotted(path))
+
+
+_LDM_BERT: Rules = (
+    (r"^token_emb\.", "embed_tokens."),
+    (r"^pos_emb$", "embed_positions.weight"),
+    (r"^layers_(\d+)_norm1\.", r"layers.\1.self_attn_layer_norm."),
+    (r"^layers_(\d+)_norm2\.", r"layers.\1.final_layer_norm."),
+    (r"^layers_(\d+)_attn\.to_(\w+)\.", r"layers.\1.self_attn.\2_proj."),
+    (r"^layers_(\d+)_ff\.proj_in\.", r"layers.\1.fc1."),
+    (r"^layers_(\d+)_ff\.proj_out\.", r"layers.\1.fc2."),
+    (r"^norm\.", "layer_norm."),
+)
+
+
+def ldm_bert_name(path: str) -> str:
+    """The name in diffusers' LDMBertModel of our leaf."""
+    return "model." + _apply(_LDM_BERT, _dotted(path))
+
+
+_CLIP: Rules = (
+    (r"^(position_embedding)$", r"\1.weight"),
+    (r"^(token_embedding|position_embedding)\.", r"embeddings.\1."),
+    (r"^layers_", "encoder.layers."),
+    (r"^(?!text_projection)", "text_model."),
+)
+
+
+def clip_name(path: str) -> str:
+    """The name in transformers' CLIPTextModel (and …WithProjection) of our leaf."""
+    return _apply(_CLIP, _dotted(path))
+
+
+_OPEN_CLIP: Rules = (
+    (r"^position_embedding$", "positional_embedding"),
+    (r"^text_projection\.weight$", "text_projection"),
+    (r"^final_layer_norm\.", "ln_final."),
+    (r"^layers_(\d+)\.", r"transformer.resblocks.\1."),
+    (r"\.layer_norm([12])\.", r".ln_\1."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+    (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
+    (r"\.self_attn\.[qkv]_proj\.", ".attn.in_proj_"),
+)
+
+
+def open_clip_name(path: str) -> str:
+    """The name in OpenCLIP's text tower of our leaf. Queries, keys and values share one tensor."""
+    return _apply(_OPEN_CLIP, _dotted(path))
 
 
 def to_torch(array: np.ndarray, dimensions: int) -> np.ndarray:

@@ -218,3 +218,30 @@ class AutoencoderKL(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Reconstruction through the posterior's mean."""
         return self.decode(self.encode(x))
+
+
+class Identity(nn.Module):
+    """Pixels in place of latents: diffusion without a first stage. It has no parameters."""
+
+    in_channels: int = 3
+    scale_factor: float = 1.0
+    dtype: jax.typing.DTypeLike | None = None
+
+    embed_dim = property(lambda self: self.in_channels)
+    downsampling = 1
+
+    def moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The pixels as mean of a posterior without any width."""
+        return x, jnp.full_like(x, -jnp.inf)
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """Pixels times `scale_factor`."""
+        return x * self.scale_factor
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Pixels again."""
+        return latents / self.scale_factor
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The pixels."""
+        return x

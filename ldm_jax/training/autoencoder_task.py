@@ -1,8 +1,10 @@
 """Stage 1: the autoencoder with LDM's complete loss (Rombach et al. 2022, §G; Esser et al. 2021).
 
-    L = Σ|x − x̂| + λ_p·LPIPS(x, x̂)·CHW + λ_KL·KL(q(z|x) ‖ N(0, I)) + λ_d·λ_adaptive·L_GAN
+    L = Σ|x − x̂| + λ_p·LPIPS(x, x̂)·CHW + R + λ_d·λ_adaptive·L_GAN
 
-summed over each image, averaged over the batch. The discriminator sees the reconstruction of the
+summed over each image, averaged over the batch. R, what the latents cost, is λ_KL·KL(q(z|x) ‖
+N(0, I)), or for a codebook λ_c·CHW times the loss of `VectorQuantizer` (the originals divide all of
+L by CHW there). The discriminator sees the reconstruction of the
 same forward pass (the originals run a second one with a fresh posterior sample for it).
 """
 
@@ -19,8 +21,10 @@ from ldm_jax.data.loader import batches_once
 from ldm_jax.diffusion.noise import per_example
 from ldm_jax.metrics.reconstruction import reconstruction_quality
 from ldm_jax.models.autoencoder import AutoencoderKL
+from ldm_jax.models.build import Autoencoder, make_autoencoder
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.lpips import lpips
+from ldm_jax.models.vq import VQModel
 from ldm_jax.pictures import image_grid, to_float, to_uint8
 from ldm_jax.training.batches import training_batches
 from ldm_jax.training.workdir import config_dict
@@ -55,8 +59,8 @@ class AutoencoderTask:
         return ("autoencoder", "discriminator")
 
     @property
-    def model(self) -> AutoencoderKL:
-        return AutoencoderKL(**self.config.autoencoder)
+    def model(self) -> Autoencoder:
+        return make_autoencoder(self.config.autoencoder)
 
     @property
     def discriminator(self) -> PatchDiscriminator:
@@ -67,10 +71,12 @@ class AutoencoderTask:
         images = jnp.zeros((1, size, size, self.model.in_channels))
         model_key, discriminator_key = jax.random.split(key)
         autoencoder = self.model.init(model_key, images)["params"]
-        # 0 in the originals, which drowns the first thousand steps in posterior noise.
-        bias = autoencoder["quant_conv"]["bias"]
-        logvar = slice(self.model.embed_dim, None)
-        autoencoder["quant_conv"]["bias"] = bias.at[logvar].set(self.config.loss.logvar_init)
+        if isinstance(self.model, AutoencoderKL):
+            # 0 in the originals, which drowns the first thousand steps in posterior noise.
+            quant = self.model.use_quant_conv
+            last = autoencoder["quant_conv"] if quant else autoencoder["encoder"]["conv_out"]
+            logvar = slice(self.model.embed_dim, None)
+            last["bias"] = last["bias"].at[logvar].set(self.config.loss.logvar_init)
         return {
             "autoencoder": autoencoder,
             "discriminator": self.discriminator.init(discriminator_key, images)["params"],
@@ -91,10 +97,20 @@ class AutoencoderTask:
         layer = params["autoencoder"]["conv_out"]
 
         def forward(autoencoder):
+            """What the last layer sees, and what the latents cost; and metrics."""
             variables = {"params": autoencoder}
-            mean, logvar = model.apply(variables, x, method=model.moments)
-            z = mean + jnp.exp(0.5 * logvar) * per_example(jax.random.normal, key, mean.shape)
-            return model.apply(variables, z, method=model.features), mean, logvar
+            if isinstance(model, VQModel):
+                z = model.apply(variables, x, method=model.prequant)
+                quantized = model.apply(variables, z, method=model.nearest)
+                z, cost = quantized.latents, loss_config.codebook_weight * pixels * quantized.loss
+                used = {"perplexity": quantized.perplexity, "codebook_usage": quantized.usage}
+                told = {"codebook_loss": quantized.loss} | used
+            else:
+                mean, logvar = model.apply(variables, x, method=model.moments)
+                z = mean + jnp.exp(0.5 * logvar) * per_example(jax.random.normal, key, mean.shape)
+                kl = jnp.mean(kl_divergence(mean, logvar))
+                cost, told = loss_config.kl_weight * kl, {"kl": kl}
+            return (model.apply(variables, z, method=model.features), cost), told
 
         def last_layer(layer, features):
             variables = {"params": {**params["autoencoder"], "conv_out": layer}}
@@ -108,18 +124,14 @@ class AutoencoderTask:
             total = absolute + loss_config.perceptual_weight * distance * pixels
             return total, {"rec_loss": absolute / pixels, "lpips": distance}
 
-        def divergence(mean, logvar):
-            return jnp.mean(kl_divergence(mean, logvar))
-
         # One pass forward, then gradients from the losses back: to the image, through the last
         # layer (whose gradients balance the two losses), and once through all the rest.
-        (features, mean, logvar), backward = jax.vjp(forward, params["autoencoder"])
+        (features, cost), backward, told = jax.vjp(forward, params["autoencoder"], has_aux=True)
         x_hat, last_backward = jax.vjp(last_layer, layer, features)
         (nll, metrics), nll_to_image = jax.value_and_grad(reconstruction, has_aux=True)(x_hat)
-        kl, kl_to_moments = jax.value_and_grad(divergence, argnums=(0, 1))(mean, logvar)
         nll_to_layer, _ = last_backward(nll_to_image)
 
-        metrics |= {"loss": nll + loss_config.kl_weight * kl, "kl": kl}
+        metrics |= told | {"loss": nll + cost}
         d_grads = jax.tree.map(jnp.zeros_like, params["discriminator"])
         to_image = nll_to_image
         if phase:
@@ -132,8 +144,7 @@ class AutoencoderTask:
             metrics |= gan_metrics | {"d_weight": weight}
 
         layer_grads, to_features = last_backward(to_image)
-        to_moments = jax.tree.map(lambda g: loss_config.kl_weight * g, kl_to_moments)
-        (grads,) = backward((to_features, *to_moments))
+        (grads,) = backward((to_features, jnp.ones_like(cost)))
         # `forward` stops before the last layer, so its own gradient for it is zero.
         grads = {"autoencoder": {**grads, "conv_out": layer_grads}, "discriminator": d_grads}
         return grads, metrics

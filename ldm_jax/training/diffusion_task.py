@@ -12,7 +12,8 @@ import numpy as np
 from ldm_jax.data.loader import batches_once
 from ldm_jax.diffusion.noise import example_keys, per_example
 from ldm_jax.inputs import inputs_for, nulls_for, requests, told_sizes
-from ldm_jax.latent_diffusion import Autoencoder, LatentDiffusion
+from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.models.build import Autoencoder
 from ldm_jax.pictures import image_grid, to_float, to_uint8
 from ldm_jax.training.batches import training_batches
 
@@ -114,7 +115,7 @@ class DiffusionTask:
         settings, embedders = self.config.sampling, self.model.embedders
         needed = {key for embedder in embedders for key in embedder.needs}
         prompts = list(settings.prompts) if "caption" in needed else None
-        labels = list(settings.labels) if "label" in needed else None
+        labels = list(settings.get("labels", (0,))) if "label" in needed else None
         (told,) = requests(embedders, prompts, labels)
         columns = max((len(values) for values in told.values()), default=UNCONDITIONAL_PREVIEWS)
         count = 2 * columns

@@ -7,7 +7,7 @@ import jax
 from safetensors.numpy import load_file
 
 from ldm_jax.data.sources import open_source
-from ldm_jax.interop.native import open_model
+from ldm_jax.interop.opening import open_any
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.training.autoencoder_task import AutoencoderTask
 from ldm_jax.training.diffusion_task import PICTURE_AUGMENTS, DiffusionTask, LatentSource
@@ -46,10 +46,10 @@ def _diffusion(config: Any) -> DiffusionTask:
             f"data.augment: {', '.join(pictures)} would change the pictures, but this task trains "
             "on latents that are encoded once; only captions can be augmented here"
         )
-    first_config, first_stage = open_model(config.first_stage)
-    resolved = config_dict(config) | {"autoencoder": first_config["autoencoder"]}
+    first_stage = open_any(config.first_stage)
+    resolved = config_dict(config) | {"autoencoder": first_stage.config["autoencoder"]}
     model = LatentDiffusion.from_config(resolved)
-    params = jax.device_put(first_stage["autoencoder"])
+    params = jax.device_put(first_stage.params["autoencoder"])
     log.info("Encoding the pictures once with %s", config.first_stage or "the shipped weights")
     source, held_out = (
         LatentSource(open_source(config.data, split), model.autoencoder, params)

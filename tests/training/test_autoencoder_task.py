@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.diffusion.noise import per_example
+from ldm_jax.models.vq import VQModel
 from ldm_jax.pictures import to_float
 from ldm_jax.training.autoencoder_task import AutoencoderTask, hinge_loss, kl_divergence
 from ldm_jax.training.tasks import make_task
@@ -27,14 +28,16 @@ def test_hinge_loss_at_and_beyond_the_margins():
     assert float(hinge_loss(jnp.array([-1.0]), jnp.array([1.0]))) == 2.0
 
 
-@pytest.fixture(scope="module")
-def task(root):
+@pytest.fixture(scope="module", params=["kl", "vq"])
+def task(root, request):
     spec = importlib.util.spec_from_file_location("config", root / "configs" / "autoencoder.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config("smoke")
     config.loss.disc_weight = 0.5
     config.loss.kl_weight = 1e-3  # large enough to be seen
+    if request.param == "vq":
+        config.autoencoder.update(kind="vq", n_embed=64)
     return make_task(config)
 
 
@@ -51,13 +54,18 @@ def reference(task: AutoencoderTask, params, batch, key, weight):
 
     def loss(autoencoder):
         variables = {"params": autoencoder}
-        mean, logvar = task.model.apply(variables, x, method="moments")
-        z = mean + jnp.exp(0.5 * logvar) * per_example(jax.random.normal, key, mean.shape)
-        x_hat = task.model.apply(variables, z * task.model.scale_factor, method="decode")
+        if isinstance(task.model, VQModel):
+            z = task.model.apply(variables, x, method="prequant")
+            cost = x[0].size * task.model.apply(variables, z, method="nearest").loss
+            x_hat = task.model.apply(variables, z * task.model.scale_factor, method="decode")
+        else:
+            mean, logvar = task.model.apply(variables, x, method="moments")
+            z = mean + jnp.exp(0.5 * logvar) * per_example(jax.random.normal, key, mean.shape)
+            cost = task.config.loss.kl_weight * jnp.mean(kl_divergence(mean, logvar))
+            x_hat = task.model.apply(variables, z * task.model.scale_factor, method="decode")
         nll = jnp.sum(jnp.abs(x - x_hat)) / len(x)
-        kl = jnp.mean(kl_divergence(mean, logvar))
         logits = task.discriminator.apply({"params": params["discriminator"]}, x_hat)
-        return nll + task.config.loss.kl_weight * kl - weight * jnp.mean(logits), x_hat
+        return nll + cost - weight * jnp.mean(logits), x_hat
 
     grads, x_hat = jax.grad(loss, has_aux=True)(params["autoencoder"])
 

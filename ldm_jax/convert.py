@@ -1,0 +1,63 @@
+"""From anybody's model file to another layout:
+
+    python -m ldm_jax.convert IN OUT --to=diffusers
+
+IN is whatever `ldm_jax.load` opens; the layouts are "single_file" (ours, which says all of it),
+"compvis" (one file, as CompVis' and Stability's code has it) and "diffusers" (a folder).
+"""
+
+import sys
+
+import jax
+from absl import flags
+
+from ldm_jax.interop.opening import LAYOUTS, export, read_any
+from ldm_jax.runtime.console import run
+
+TO = flags.DEFINE_enum("to", "single_file", list(LAYOUTS), "Layout of OUT.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16", "bfloat16"], "Type in OUT.")
+EMA = flags.DEFINE_enum(
+    "ema",
+    "auto",
+    ["auto", "true", "false"],
+    "Averaged weights, where IN has both; auto: if it must.",
+)
+
+
+def convert(
+    source: str, target: str, layout: str, dtype: str = "float32", ema: bool | str = "auto"
+) -> None:
+    """Reads, says what it is and what is odd about it, and writes.
+
+    Raises:
+      FileNotFoundError, FileExistsError, ValueError: see `read_any` and `export`; keys that are
+        missing or misshapen. Nothing is written then.
+    """
+    found = read_any(source, dtype, ema)
+    print(f"{source}: {found.about}")
+    for network, params in found.params.items():
+        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        print(f"{network}: {count:,} parameters in {len(jax.tree.leaves(params))} tensors")
+    wrong = 0
+    for network, report in found.reports.items():
+        for odd in ("missing", "misshapen", "extra"):
+            for key in getattr(report, odd):
+                print(f"{network}: {odd} {key}")
+        wrong += len(report.missing) + len(report.misshapen)
+    if wrong:
+        raise ValueError(f"{source}: {wrong} keys are missing or misshapen; nothing is written")
+    export(target, found.config, found.params, dtype, layout)
+    print(f"Written: {target} ({layout}, {dtype})")
+
+
+def main():
+    if len(PLACES) != 2:
+        raise ValueError(f"expected IN and OUT, and flags as --to=diffusers; found {PLACES}")
+    convert(*PLACES, TO.value, DTYPE.value, {"true": True, "false": False}.get(EMA.value, "auto"))
+
+
+if __name__ == "__main__":
+    # `run` wants a command line of flags alone.
+    PLACES = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument.startswith("-")]
+    run(main)

@@ -1,0 +1,326 @@
+"""The kinds of conditions, by the `kind` of a config's sections `conditioning.<name>`."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ldm_jax.conditioning import Conditioning, Embedder
+from ldm_jax.models.clip import CLIPText
+from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler, concat_timestep_embedding
+from ldm_jax.models.text import TextTransformer
+from ldm_jax.tokenizer import BytePair, SentencePiece, WordPiece
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEmbedder:
+    """Prompts → context, through a text transformer trained with the UNet (LDM's own choice)."""
+
+    name: str
+    network: TextTransformer
+    tokenizer: WordPiece
+    dropout: float
+    needs = ("caption",)
+    guided = True
+
+    def prepare(self, batch: dict[str, Any]) -> np.ndarray:
+        """Tokens int32 (B, L) of batch["caption"]."""
+        return self.tokenizer(list(batch["caption"]))
+
+    def null(self, count: int) -> np.ndarray:
+        """The empty prompt."""
+        return np.repeat(self.tokenizer([""]), count, axis=0)
+
+    def __call__(self, params, raw, **dropout) -> Conditioning:
+        return Conditioning(context=self.network.apply({"params": params}, raw, **dropout))
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipEmbedder:
+    """Prompts → CLIP's features: every token as context, or the whole text as vector, or both.
+
+    With `zero_null` no prompt is features of 0 (SDXL), not those of the empty prompt (SD 1 and 2);
+    its tokens are −1.
+    """
+
+    name: str
+    network: CLIPText
+    tokenizer: BytePair | SentencePiece
+    dropout: float
+    context: bool = True
+    pooled: bool = False
+    zero_null: bool = False
+    needs = ("caption",)
+    guided = True
+
+    def prepare(self, batch: dict[str, Any]) -> np.ndarray:
+        """Tokens int32 (B, L) of batch["caption"]; "" counts as no prompt."""
+        captions = list(batch["caption"])
+        tokens = self.tokenizer(captions)
+        if self.zero_null:
+            tokens[[caption == "" for caption in captions]] = -1
+        return tokens
+
+    def null(self, count: int) -> np.ndarray:
+        """No prompt."""
+        return self.prepare({"caption": [""] * count})
+
+    def __call__(self, params, raw, **_) -> Conditioning:
+        features = self.network.apply({"params": params}, jnp.maximum(raw, 0))
+        if self.zero_null:
+            given = raw[:, 0] >= 0
+            features = jax.tree.map(
+                lambda f: jnp.where(given.reshape(-1, *[1] * (f.ndim - 1)), f, 0.0), features
+            )
+        return Conditioning(
+            context=features.hidden if self.context else None,
+            vector=features.pooled if self.pooled else None,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelEmbedder:
+    """Labels → a context of one token, or a vector. `null_class`, one of the classes, stands for
+    none; with `zero_null` an embedding of 0 does, whose label is −1."""
+
+    name: str
+    network: ClassEmbedder
+    null_class: int | None
+    dropout: float
+    output: str = "context"
+    zero_null: bool = False
+    needs = ("label",)
+    guided = True
+
+    def prepare(self, batch: dict[str, Any]) -> np.ndarray:
+        """Labels int32 (B,) of batch["label"]; raises ValueError for one out of range."""
+        labels = np.asarray(batch["label"], np.int32)
+        classes = self.network.n_classes
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if wrong.size:
+            raise ValueError(f"label {wrong[0]}: this model knows 0 to {classes - 1}")
+        return labels
+
+    def null(self, count: int) -> np.ndarray:
+        """No label, or, where nothing stands for that and nothing is dropped, class 0."""
+        return np.full(count, -1 if self.zero_null else self.null_class or 0, np.int32)
+
+    def __call__(self, params, raw, **_) -> Conditioning:
+        context = self.network.apply({"params": params}, jnp.maximum(raw, 0))
+        context = jnp.where(raw[:, None, None] >= 0, context, 0.0) if self.zero_null else context
+        return Conditioning(**{self.output: context if self.output == "context" else context[:, 0]})
+
+
+SIZES = {"original_size": 2, "crop": 2, "target_size": 2, "aesthetic_score": 1}
+
+
+def default_sizes(height: int, width: int) -> dict[str, Any]:
+    """What SDXL is told of a picture that was neither scaled nor cropped."""
+    size = (height, width)
+    return {"original_size": size, "crop": (0, 0), "target_size": size, "aesthetic_score": 6.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeEmbedder:
+    """Numbers about a picture → vector, each as 256 sinusoids (SDXL, Podell et al. 2023, §2.2).
+
+    `fields` are keys of `SIZES`, in their order: pixels (height, width) or (top, left), points.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    dropout: float
+    network = None
+    guided = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.fields
+
+    def prepare(self, batch: dict[str, Any]) -> np.ndarray:
+        """float32 (B, N) of the batch's entries, (B, 2), or (B,) for a score."""
+        parts = [np.asarray(batch[field], np.float32) for field in self.fields]
+        return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
+
+    def null(self, count: int) -> np.ndarray:
+        """Zeros."""
+        return np.zeros((count, sum(SIZES[f] for f in self.fields)), np.float32)
+
+    def __call__(self, params, raw, **_) -> Conditioning:
+        return Conditioning(vector=concat_timestep_embedding(raw, 256))
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayEmbedder:
+    """An array that the caller brings, or tokens or a map through a network → `output`.
+
+    `shape` is one example's, None for sides that may be any.
+    """
+
+    name: str
+    network: nn.Module | None
+    shape: tuple[int | None, ...]
+    output: str
+    dropout: float
+    guided = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def dtype(self) -> type:
+        """Tokens and labels are integers."""
+        whole = isinstance(self.network, TextTransformer) or not self.shape
+        return np.int32 if whole else np.float32
+
+    def prepare(self, batch: dict[str, Any]) -> np.ndarray:
+        """batch[name]; raises ValueError for another shape."""
+        array = np.asarray(batch[self.name], self.dtype)
+        given, expected = array.shape[1:], self.shape
+        fits = len(given) == len(expected) and all(
+            side in (None, size) for side, size in zip(expected, given, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"condition {self.name!r} of shape {given}: expected {expected}")
+        return array
+
+    def null(self, count: int) -> np.ndarray:
+        """Zeros; a side that may be any is as short as the network takes it."""
+        side = 2**self.network.n_stages if isinstance(self.network, SpatialRescaler) else 1
+        return np.zeros((count, *(n or side for n in self.shape)), self.dtype)
+
+    def __call__(self, params, raw, **dropout) -> Conditioning:
+        if self.network is not None:
+            dropout = dropout if isinstance(self.network, TextTransformer) else {}
+            raw = self.network.apply({"params": params}, raw, **dropout)
+        return Conditioning(**{self.output: raw})
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedImageEmbedder:
+    """A mask, 1 where to draw, and the latents of the picture without that part → concat.
+
+    `hole` is the pixels' value there, in [−1, 1]; the mask is scaled to `mask_range`. Stable
+    Diffusion puts the mask first, LDM last and with −1 for "keep" and for the hole.
+    """
+
+    name: str
+    channels: int
+    mask_first: bool
+    hole: float
+    mask_range: tuple[float, float]
+    dropout: float
+    network = None
+    guided = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def build(self, images: np.ndarray, mask: np.ndarray, encode: Callable) -> np.ndarray:
+        """The raw input (B, h, w, 1 + c) from images in [0, 1] and a mask (B, H, W, 1) of 0, 1."""
+        masked = np.where(mask > 0.5, (self.hole + 1.0) / 2.0, images)
+        latents = np.asarray(encode(masked))
+        factor = mask.shape[1] // latents.shape[1]
+        low, high = self.mask_range
+        cells = low + (high - low) * mask[:, ::factor, ::factor]
+        return np.concatenate(
+            [cells, latents] if self.mask_first else [latents, cells], axis=-1, dtype=np.float32
+        )
+
+    def prepare(self, batch: dict[str, Any]) -> np.ndarray:
+        """batch[name], what `build` made."""
+        return np.asarray(batch[self.name], np.float32)
+
+    def null(self, count: int) -> np.ndarray:
+        """Zeros, one latent wide."""
+        return np.zeros((count, 1, 1, 1 + self.channels), np.float32)
+
+    def __call__(self, params, raw, **_) -> Conditioning:
+        return Conditioning(concat=raw)
+
+
+def _text(name: str, section: dict[str, Any], dtype: Any) -> TextEmbedder:
+    network = dict(section["network"])
+    tokenizer = WordPiece(section["vocabulary"], network["max_length"])
+    network = TextTransformer(vocab_size=tokenizer.size, dtype=dtype, **network)
+    return TextEmbedder(name, network, tokenizer, section["dropout"])
+
+
+def _clip(name: str, section: dict[str, Any], dtype: Any) -> ClipEmbedder:
+    network = CLIPText(**section["network"], dtype=dtype)
+    if section.get("tokenizer", "byte_pair") == "sentencepiece":
+        tokenizer = SentencePiece(section["vocabulary"], network.max_length)
+    else:
+        padding = section.get("padding", "end")
+        tokenizer = BytePair(section["vocabulary"], network.max_length, padding)
+    options = {k: section[k] for k in ("context", "pooled", "zero_null") if k in section}
+    return ClipEmbedder(name, network, tokenizer, section["dropout"], **options)
+
+
+def _class(name: str, section: dict[str, Any], dtype: Any) -> LabelEmbedder:
+    network = ClassEmbedder(**section["network"], dtype=dtype)
+    options = {k: section[k] for k in ("output", "zero_null") if k in section}
+    return LabelEmbedder(name, network, section.get("null"), section["dropout"], **options)
+
+
+def _sizes(name: str, section: dict[str, Any], dtype: Any) -> SizeEmbedder:
+    unknown = [field for field in section["fields"] if field not in SIZES]
+    if unknown:
+        raise ValueError(
+            f"conditioning.{name}.fields: {unknown[0]!r} is none of {', '.join(SIZES)}"
+        )
+    return SizeEmbedder(name, tuple(section["fields"]), section["dropout"])
+
+
+def _array(name: str, section: dict[str, Any], dtype: Any) -> ArrayEmbedder:
+    network = None
+    if section.get("network"):
+        fields = dict(section["network"])
+        kind = {"rescaler": SpatialRescaler, "transformer": TextTransformer}[fields.pop("kind")]
+        network = kind(**fields, dtype=dtype)
+    return ArrayEmbedder(
+        name, network, tuple(section["shape"]), section["output"], section["dropout"]
+    )
+
+
+def _masked_image(name: str, section: dict[str, Any], dtype: Any) -> MaskedImageEmbedder:
+    return MaskedImageEmbedder(
+        name,
+        section.get("channels", 4),
+        section["mask_first"],
+        section["hole"],
+        tuple(section["mask_range"]),
+        section["dropout"],
+    )
+
+
+EMBEDDERS = {
+    "text": _text,
+    "clip": _clip,
+    "class": _class,
+    "sizes": _sizes,
+    "array": _array,
+    "masked_image": _masked_image,
+}
+
+
+def make_embedders(config: dict[str, Any], dtype: Any = None) -> tuple[Embedder, ...]:
+    """Every section of `config.conditioning`; its `kind` chooses the embedder.
+
+    `dtype` is the networks' type of arithmetic.
+    """
+    for name, section in config.items():
+        if section["kind"] not in EMBEDDERS:
+            raise ValueError(
+                f"conditioning.{name}.kind={section['kind']!r}: choose one of "
+                f"{', '.join(EMBEDDERS)}"
+            )
+    return tuple(
+        EMBEDDERS[section["kind"]](name, section, dtype) for name, section in config.items()
+    )

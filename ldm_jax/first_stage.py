@@ -1,0 +1,50 @@
+"""An autoencoder by itself: pictures to latents and back. Made by `ldm_jax.load`."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax.interop.opening import export
+from ldm_jax.models.build import Autoencoder
+from ldm_jax.pictures import as_images
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstStage:
+    """An autoencoder ready to use; `Pipeline.first_stage` is that of a pipeline."""
+
+    autoencoder: Autoencoder
+    params: dict[str, Any]
+    config: dict[str, Any]
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Pictures (B, H, W, C), uint8 or float [0, 1] → scaled latents (B, h, w, c)."""
+        return np.asarray(self._encode(self.params, as_images(images) * 2.0 - 1.0))
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Scaled latents (B, h, w, c) → pictures (B, H, W, C), float32 [0, 1]."""
+        return np.asarray(self._decode(self.params, latents), np.float32)
+
+    def save(self, path: str | Path, dtype: str = "float32", layout: str = "single_file") -> None:
+        """As `Pipeline.save`."""
+        export(path, self.config, self.params, dtype, layout)
+
+    @functools.cached_property
+    def _encode(self):
+        return jax.jit(
+            lambda p, x: self.autoencoder.apply({"params": p["autoencoder"]}, x, method="encode")
+        )
+
+    @functools.cached_property
+    def _decode(self):
+        def decode(params, latents):
+            variables = {"params": params["autoencoder"]}
+            images = self.autoencoder.apply(variables, latents, method="decode")
+            return jnp.clip((images + 1.0) / 2.0, 0.0, 1.0)
+
+        return jax.jit(decode)

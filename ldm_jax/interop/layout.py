@@ -1,0 +1,365 @@
+"""Which foreign tensors each of our leaves is made of, and how: one table for reading and writing.
+
+`slots` makes the table for a network and a layout; `read_params` and `write_params` apply it.
+Networks: "unet", "autoencoder", "clip", "bert" (LDM's `TextTransformer`), "class", "rescaler".
+Layouts: "compvis" (CompVis' code; for CLIP transformers' names, which it has inside; for a tiny
+autoencoder TAESD's own), "diffusers", and for CLIP also "openclip".
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ldm_jax.interop import names
+from ldm_jax.models.autoencoder import AutoencoderKL
+from ldm_jax.models.clip import CLIPText
+from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
+from ldm_jax.models.text import TextTransformer
+from ldm_jax.models.tiny_autoencoder import TinyAutoencoder
+from ldm_jax.models.unet import UNet
+from ldm_jax.models.vq import VQModel
+
+AUTOENCODERS = {"kl": AutoencoderKL, "vq": VQModel, "tiny": TinyAutoencoder}
+LAYOUTS = {
+    "unet": ("compvis", "diffusers"),
+    "autoencoder": ("compvis", "diffusers"),
+    "clip": ("compvis", "diffusers", "openclip"),
+    "bert": ("compvis", "diffusers"),
+    "class": ("compvis", "diffusers"),
+    "rescaler": ("compvis", "diffusers"),
+}
+# Where diffusers' UNets take a vector in.
+VECTORS = ("add_embedding", "class_embedding")
+# What files hold beside a network's parameters: buffers, heads that only training needs, and the
+# networks of an autoencoder's loss.
+IGNORED = r"(.*\.)?position_ids|to_logits\..*|logit_scale|attn_mask|loss\..*"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One of our leaves and the foreign tensors that hold it.
+
+    Attributes:
+      shape: of our leaf.
+      names: of the tensors, in order. Slots of the same name share that tensor.
+      foreign: shape of each tensor.
+      transposed: whether ours is a kernel, (…, in, out), and theirs (out, in, …).
+      part: (i, n) where the leaf is the i-th of n equal parts of the tensor, along its first axis.
+      heads: where our leaf is CompVis' `qkv`, whose outputs are ordered head first, then q, k, v,
+        and the names are those of queries, keys and values.
+      others: other names that files have for the same tensors.
+    """
+
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    foreign: tuple[int, ...]
+    transposed: bool = False
+    part: tuple[int, int] = (0, 1)
+    heads: int | None = None
+    others: tuple[tuple[str, ...], ...] = ()
+
+    def read(self, *tensors: np.ndarray) -> np.ndarray:
+        """Our leaf, a view where that can be, from its tensors; shapes must fit (`fits`)."""
+        i, n = self.part
+        if self.heads:
+            by_head = [t.reshape(self.heads, -1, *t.shape[1:]) for t in tensors]
+            tensor = np.stack(by_head, axis=1).reshape(-1, *tensors[0].shape[1:])
+        else:
+            tensor = np.split(tensors[0], n)[i]
+        return names.to_flax(tensor, self.shape) if self.transposed else tensor
+
+    def write(self, leaf: np.ndarray) -> list[np.ndarray]:
+        """The tensors that hold a leaf; of one that is shared, this leaf's part."""
+        tensor = names.to_torch(leaf, len(self.foreign)) if self.transposed else leaf
+        if not self.heads:
+            return [tensor]
+        by_head = tensor.reshape(self.heads, 3, -1, *tensor.shape[1:])
+        return [by_head[:, i].reshape(self.foreign) for i in range(3)]
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of that shape can be read: a 1×1 kernel's 1s may be there or not."""
+
+        def matrix(shape):
+            return shape[:2] if set(shape[2:]) <= {1} else shape
+
+        return matrix(tuple(shape)) == matrix(self.foreign)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What did not come out even: keys that files lack, keys that nothing took, wrong shapes.
+
+    `misshapen` is text: key, what was expected, what came.
+    """
+
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    misshapen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model from someone else's file. `about` says for people what was recognised."""
+
+    config: dict[str, Any]
+    params: dict[str, Any]
+    about: str
+    reports: dict[str, Report]
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields as modules take them: JSON has lists where they have tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
+def _unet(**fields: Any) -> tuple[nn.Module, list, dict]:
+    module = UNet(**fields)
+    side = 2 ** (len(module.channel_mult) - 1)
+    inputs = [_floats(1, side, side, module.in_channels), _floats(1)]
+    if module.context_dim is not None:
+        inputs.append(_floats(1, 1, module.context_dim))
+    labels = {
+        None: None,
+        "sequential": _floats(1, module.adm_in_channels or 0),
+        "continuous": _floats(1, 1),
+        "timestep": _floats(1),
+    }
+    return module, inputs, {"y": labels.get(module.num_classes, _integers(1))}
+
+
+def _autoencoder(kind: str = "kl", **fields: Any) -> tuple[nn.Module, list, dict]:
+    if kind not in AUTOENCODERS:
+        raise ValueError(f"autoencoder of kind {kind!r}: choose one of {', '.join(AUTOENCODERS)}")
+    module = AUTOENCODERS[kind](**fields)
+    side = module.downsampling
+    return module, [_floats(1, side, side, module.in_channels)], {}
+
+
+def _rescaler(in_channels: int = 0, kind: str = "", **fields: Any) -> tuple[nn.Module, list, dict]:
+    module = SpatialRescaler(**fields)
+    if module.out_channels is not None and not in_channels:
+        raise ValueError("rescaler with out_channels needs in_channels, of what it is given")
+    side = 2**module.n_stages
+    return module, [_floats(1, side, side, in_channels)], {}
+
+
+def _floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _integers(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+# Network → function of its fields to the module, its inputs and those with names.
+_BUILD: dict[str, Callable[..., tuple[nn.Module, list, dict]]] = {
+    "unet": _unet,
+    "autoencoder": _autoencoder,
+    "clip": lambda **fields: (CLIPText(**fields), [_integers(1, 1)], {}),
+    "bert": lambda kind="", **fields: (TextTransformer(**fields), [_integers(1, 1)], {}),
+    "class": lambda **fields: (ClassEmbedder(**fields), [_integers(1)], {}),
+    "rescaler": _rescaler,
+}
+
+
+def shapes(network: str, fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Leaf path ("a/b/kernel") → shape of a network with these fields; nothing is computed."""
+    try:
+        module, inputs, named = _BUILD[network](**_tuples(fields))
+    except TypeError as error:
+        raise ValueError(f"{network}: {error}") from error
+    variables = jax.eval_shape(module.init, jax.random.key(0), *inputs, **named)
+    flat = flatten_dict(variables.get("params", {}), sep="/")
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+
+def _slot(path: str, shape: tuple[int, ...], *called: str, dimensions: int = 0, **more) -> Slot:
+    """A leaf of these names; a kernel lies there in as many dimensions as here, unless said."""
+    if not path.endswith("/kernel"):
+        return Slot(shape, called, shape, **more)
+    dimensions = dimensions or len(shape)
+    ones = (1,) * (dimensions - len(shape))
+    foreign = (shape[-1], shape[-2], *shape[:-2][: dimensions - 2], *ones)
+    return Slot(shape, called, foreign, transposed=True, **more)
+
+
+def _unet_slot(fields: dict[str, Any], layout: str, vector: str, path: str, shape: tuple) -> Slot:
+    unet = UNet(**fields)
+    plain = unet.context_dim is None and not unet.use_spatial_transformer
+    name = names.compvis_name("unet", path)
+    layer = path.split("/")[1:-1]  # of an attention module, or of a deeper or another one
+    dimensions = 0
+    if layer in (["qkv"], ["proj_in"], ["proj_out"]):
+        matrix = unet.use_linear_in_transformer or plain and layout == "diffusers"
+        dimensions = 2 if matrix else 3 if plain else 4
+    if layout == "compvis":
+        return _slot(path, shape, name, dimensions=dimensions)
+
+    def called(vector):
+        return names.diffusers_unet_name(name, unet.num_res_blocks, plain, vector)
+
+    if layer == ["qkv"]:
+        channels, size = shape[-1] // 3, unet.num_head_channels
+        three = tuple(called(vector).replace(".qkv.", f".to_{x}.") for x in "qkv")
+        old = tuple(names.old_diffusers_name(name) for name in three)
+        heads = channels // size if size > 0 else unet.num_heads
+        one = _slot(path, (*shape[:-1], channels), *three, heads=heads, others=(old,))
+        return replace(one, shape=shape)
+    new = called(vector)
+    aliases = [*map(called, VECTORS), names.old_diffusers_name(new)]
+    others = tuple((alias,) for alias in dict.fromkeys(aliases) if alias != new)
+    return _slot(path, shape, new, dimensions=dimensions, others=others)
+
+
+def _autoencoder_slot(fields: dict[str, Any], layout: str, path: str, shape: tuple) -> Slot:
+    kind = fields.get("kind", "kl")
+    if kind == "tiny":
+        compvis = layout == "compvis"
+        called = names.compvis_name("tiny", path) if compvis else names.diffusers_tiny_name(path)
+        return _slot(path, shape, called)
+    called = names.compvis_name("autoencoder", path)
+    if layout == "compvis":
+        return _slot(path, shape, called)
+    levels = len(fields.get("ch_mult", AUTOENCODERS[kind].ch_mult))
+    called = names.diffusers_autoencoder_name(called, levels)
+    old = names.old_diffusers_name(called)
+    # Attention is of 1×1 convolutions in CompVis' code and of matrices in diffusers'.
+    attention = re.search(r"attn_\d+/(q|k|v|proj_out)/", path)
+    others = ((old,),) if old != called else ()
+    return _slot(path, shape, called, dimensions=2 if attention else 0, others=others)
+
+
+def _clip_slot(layout: str, path: str, shape: tuple) -> Slot:
+    if layout != "openclip":
+        called = names.clip_name(path)
+        # transformers 5 leaves the first part away; its older versions need it.
+        bare = called.removeprefix("text_model.")
+        return _slot(path, shape, called, others=((bare,),) if bare != called else ())
+    called = names.open_clip_name(path)
+    if path.startswith("text_projection"):
+        return Slot(shape, (called,), shape)  # a plain matrix there, multiplied from the right
+    slot = _slot(path, shape, called)
+    third = re.search(r"self_attn/([qkv])_proj", path)
+    if not third:
+        return slot
+    rows, *rest = slot.foreign
+    return replace(slot, foreign=(3 * rows, *rest), part=("qkv".index(third[1]), 3))
+
+
+def slots(
+    network: str, fields: dict[str, Any], layout: str, vector: str = "add_embedding"
+) -> dict[str, Slot]:
+    """Where a layout keeps each leaf of a network, by our leaf path ("a/b/kernel").
+
+    Args:
+      network: "unet", "autoencoder", "clip", "bert", "class" or "rescaler".
+      fields: of its module, as a config has them; an autoencoder's with its "kind" ("kl" unless
+        said), a rescaler's with the `in_channels` of what it is given.
+      layout: one of `LAYOUTS[network]`.
+      vector: where diffusers' UNets with num_classes="sequential" take their vector in:
+        "add_embedding" (SDXL) or "class_embedding" (unCLIP). Either is read; this one is written.
+
+    Raises ValueError for an unknown network, layout or kind, or fields that fit no module.
+    """
+    if network not in LAYOUTS:
+        raise ValueError(f"network {network!r}: choose one of {', '.join(LAYOUTS)}")
+    if layout not in LAYOUTS[network]:
+        choices = ", ".join(LAYOUTS[network])
+        raise ValueError(f"layout {layout!r} of network {network!r}: choose one of {choices}")
+    if vector not in VECTORS:
+        raise ValueError(f"vector={vector!r}: choose one of {', '.join(VECTORS)}")
+    fields = _tuples(fields)
+
+    def slot(path, shape):
+        if network == "unet":
+            return _unet_slot(fields, layout, vector, path, shape)
+        if network == "autoencoder":
+            return _autoencoder_slot(fields, layout, path, shape)
+        if network == "clip":
+            return _clip_slot(layout, path, shape)
+        if network == "bert" and layout == "diffusers":
+            return _slot(path, shape, names.ldm_bert_name(path))
+        return _slot(path, shape, names.compvis_name(network, path))
+
+    return {path: slot(path, shape) for path, shape in shapes(network, fields).items()}
+
+
+def read_params(
+    state: Mapping[str, np.ndarray],
+    slots: dict[str, Slot],
+    prefix: str = "",
+    dtype: Any = "float32",
+    ignored: str = IGNORED,
+) -> tuple[dict[str, Any], Report]:
+    """Our nested params, of the given dtype and in memory of their own, and what was odd.
+
+    Leaves whose tensors are missing or misshapen are left out. Tensors are asked for one by one, so
+    of a lazy `state` (`files.open_state`) only one is in memory beside the result.
+
+    Args:
+      state: foreign tensors by name.
+      prefix: of the names in `state` that are this network's.
+      ignored: regular expression of what comes after the prefix in keys that are not "extra".
+
+    Raises ValueError, with file and key, for NaN or infinity.
+    """
+    shape_of = getattr(state, "shape", lambda key: state[key].shape)
+    place = getattr(state, "place", str)
+    kind = jnp.dtype(dtype)
+    params, used, missing, misshapen = {}, set(), [], []
+    for path, slot in slots.items():
+        candidates = ([prefix + name for name in some] for some in (slot.names, *slot.others))
+        keys = next((some for some in candidates if all(key in state for key in some)), None)
+        if keys is None:
+            missing += [key for name in slot.names if (key := prefix + name) not in state]
+            continue
+        used.update(keys)
+        wrong = [key for key in keys if not slot.fits(shape_of(key))]
+        misshapen += [
+            f"{key}: expected {slot.foreign}, found {tuple(shape_of(key))}" for key in wrong
+        ]
+        if wrong:
+            continue
+        tensors = [state[key] for key in keys]
+        for key, tensor in zip(keys, tensors, strict=True):
+            if not np.isfinite(tensor).all():
+                raise ValueError(f"{place(key)} holds NaN or infinity: these weights are broken")
+        # Cast while the memory is in one piece, which is quicker; then turn.
+        tensors = [tensor.astype(kind, copy=False) for tensor in tensors]
+        params[path] = np.array(slot.read(*tensors), order="C")
+    theirs = (key for key in state if key.startswith(prefix) and key not in used)
+    extra = [key for key in theirs if not re.fullmatch(ignored, key.removeprefix(prefix))]
+    # A tensor that several leaves share is named once.
+    report = Report(*(tuple(dict.fromkeys(odd)) for odd in (missing, extra, misshapen)))
+    return unflatten_dict(params, sep="/"), report
+
+
+def write_params(
+    params: dict[str, Any], slots: dict[str, Slot], prefix: str = ""
+) -> dict[str, np.ndarray]:
+    """The foreign tensors by name, of the dtype of `params`: views of them where that can be.
+
+    Raises ValueError, with the path, for leaves that are missing, too many or of another shape.
+    """
+    leaves = flatten_dict(params, sep="/")
+    if odd := sorted(leaves.keys() ^ slots.keys()):
+        lacking = sorted(slots.keys() - leaves.keys())
+        raise ValueError(f"parameters: missing {lacking}, not of this network {sorted(odd)}")
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for path, slot in slots.items():
+        leaf = np.asarray(leaves[path])
+        if leaf.shape != slot.shape:
+            raise ValueError(f"{path}: expected {slot.shape}, found {leaf.shape}")
+        for name, tensor in zip(slot.names, slot.write(leaf), strict=True):
+            parts.setdefault(prefix + name, {})[slot.part[0]] = tensor
+    return {
+        name: found[0] if len(found) == 1 else np.concatenate([found[i] for i in sorted(found)])
+        for name, found in parts.items()
+    }

@@ -1,0 +1,120 @@
+"""Whole pipelines against diffusers': a folder that we wrote, opened by both, ten steps of DDIM.
+
+The same weights (random), prompt, starting noise and guidance; autoencoders encode to the mean of
+their posterior, where diffusers would draw from it. An image may differ by 1/255.
+"""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import ldm_jax
+from ldm_jax.interop import diffusers as folders
+from tests.interop.systems import random_params, system
+
+STEPS, SIDE = 10, 32
+PROMPT, NEGATIVE = "a red apple on a table", "blurry"
+PICTURE = np.random.default_rng(1).uniform(size=(SIDE, SIDE, 3)).astype(np.float32)
+MASK = np.zeros((SIDE, SIDE), np.float32)
+MASK[8:24, 10:] = 1.0
+SIZE = dict(height=SIDE, width=SIDE)
+
+
+@pytest.fixture(autouse=True)
+def encode_to_the_mean(monkeypatch):
+    distribution = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
+    monkeypatch.setattr(distribution, "sample", lambda self, generator=None: self.mode())
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """(our pipeline, diffusers', noise for ours, for theirs) of a small published system."""
+
+    def both(name, pipeline=diffusers.DiffusionPipeline):
+        config = system(name) | {"image_size": SIDE}
+        folders.write(tmp_path, config, random_params(config))
+        theirs = pipeline.from_pretrained(tmp_path, safety_checker=None)
+        theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
+        theirs.set_progress_bar_config(disable=True)
+        ours = ldm_jax.load(tmp_path)
+        noise = np.random.default_rng(2).standard_normal(
+            (1, *ours._latent_shape(SIDE, SIDE)), np.float32
+        )
+        return ours, theirs, noise, torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
+
+    return both
+
+
+def close(record_property, ours, theirs, where=np.s_[:]):
+    assert ours.std() > 0.01, "a flat picture proves nothing"
+    error = float(np.abs(ours - theirs)[where].max())
+    record_property("error", error)
+    assert error <= 1 / 255
+
+
+@pytest.mark.parametrize("name, guidance, negative", [
+    ("stable-diffusion-1", 7.5, ""),
+    ("stable-diffusion-1", 3.0, NEGATIVE),
+    ("stable-diffusion-2", 5.0, NEGATIVE),
+    ("stable-diffusion-2-v", 5.0, ""),
+    ("stable-diffusion-xl-base", 5.0, ""),
+    ("stable-diffusion-xl-base", 5.0, NEGATIVE),
+    ("ldm-text2im-large-256", 5.0, ""),
+    ("ldm3d", 7.5, NEGATIVE),
+])  # fmt: skip
+def test_text_to_image(opened, record_property, name, guidance, negative):
+    ours, theirs, noise, torch_noise = opened(name)
+    mine = ours(PROMPT, negative, latents=noise, steps=STEPS, guidance=guidance, **SIZE)
+    arguments = dict(num_inference_steps=STEPS, guidance_scale=guidance, latents=torch_noise)
+    if negative:  # SDXL: none is not the same as the empty one
+        arguments["negative_prompt"] = negative
+    made = theirs(PROMPT, output_type="np", **arguments, **SIZE)
+    pictures = np.concatenate([made.rgb, made.depth], -1) if name == "ldm3d" else made.images
+    close(record_property, mine[..., : pictures.shape[-1]], pictures)
+
+
+def test_refiner_from_a_picture(opened, record_property, monkeypatch):
+    ours, theirs, noise, torch_noise = opened(
+        "stable-diffusion-xl-refiner", diffusers.StableDiffusionXLImg2ImgPipeline
+    )
+    module = diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch_noise)
+    mine = ours(PROMPT, NEGATIVE, image=PICTURE, strength=0.6, latents=noise, steps=STEPS,
+                guidance=4.0)  # fmt: skip
+    made = theirs(PROMPT, image=PICTURE[None], strength=0.6, negative_prompt=NEGATIVE,
+                  num_inference_steps=STEPS, guidance_scale=4.0, output_type="np")  # fmt: skip
+    close(record_property, mine, made.images)
+
+
+def test_image_to_image(opened, record_property, monkeypatch):
+    ours, theirs, noise, torch_noise = opened(
+        "stable-diffusion-1", diffusers.StableDiffusionImg2ImgPipeline
+    )
+    module = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch_noise)
+    mine = ours(PROMPT, image=PICTURE, strength=0.7, latents=noise, steps=STEPS, guidance=7.5)
+    made = theirs(PROMPT, image=PICTURE[None], strength=0.7, num_inference_steps=STEPS,
+                  guidance_scale=7.5, output_type="np")  # fmt: skip
+    close(record_property, mine, made.images)
+
+
+def test_inpainting_model(opened, record_property):
+    """Where it draws; around the mask ours leaves the picture, theirs what the decoder makes."""
+    ours, theirs, noise, torch_noise = opened(
+        "stable-diffusion-1-inpainting", diffusers.StableDiffusionInpaintPipeline
+    )
+    mine = ours(PROMPT, image=PICTURE, mask=MASK, latents=noise, steps=STEPS, guidance=7.5)
+    made = theirs(PROMPT, image=PICTURE[None], mask_image=MASK[None], latents=torch_noise,
+                  num_inference_steps=STEPS, guidance_scale=7.5, strength=1.0,
+                  output_type="np", **SIZE)  # fmt: skip
+    close(record_property, mine, made.images, np.s_[:, MASK > 0.5])
+
+
+def test_without_a_condition(opened, record_property, monkeypatch):
+    ours, theirs, noise, torch_noise = opened("ldm-celebahq-256")
+    module = __import__(type(theirs).__module__, fromlist=["randn_tensor"])
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch_noise)
+    mine = ours(latents=noise, steps=STEPS, **SIZE)
+    made = theirs(batch_size=1, num_inference_steps=STEPS, output_type="np")
+    close(record_property, mine, made.images)

@@ -1,0 +1,225 @@
+"""Published systems, made small: the structure and the flags of each, few levels, narrow widths.
+
+Shared by the tests of reading and writing; `SYSTEMS` maps a name to a config.
+"""
+
+import copy
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from ldm_jax.interop import layout
+
+SD_BETAS, LDM_BETAS = (0.00085, 0.012), (0.0015, 0.0195)
+LEADING, TRAILING = dict(spacing="leading", offset=1, end="first"), dict(spacing="trailing")
+
+
+def kl(scale: float, z: int = 4, channels: int = 3, **fields) -> dict[str, Any]:
+    size = dict(ch=32, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[])
+    latents = dict(in_channels=channels, out_ch=channels, z_channels=z, embed_dim=z)
+    return dict(kind="kl") | size | latents | fields | dict(scale_factor=scale)
+
+
+def vq(z: int = 3, **fields) -> dict[str, Any]:
+    return kl(1.0, z, **fields) | dict(kind="vq", n_embed=16)
+
+
+def unet(latents: int = 4, beside: int = 0, **fields) -> dict[str, Any]:
+    size = dict(model_channels=64, channel_mult=[1, 2], num_res_blocks=1)
+    ends = dict(in_channels=latents + beside, out_channels=latents)
+    return ends | size | dict(attention_resolutions=[1]) | fields
+
+
+def clip(width: int = 64, padding: str = "end", **fields) -> dict[str, Any]:
+    kind = "quick_gelu" if padding == "end" else "gelu"
+    network = dict(vocab_size=49408, width=width, depth=2, heads=width // 64, max_length=77)
+    network |= dict(activation=kind, projection=None, layer="last", final_norm=True, eos=None)
+    sizes = {key: fields.pop(key) for key in network.keys() & fields.keys()}
+    common = dict(kind="clip", vocabulary="clip", padding=padding, dropout=0.1)
+    return common | fields | dict(network=network | sizes)
+
+
+def masked(channels: int, mask_first: bool = True, hole: float = 0.0, low: int = 0) -> dict:
+    section = dict(kind="masked_image", channels=channels, mask_first=mask_first, hole=hole)
+    return section | dict(mask_range=[low, 1], dropout=0.0)
+
+
+def array(output: str, *shape: int | None, **section) -> dict[str, Any]:
+    return dict(kind="array", output=output, shape=list(shape), dropout=0.0) | section
+
+
+def model(unet, autoencoder, conditioning, betas=SD_BETAS, **more) -> dict[str, Any]:
+    """`more`: size, guidance, parameterization, grid, sampler."""
+    table = dict(name="linear", timesteps=1000, start=betas[0], end=betas[1])
+    schedule = table | dict(zero_terminal_snr=False)
+    meaning = dict(parameterization=more.get("parameterization", "eps"))
+    sampling = dict(sampler=more.get("sampler", "ddim"), steps=50)
+    return dict(
+        task="diffusion",
+        image_size=more.get("size", 512),
+        unet=unet,
+        autoencoder=autoencoder,
+        conditioning=conditioning,
+        diffusion=dict(schedule=schedule, sigma_data=0.5) | meaning | more.get("grid", LEADING),
+        sampling=sampling | dict(guidance=more.get("guidance", 1.0), eta=0.0),
+    )
+
+
+CLIP_L, OPENCLIP_H = {"text": clip()}, {"text": clip(128, "zero", depth=3)}
+EIGHT, OF_64, OF_32 = dict(num_heads=8), dict(num_head_channels=64), dict(num_head_channels=32)
+STABLE_1 = dict(context_dim=64, **EIGHT)
+STABLE_2 = dict(context_dim=128, use_linear_in_transformer=True, **OF_64)
+HIDDEN = dict(layer="penultimate", final_norm=False)
+BIGG = clip(128, "zero", projection=128, pooled=True, **HIDDEN)
+XL = dict(
+    channel_mult=[1, 2, 2],
+    attention_resolutions=[4, 2],
+    transformer_depth=[1, 1, 2],
+    use_linear_in_transformer=True,
+    use_spatial_transformer=True,
+    num_classes="sequential",
+    **OF_64,
+)
+
+
+def sizes(*fields: str) -> dict[str, Any]:
+    return dict(kind="sizes", fields=list(fields), dropout=0.0)
+
+
+BERT = dict(width=32, depth=2, heads=8, head_dim=64, max_length=77)
+TEXT = {"text": dict(kind="text", vocabulary="bert", dropout=0.1, network=BERT)}
+CLASSES = dict(n_classes=1001, embed_dim=32)
+LABELS = {"class": dict(kind="class", null=1000, dropout=0.1, network=CLASSES)}
+RESCALER = dict(kind="rescaler", n_stages=2, out_channels=3)
+SEGMENTATION = {"segmentation": array("concat", None, None, 182, network=RESCALER)}
+XL_GRID = dict(size=1024, guidance=5.0, grid=TRAILING, sampler="euler")
+
+SYSTEMS = {
+    "stable-diffusion-1": model(unet(**STABLE_1), kl(0.18215), CLIP_L, guidance=7.5),
+    "stable-diffusion-1-inpainting": model(
+        unet(beside=5, **STABLE_1),
+        kl(0.18215),
+        CLIP_L | {"masked_image": masked(4)},
+        guidance=7.5,
+    ),
+    "stable-diffusion-2": model(unet(**STABLE_2), kl(0.18215), OPENCLIP_H, guidance=9.0),
+    "stable-diffusion-2-v": model(
+        unet(**STABLE_2),
+        kl(0.18215),
+        OPENCLIP_H,
+        guidance=9.0,
+        size=768,
+        parameterization="v",
+    ),
+    "stable-diffusion-xl-base": model(
+        unet(context_dim=192, adm_in_channels=128 + 6 * 256, **XL),
+        kl(0.13025),
+        {
+            "text": clip(zero_null=True, **HIDDEN),
+            "text_2": BIGG | dict(zero_null=True),
+            "sizes": sizes("original_size", "crop", "target_size"),
+        },
+        **XL_GRID,
+    ),
+    "stable-diffusion-xl-refiner": model(
+        unet(
+            context_dim=128,
+            adm_in_channels=128 + 5 * 256,
+            **XL
+            | dict(channel_mult=[1, 2, 2, 2], attention_resolutions=[4, 2], transformer_depth=2),
+        ),
+        kl(0.13025),
+        {"text_2": BIGG, "sizes": sizes("original_size", "crop", "aesthetic_score")},
+        **XL_GRID,
+    ),
+    "ldm-celebahq-256": model(
+        unet(3, attention_resolutions=[2], **OF_32), vq(), {}, LDM_BETAS, size=256
+    ),
+    "ldm-text2im-large-256": model(
+        unet(context_dim=32, **EIGHT), kl(0.18215), TEXT, size=256, guidance=5.0
+    ),
+    "ldm3d": model(unet(**STABLE_1), kl(0.18215, channels=6), CLIP_L, guidance=7.5),
+    "cin256-v2": model(
+        unet(3, attention_resolutions=[2, 1], context_dim=32, num_heads=1),
+        vq(),
+        LABELS,
+        LDM_BETAS,
+        size=256,
+        guidance=3.0,
+    ),
+    "churches256": model(
+        unet(use_scale_shift_norm=True, resblock_updown=True, **EIGHT),
+        kl(0.25),
+        {},
+        (0.0015, 0.0155),
+        size=256,
+    ),
+    "inpainting_big": model(
+        unet(3, beside=4, attention_resolutions=[2], resblock_updown=True, **EIGHT),
+        vq(mid_attn=False),
+        {"masked_image": masked(3, False, -1.0, -1)},
+        (0.0015, 0.0205),
+        size=256,
+    ),
+    "semantic_synthesis256": model(
+        unet(3, beside=3, attention_resolutions=[], **EIGHT),
+        vq(attn_resolutions=[128]),
+        SEGMENTATION,
+        (0.0015, 0.0205),
+        size=256,
+    ),
+    "upscaler": model(
+        unet(
+            beside=3,
+            attention_resolutions=[2, 1],
+            context_dim=128,
+            num_classes=1000,
+            disable_self_attentions=[True, False],
+            use_linear_in_transformer=True,
+            **EIGHT,
+        ),
+        kl(0.08333),
+        OPENCLIP_H
+        | {"low_resolution": array("concat", None, None, 3), "noise_level": array("vector")},
+        (1e-4, 2e-2),
+        guidance=9.0,
+        parameterization="v",
+    ),
+    "sd-vae": dict(task="autoencoder", autoencoder=kl(0.18215, ch_mult=[1, 1, 2, 2])),
+    "sdxl-vae": dict(task="autoencoder", autoencoder=kl(0.13025)),
+    "vq-f4": dict(task="autoencoder", autoencoder=vq()),
+}
+
+
+def system(name: str) -> dict[str, Any]:
+    """A copy of a config."""
+    return copy.deepcopy(SYSTEMS[name])
+
+
+def networks(config: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name of each network → what `layout` calls its kind, and its fields."""
+    found = {name: (name, config[name]) for name in ("unet", "autoencoder") if name in config}
+    for name, section in config.get("conditioning", {}).items():
+        fields = dict(section.get("network", {}))
+        kind = fields.pop("kind", section["kind"])
+        if kind in ("text", "transformer"):
+            found[name] = "bert", {"vocab_size": 30522} | fields
+        elif kind == "rescaler":
+            found[name] = kind, fields | dict(in_channels=section["shape"][-1])
+        elif fields:
+            found[name] = kind, fields
+    return found
+
+
+def random_params(config: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """Parameters of every network, drawn; nothing is traced to the end or compiled."""
+    rng = np.random.default_rng(seed)
+    params = {}
+    for name, (kind, fields) in networks(config).items():
+        flat = {
+            path: 0.05 * rng.standard_normal(shape, np.float32) + path.endswith("/scale")
+            for path, shape in layout.shapes(kind, fields).items()
+        }
+        params[name] = unflatten_dict(flat, sep="/")
+    return params

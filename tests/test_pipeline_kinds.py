@@ -1,0 +1,180 @@
+"""Pipelines of other kinds than the shipped one, small and with random parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ldm_jax.inputs import inputs_for, nulls_for, requests, told_sizes
+from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.pipeline import Pipeline
+from tests import tiny_models
+
+PICTURE = np.linspace(0.0, 1.0, 16 * 16 * 3, dtype=np.float32).reshape(16, 16, 3)
+MASK = np.zeros((16, 16), bool)
+MASK[:, 8:] = True
+
+
+def pipeline(config):
+    return Pipeline(LatentDiffusion.from_config(config), tiny_models.random_params(config), config)
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    return pipeline(tiny_models.LABELS)
+
+
+@pytest.fixture(scope="module")
+def xl():
+    return pipeline(tiny_models.XL)
+
+
+@pytest.fixture(scope="module")
+def inpainting():
+    return pipeline(tiny_models.INPAINTING)
+
+
+def test_labels_choose_the_picture(labelled):
+    drawn = labelled(labels=[3, 4], n=2, steps=2)
+    assert drawn.shape == (4, 16, 16, 3) and np.isfinite(drawn).all()
+    alone = labelled(labels=4, n=2, steps=2, latents=labelled.noise(0, 4)[2:])
+    np.testing.assert_allclose(alone, drawn[2:], atol=1e-4)
+    same_noise = labelled(labels=3, n=2, steps=2, latents=labelled.noise(0, 4)[2:])
+    assert np.abs(alone - same_noise).max() > 1e-3
+
+
+def test_guidance_leads_away_from_the_null_class(labelled):
+    """Guidance 0 is the null class, whatever the label."""
+    nothing = labelled(labels=10, steps=2, guidance=1.0)
+    np.testing.assert_allclose(labelled(labels=3, steps=2, guidance=0.0), nothing, atol=1e-4)
+
+
+def test_an_unconditional_model_draws():
+    pipe = pipeline(tiny_models.UNCONDITIONAL)
+    drawn = pipe(n=3, steps=2)
+    assert drawn.shape == (3, 16, 16, 3)
+    assert np.abs(drawn[0] - drawn[1]).max() > 0.01
+    edited = pipe(image=PICTURE, mask=MASK, steps=2)
+    np.testing.assert_array_equal(edited[0][~MASK], PICTURE[~MASK])
+    with pytest.raises(ValueError, match="has no condition to be guided by; use guidance=1"):
+        pipe(guidance=3.0)
+    with pytest.raises(ValueError, match="this model takes no prompt"):
+        pipe("a cat")
+    with pytest.raises(ValueError, match="0 pictures|n=0: at least one picture"):
+        pipe(n=0)
+
+
+@pytest.mark.parametrize("asked, message", [
+    (dict(), "this model needs labels"),
+    (dict(prompt="cat", labels=1), "this model takes no prompt"),
+    (dict(labels=11), "label 11: this model knows 0 to 10"),
+    (dict(labels=[]), "0 prompts, n=1: at least one picture"),
+])  # fmt: skip
+def test_bad_requests(labelled, asked, message):
+    with pytest.raises(ValueError, match=message):
+        labelled(**asked)
+
+
+def test_two_text_encoders_and_sizes_stand_side_by_side(xl):
+    """Context: 16 + 16 channels. Vector: pooled, then six numbers of 256 sinusoids."""
+    condition = xl.embed(["a cat", "a dog"])
+    assert condition.context.shape == (2, 77, 32) and condition.vector.shape == (2, 16 + 6 * 256)
+    first, second = (e for e in xl.model.embedders[:2])
+    tokens = second.prepare({"caption": ["a cat"]})
+    features = second.network.apply({"params": xl.params["text_2"]}, tokens)
+    np.testing.assert_allclose(condition.context[:1, :, 16:], features.hidden, atol=1e-5)
+    np.testing.assert_allclose(condition.vector[:1, :16], features.pooled, atol=1e-5)
+    assert first.tokenizer.padding == "end" and second.tokenizer.padding == "zero"
+    # cos(0) of the crop's two zeros
+    crop = np.asarray(condition.vector[0, 16 + 512 : 16 + 1024]).reshape(2, 256)
+    np.testing.assert_allclose(crop[:, :128], 1.0)
+
+
+def test_no_prompt_is_zeros_where_the_model_was_trained_so(xl):
+    embedders = xl.model.embedders
+    (group,) = requests(embedders, ["", "a cat"], None)
+    inputs = inputs_for(embedders, group | told_sizes(2, (16, 16)), 2)
+    condition = [e(xl.params.get(e.name), jnp.asarray(inputs[e.name])) for e in embedders]
+    for part in condition[:2]:
+        assert np.abs(part.context[0]).max() == 0.0 and np.abs(part.context[1]).max() > 0.0
+    assert np.abs(condition[1].vector[0]).max() == 0.0
+    sizes = nulls_for(embedders, inputs, "", told_sizes(2, (8, 8)), 2)["sizes"]
+    assert sizes.tolist() == [[8, 8, 0, 0, 8, 8]] * 2
+
+
+def test_sizes_change_the_picture_and_misnamed_ones_are_refused(xl):
+    before = xl("a cat", steps=2)
+    after = xl("a cat", steps=2, sizes={"crop": (300, 0)})
+    assert np.abs(before - after).max() > 1e-4
+    with pytest.raises(ValueError, match="sizes: 'crops' is none of original_size, crop"):
+        xl("a cat", sizes={"crops": (1, 1)})
+
+
+def test_an_inpainting_model_is_told_the_mask_and_what_it_leaves(inpainting):
+    embedder = inpainting.model.embedders[1]
+    mask = MASK[None, ..., None].astype(np.float32)
+    told = embedder.build(PICTURE[None], mask, inpainting.encode)
+    assert told.shape == (1, 8, 8, 5)
+    np.testing.assert_array_equal(told[0, :, :, 0], np.repeat([0, 1], 4)[None].repeat(8, 0))
+    grey = np.where(MASK[..., None], 0.5, PICTURE)
+    np.testing.assert_allclose(told[..., 1:], inpainting.encode(grey), atol=1e-5)
+
+    drawn = inpainting("a cat", image=PICTURE, mask=MASK, steps=2)
+    np.testing.assert_array_equal(drawn[0][~MASK], PICTURE[~MASK])
+    # What lies under the mask does not matter, what lies around does.
+    other = np.where(MASK[..., None], 1.0 - PICTURE, PICTURE)
+    np.testing.assert_allclose(inpainting("a cat", image=other, mask=MASK, steps=2)[0][MASK],
+                               drawn[0][MASK], atol=1e-5)  # fmt: skip
+    around = np.where(MASK[..., None], PICTURE, 1.0 - PICTURE)
+    changed = inpainting("a cat", image=around, mask=MASK, steps=2)
+    assert np.abs(changed - drawn)[0][MASK].max() > 1e-4
+    with pytest.raises(ValueError, match="this model inpaints: give it an image and a mask"):
+        inpainting("a cat")
+
+
+def test_a_condition_of_ones_own_reaches_the_network():
+    depth = dict(kind="array", output="concat", shape=[None, None, 1], dropout=0.0)
+    config = tiny_models.config(tiny_models.STABLE["conditioning"] | {"depth": depth},
+                                in_channels=5, context_dim=16)  # fmt: skip
+    pipe = pipeline(config)
+    maps = np.stack([np.zeros((8, 8, 1)), np.ones((8, 8, 1))])
+    noise = np.repeat(pipe.noise(0), 2, axis=0)
+    drawn = pipe("a cat", n=2, steps=2, latents=noise, conditions={"depth": maps})
+    assert np.abs(drawn[0] - drawn[1]).max() > 1e-4
+    with pytest.raises(ValueError, match="this model needs conditions={'depth': an array}"):
+        pipe("a cat")
+    with pytest.raises(ValueError, match=r"condition 'depth' of shape \(8, 8\): expected"):
+        pipe("a cat", conditions={"depth": np.zeros((1, 8, 8))})
+    with pytest.raises(ValueError, match="3 of depth for 2 pictures"):
+        pipe("a cat", n=2, conditions={"depth": np.zeros((3, 8, 8, 1))})
+
+
+def test_tiles_cut_the_concatenated_condition_too(inpainting):
+    picture, mask = np.tile(PICTURE, (1, 2, 1)), np.tile(MASK, (1, 2))
+    drawn = inpainting("a cat", image=picture, mask=mask, steps=2, tile=16)
+    assert drawn.shape == (1, 16, 32, 3) and np.isfinite(drawn).all()
+
+
+@pytest.mark.parametrize("kind", ["LABELS", "UNCONDITIONAL", "XL", "INPAINTING"])
+def test_every_kind_trains(kind):
+    """The loss reaches every network that trains."""
+    config = getattr(tiny_models, kind)
+    model, params = LatentDiffusion.from_config(config), tiny_models.random_params(config)
+    batch = {"caption": ["a cat", ""], "label": [3, 4]} | told_sizes(2, (16, 16))
+    batch["inpainting"] = np.ones((2, 8, 8, 5), np.float32)
+    inputs = {e.name: e.prepare(batch) for e in model.embedders}
+    latents = jax.random.normal(jax.random.key(1), (2, 8, 8, 4))
+
+    @jax.jit
+    def gradients(params):
+        return jax.grad(lambda p: model.loss(p, latents, inputs, jax.random.key(2)).sum())(params)
+
+    grads = gradients({name: params[name] for name in model.trainable})
+    norms = {name: optax.global_norm(grads[name]) for name in model.trainable}
+    assert all(np.isfinite(norm) and norm > 1e-6 for norm in norms.values()), norms
+
+
+def test_a_missing_autoencoder_kind_lists_the_known():
+    with pytest.raises(ValueError, match="kind='cnn': choose one of kl, vq, tiny"):
+        LatentDiffusion.from_config(tiny_models.STABLE | {"autoencoder": {"kind": "cnn"}})
