@@ -136,19 +136,17 @@ def near(request):
     """`near(measured, ours, theirs, tolerance)` asserts ‖ours − theirs‖ ≤ tolerance·‖theirs‖.
 
     Both are arrays by name, and each is to be near. `measured` is one of `MEASURED`; the session
-    ends with a table of the worst of each. With `floor`, ‖theirs‖ counts as no less than that of an
-    array filled with it.
+    ends with a table of the worst of each.
     """
     row = request.node.name.removeprefix("test_")
 
-    def check(measured, ours, theirs, tolerance, floor=0.0):
+    def check(measured, ours, theirs, tolerance):
         assert ours.keys() == theirs.keys()
         errors = {}
         for name, reference in theirs.items():
             assert ours[name].shape == reference.shape, name
             difference = np.linalg.norm(np.float64(ours[name]) - reference)
-            scale = max(np.linalg.norm(np.float64(reference)), floor * reference.size**0.5)
-            errors[name] = float(difference / scale)
+            errors[name] = float(difference / np.linalg.norm(np.float64(reference)))
         worst = max(errors, key=errors.get)
         _ERRORS[row][measured] = max(errors[worst], _ERRORS[row].get(measured, 0.0))
         assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.1e}"

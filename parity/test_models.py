@@ -11,9 +11,9 @@ gradients to 1e-4. LPIPS and adversarial losses are in none of these packages: g
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import jax
@@ -42,16 +42,12 @@ LAYERS, OUTPUTS, GRADIENTS = 1e-5, 5e-5, 1e-4
 MODULES = {"unet": UNet, "clip": CLIPText, "bert": TextTransformer, **layout.AUTOENCODERS}
 
 
-@dataclass(frozen=True)
-class Case:
-    """A reference, and our network of it.
+class Case(NamedTuple):
+    """A reference, made by `build`, and our network of it.
 
-    Attributes:
-      slots: arguments of `layout.slots`: network, fields, layout.
-      build: makes the reference.
-      theirs: function of the reference and its inputs to a tuple of outputs; pictures are NCHW.
-      ours: the same of our module; pictures are NHWC.
-      inputs: arrays by name; pictures are NHWC.
+    `slots` are arguments of `layout.slots`: network, fields, layout. `theirs` and `ours` make of
+    a network and the inputs, by name, a tuple of outputs; pictures are NCHW there and NHWC here and
+    in `inputs`.
     """
 
     slots: tuple
@@ -69,6 +65,11 @@ def nchw(array: np.ndarray) -> torch.Tensor:
     return torch.tensor(np.moveaxis(array, -1, 1) if array.ndim == 4 else array)
 
 
+def bare(output: Any) -> Any:
+    """Without the class in which diffusers hands everything over."""
+    return output[0] if isinstance(output, diffusers.utils.BaseOutput) else output
+
+
 def nhwc(tensor: torch.Tensor) -> np.ndarray:
     array = tensor.detach().numpy()
     return np.moveaxis(array, 1, -1) if array.ndim == 4 else array
@@ -79,7 +80,7 @@ def nhwc(tensor: torch.Tensor) -> np.ndarray:
 
 
 def conditioned_unet(model, x, t, context, y=None, **condition):
-    return (model(x, t, context, class_labels=y, added_cond_kwargs=condition).sample,)
+    return (bare(model(x, t, context, class_labels=y, added_cond_kwargs=condition)),)
 
 
 def our_unet(module, text_embeds=None, time_ids=None, **inputs):
@@ -131,11 +132,8 @@ def celebahq() -> Case:
     """UNet2DModel."""
     fields = unet_fields("-xx", in_channels=3, out_channels=3, num_head_channels=32)
     build = partial(diffusers.UNet2DModel, **unet_config("-xx", "Attn", attention_head_dim=32))
-
-    def theirs(model, x, t):
-        return (model(x, t).sample,)
-
-    return Case(("unet", fields, "diffusers"), build, theirs, our_unet, unet_inputs(fields))
+    slots, inputs = ("unet", fields, "diffusers"), unet_inputs(fields)
+    return Case(slots, build, lambda model, x, t: (bare(model(x, t)),), our_unet, inputs)
 
 
 def compvis_unet(attends: str, y: np.ndarray | None = None, **fields: Any) -> Case:
@@ -143,12 +141,9 @@ def compvis_unet(attends: str, y: np.ndarray | None = None, **fields: Any) -> Ca
     fields = unet_fields(attends, **fields)
     config = dict(image_size=8, in_channels=4, out_channels=4, **fields)
     build = partial(UNetModel, use_spatial_transformer="context_dim" in fields, **config)
-
-    def theirs(model, x, t, **condition):
-        return (model(x, t, **condition),)
-
-    inputs = unet_inputs(fields, **({} if y is None else {"y": y}))
-    return Case(("unet", fields, "compvis"), build, theirs, our_unet, inputs)
+    slots, inputs = ("unet", fields, "compvis"), unet_inputs(fields)
+    inputs |= {} if y is None else {"y": y}
+    return Case(slots, build, lambda model, x, t, **more: (model(x, t, **more),), our_unet, inputs)
 
 
 SD1, THEIR_SD1 = dict(num_heads=8), dict(attention_head_dim=8)  # which are heads, in truth
@@ -172,7 +167,7 @@ UNETS = {
     "unet: SD 2 unCLIP (diffusers)": diffusers_unet(
         "x-", UNCLIP, THEIR_SD2 | THEIR_UNCLIP, "class_embedding", y=draw(3, 2, 20)
     ),
-    "unet: SDXL base (diffusers)": sdxl("-xx", (1, 1, 2), (2, 4, 4), numbers=6),
+    "unet: SDXL base (diffusers)": sdxl("-x", (1, 2), (2, 4), numbers=6),
     "unet: SDXL refiner (diffusers)": sdxl("x-", 2, (2, 4), numbers=5),
     "unet: ldm-celebahq-256 (diffusers)": celebahq(),
     "unet: lsun_churches256 (CompVis)": compvis_unet("xx", **CHURCHES),
@@ -190,99 +185,83 @@ COMPVIS = SMALL | dict(in_channels=3, out_ch=3, z_channels=4, embed_dim=3)
 COMPVIS |= dict(resolution=16, attn_resolutions=())  # which only place attention
 
 
-def autoencoder(layout: str, build: Callable, theirs: Callable, ours: Callable, **fields) -> Case:
+def kl(network, x):
+    """Of either side."""
+    if isinstance(network, torch.nn.Module):
+        posterior = bare(network.encode(x))
+        mean, logvar = posterior.mean, posterior.logvar
+    else:
+        mean, logvar = network.moments(x)
+    return mean, logvar, bare(network.decode(mean))
+
+
+def vq(network, x):
+    """Of either side; decoders quantise."""
+    h = bare(network.encode(x))
+    theirs = isinstance(network, torch.nn.Module)
+    return h, network.quantize(h)[1] if theirs else network.nearest(h).loss, bare(network.decode(h))
+
+
+def tiny(network, x):
+    """Of either side."""
+    latents = bare(network.encode(x))
+    return latents, bare(network.decode(latents))
+
+
+class CompVisVQ(torch.nn.Module):
+    """VQModelInterface, of CompVis' encoder and decoder and of taming's quantiser in diffusers."""
+
+    def __init__(self):
+        super().__init__()
+        options = COMPVIS | dict(attn_type="none", double_z=False)
+        self.encoder, self.decoder = Encoder(**options), Decoder(**options)
+        self.quant_conv, self.post_quant_conv = torch.nn.Conv2d(4, 3, 1), torch.nn.Conv2d(3, 4, 1)
+        self.quantize = VectorQuantizer(32, 3, beta=0.25)
+
+    def encode(self, x):
+        return self.quant_conv(self.encoder(x))
+
+    def decode(self, h):
+        return self.decoder(self.post_quant_conv(self.quantize(h)[0]))
+
+
+def autoencoder(layout: str, fields: dict[str, Any], build: Callable, **config: Any) -> Case:
+    outputs = {"kl": kl, "vq": vq, "tiny": tiny}[fields["kind"]]
     inputs = {"x": draw(1, 2, 16, 16, fields.get("in_channels", 3))}
-    return Case(("autoencoder", fields, layout), build, theirs, ours, inputs)
-
-
-def our_kl(module, x):
-    mean, logvar = module.moments(x)
-    return mean, logvar, module.last_layer(module.features(mean))
-
-
-def our_vq(module, x):
-    z = module.prequant(x)
-    found = module.nearest(z)
-    return z, found.loss, module.last_layer(module.features(found.latents))
-
-
-def their_vq(model, x):
-    h = model.encode(x).latents
-    return h, model.quantize(h)[1], model.decode(h).sample
+    slots = ("autoencoder", fields, layout)
+    return Case(slots, partial(build, **config), outputs, outputs, inputs)
 
 
 def diffusers_kl(fields: dict[str, Any], **config: Any) -> Case:
-    def theirs(model, x):
-        posterior = model.encode(x).latent_dist
-        return posterior.mean, posterior.logvar, model.decode(posterior.mean).sample
-
-    build = partial(diffusers.AutoencoderKL, latent_channels=4, **BLOCKS, **config)
-    return autoencoder("diffusers", build, theirs, our_kl, kind="kl", **SMALL, **fields)
+    fields, config = SMALL | dict(kind="kl") | fields, BLOCKS | dict(latent_channels=4) | config
+    return autoencoder("diffusers", fields, diffusers.AutoencoderKL, **config)
 
 
-def diffusers_vq() -> Case:
-    config = dict(latent_channels=3, vq_embed_dim=3, num_vq_embeddings=32, **BLOCKS)
-    build = partial(diffusers.VQModel, **config)
-    return autoencoder("diffusers", build, their_vq, our_vq, kind="vq", n_embed=32, **SMALL)
-
-
-def diffusers_tiny() -> Case:
-    def theirs(model, x):
-        latents = model.encode(x).latents
-        return latents, model.decode(latents).sample
-
-    def ours(module, x):
-        latents = module.encode(x)
-        return latents, module.decode(latents)
-
-    config = dict(num_encoder_blocks=(1, 2), num_decoder_blocks=(2, 1))
-    config |= dict(encoder_block_out_channels=(32, 32), decoder_block_out_channels=(32, 32))
-    fields = dict(kind="tiny", width=32, encoder_blocks=(1, 2), decoder_blocks=(2, 1))
-    build = partial(diffusers.AutoencoderTiny, **config)
-    return autoencoder("diffusers", build, theirs, ours, **fields)
-
-
-def compvis_kl() -> Case:
-    def theirs(model, x):
-        posterior = model.encode(x)
-        return posterior.mean, posterior.logvar, model.decode(posterior.mean)
-
-    fields = COMPVIS | dict(kind="kl", attn_resolutions=(8,))
-    loss = {"target": "torch.nn.Identity"}
-    build = partial(AutoencoderKL, fields | {"double_z": True}, loss, fields["embed_dim"])
-    return autoencoder("compvis", build, theirs, our_kl, **fields)
-
-
-def compvis_vq() -> Case:
-    """Of CompVis' encoder and decoder and of taming's quantiser, which diffusers has."""
-
-    def build():
-        options = COMPVIS | dict(attn_type="none", double_z=False)
-        parts = dict(encoder=Encoder(**options), decoder=Decoder(**options))
-        parts |= dict(quant_conv=torch.nn.Conv2d(4, 3, 1), post_quant_conv=torch.nn.Conv2d(3, 4, 1))
-        return torch.nn.ModuleDict(parts | dict(quantize=VectorQuantizer(32, 3, beta=0.25)))
-
-    def theirs(model, x):
-        h = model["quant_conv"](model["encoder"](x))
-        quantised, loss, _ = model["quantize"](h)
-        return h, loss, model["decoder"](model["post_quant_conv"](quantised))
-
-    fields = COMPVIS | dict(kind="vq", mid_attn=False, n_embed=32)
-    return autoencoder("compvis", build, theirs, our_vq, **fields)
-
-
-SIX, THEIR_SIX = dict(in_channels=6, out_ch=6), dict(in_channels=6, out_channels=6)
-NO_QUANT = dict(use_quant_conv=False)
+THEIR_VQ = BLOCKS | dict(latent_channels=3, vq_embed_dim=3, num_vq_embeddings=32)
+TINY = dict(kind="tiny", width=32, encoder_blocks=(1, 2), decoder_blocks=(2, 1))
+THEIR_TINY = dict(num_encoder_blocks=(1, 2), num_decoder_blocks=(2, 1))
+THEIR_TINY |= dict(encoder_block_out_channels=(32, 32), decoder_block_out_channels=(32, 32))
+NO_QUANT, SIX = dict(use_quant_conv=False), dict(in_channels=6)
+COMPVIS_KL = COMPVIS | dict(kind="kl", attn_resolutions=(8,))
+COMPVIS_VQ = COMPVIS | dict(kind="vq", mid_attn=False, n_embed=32)
+THEIR_COMPVIS_KL = dict(ddconfig=COMPVIS_KL | dict(double_z=True), embed_dim=3)
+THEIR_COMPVIS_KL |= dict(lossconfig={"target": "torch.nn.Identity"})
 AUTOENCODERS = {
     "autoencoder: SD (diffusers)": diffusers_kl({}),
-    "autoencoder: ldm3d (diffusers)": diffusers_kl(SIX, **THEIR_SIX),
+    "autoencoder: ldm3d (diffusers)": diffusers_kl(SIX | dict(out_ch=6), **SIX, out_channels=6),
     "autoencoder: no quant_conv (diffusers)": diffusers_kl(
-        NO_QUANT, use_post_quant_conv=False, **NO_QUANT
+        NO_QUANT, **NO_QUANT, use_post_quant_conv=False
     ),
-    "autoencoder: ldm-celebahq-256, VQ (diffusers)": diffusers_vq(),
-    "autoencoder: TAESD (diffusers)": diffusers_tiny(),
-    "autoencoder: KL with attention (CompVis)": compvis_kl(),
-    "autoencoder: vq-f4-noattn (CompVis)": compvis_vq(),
+    "autoencoder: ldm-celebahq-256 (diffusers)": autoencoder(
+        "diffusers", SMALL | dict(kind="vq", n_embed=32), diffusers.VQModel, **THEIR_VQ
+    ),
+    "autoencoder: TAESD (diffusers)": autoencoder(
+        "diffusers", TINY, diffusers.AutoencoderTiny, **THEIR_TINY
+    ),
+    "autoencoder: KL with attention (CompVis)": autoencoder(
+        "compvis", COMPVIS_KL, AutoencoderKL, **THEIR_COMPVIS_KL
+    ),
+    "autoencoder: vq-f4-noattn (CompVis)": autoencoder("compvis", COMPVIS_VQ, CompVisVQ),
 }
 
 
@@ -374,16 +353,18 @@ class Reference:
             found.setdefault(path, output.detach().numpy())  # of several calls the first
 
         for path, slot in self.slots.items():
-            name, _, leaf = slot.names[0].rpartition(".")
-            if leaf == "weight" and len(slot.names) == 1:
-                layer = self.model.get_submodule(name)
-                layer.register_forward_hook(partial(note, path.rpartition("/")[0]))
+            (ours, _, _), (name, _, leaf) = path.rpartition("/"), slot.names[0].rpartition(".")
+            if ours and leaf == "weight" and len(slot.names) == 1:
+                self.model.get_submodule(name).register_forward_hook(partial(note, ours))
         return found
 
-    def gradients(self) -> dict[str, np.ndarray]:
-        """By name, after a backward pass."""
-        names = [name for slot in self.slots.values() for name in slot.names]
-        return {name: self.model.get_parameter(name).grad.numpy() for name in names}
+    def gradients(self, ours: dict[str, Any]) -> tuple[dict[str, np.ndarray], ...]:
+        """Of our parameters, and of theirs after a backward pass, both by their names."""
+        written = layout.write_params(ours, self.slots)
+        # A bias that all keys share shifts a query's logits alike: its gradient is rounding.
+        names = [n for n in written if not re.search(r"\b(k|to_k|k_proj)\.bias$", n)]
+        theirs = {name: self.model.get_parameter(name).grad.numpy() for name in names}
+        return {name: written[name] for name in names}, theirs
 
 
 def run_once(function: Callable, *args: Any) -> Any:
@@ -420,14 +401,14 @@ def test_network(name, near):
     found = {k: np.concatenate(v, -1) if isinstance(v, tuple) else v for k, v in found.items()}
     near("layers", found, {k: v.reshape(found[k].shape) for k, v in layers.items()}, LAYERS)
     near("outputs", dict(enumerate(our_outputs)), dict(enumerate(map(nhwc, outputs))), OUTPUTS)
-    near("gradients", of_inputs, {k: nhwc(v.grad) for k, v in floats.items()}, GRADIENTS)
-    of_params = layout.write_params(of_params, reference.slots)
-    near("gradients", of_params, reference.gradients(), GRADIENTS)
+    of_params, theirs = reference.gradients(of_params)
+    theirs |= {k: nhwc(v.grad) for k, v in floats.items()}
+    near("gradients", of_params | of_inputs, theirs, GRADIENTS)
 
 
 def test_autoencoder_loss(near):
     """L1 and KL through a sample of the posterior: `AutoencoderTask` against torch autograd."""
-    case, key = compvis_kl(), jax.random.key(5)
+    case, key = AUTOENCODERS["autoencoder: KL with attention (CompVis)"], jax.random.key(5)
     reference = Reference(case)
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in case.slots[1].items()}
     config = ml_collections.ConfigDict(dict(autoencoder=fields, loss=dict(kl_weight=0.3)))
@@ -444,5 +425,4 @@ def test_autoencoder_loss(near):
     loss = (x - x_hat).abs().sum() / len(x) + 0.3 * posterior.kl().mean()
     loss.backward()
     near("outputs", {"loss": metrics["loss"]}, {"loss": loss.detach().numpy()}, LAYERS)
-    gradients = layout.write_params(gradients["autoencoder"], reference.slots)
-    near("gradients", gradients, reference.gradients(), GRADIENTS)
+    near("gradients", *reference.gradients(gradients["autoencoder"]), GRADIENTS)

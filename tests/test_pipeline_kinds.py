@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from ldm_jax.inputs import inputs_for, nulls_for, requests, told_sizes
@@ -36,18 +35,16 @@ def inpainting():
 
 
 def test_labels_choose_the_picture(labelled):
-    drawn = labelled(labels=[3, 4], n=2, steps=2)
-    assert drawn.shape == (4, 16, 16, 3) and np.isfinite(drawn).all()
-    alone = labelled(labels=4, n=2, steps=2, latents=labelled.noise(0, 4)[2:])
-    np.testing.assert_allclose(alone, drawn[2:], atol=1e-4)
-    same_noise = labelled(labels=3, n=2, steps=2, latents=labelled.noise(0, 4)[2:])
-    assert np.abs(alone - same_noise).max() > 1e-3
-
-
-def test_guidance_leads_away_from_the_null_class(labelled):
-    """Guidance 0 is the null class, whatever the label."""
-    nothing = labelled(labels=10, steps=2, guidance=1.0)
-    np.testing.assert_allclose(labelled(labels=3, steps=2, guidance=0.0), nothing, atol=1e-4)
+    noise = np.repeat(labelled.noise(0), 2, axis=0)
+    three, four = labelled(labels=[3, 4], steps=2, latents=noise)
+    assert three.shape == (16, 16, 3) and np.isfinite([three, four]).all()
+    assert np.abs(three - four).max() > 1e-3
+    swapped = labelled(labels=[4, 3], steps=2, latents=noise)
+    np.testing.assert_allclose(swapped, [four, three], atol=1e-4)
+    # Guidance 0 is the null class, whatever the label.
+    nothing = labelled(labels=[3, 4], steps=2, latents=noise, guidance=0.0)
+    null = labelled(labels=[10, 10], steps=2, latents=noise)
+    np.testing.assert_allclose(nothing, null, atol=1e-4)
 
 
 def test_an_unconditional_model_draws():
@@ -171,7 +168,10 @@ def test_every_kind_trains(kind):
         return jax.grad(lambda p: model.loss(p, latents, inputs, jax.random.key(2)).sum())(params)
 
     grads = gradients({name: params[name] for name in model.trainable})
-    norms = {name: optax.global_norm(grads[name]) for name in model.trainable}
+    norms = {
+        name: np.hypot.reduce([np.linalg.norm(g) for g in jax.tree.leaves(grads[name])])
+        for name in model.trainable
+    }
     assert all(np.isfinite(norm) and norm > 1e-6 for norm in norms.values()), norms
 
 

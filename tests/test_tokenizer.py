@@ -136,3 +136,41 @@ def test_takes_a_fraction_of_a_second():
     start = time.process_time()
     BytePair(padding="zero")(["x"])
     assert time.process_time() - start < 0.05
+
+
+@pytest.fixture(scope="module")
+def japanese(tmp_path_factory):
+    """A small model of sentencepiece, trained here, with rinna's padding."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="an optional extra")
+    path = tmp_path_factory.mktemp("sentencepiece") / "spiece.model"
+    sentences = ["サラリーマン 油絵", "猫が 座っている", "a red apple", "富士山 の 夕日"] * 20
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=file,
+            vocab_size=33,
+            user_defined_symbols=["[PAD]"],
+            minloglevel=2,
+        )
+    return path
+
+
+def test_sentencepiece_is_lower_cased_ended_and_padded(japanese):
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_file=str(japanese))
+    tokenize = tokenizer.SentencePiece(str(japanese), 24)
+    prompts = ["猫の 油絵", "A RED apple", ""]
+    for row, prompt in zip(tokenize(prompts).tolist(), prompts, strict=True):
+        expected = [*model.encode(prompt.lower()), model.eos_id()]
+        assert row == expected + [model.piece_to_id("[PAD]")] * (24 - len(expected))
+    assert tokenize.size == 33 and tokenize.overflow("猫の 油絵") == ""
+    short = tokenizer.SentencePiece(str(japanese), 4)
+    assert short(["富士山 の 夕日"])[0, -1] == model.eos_id()
+    assert "夕日" in short.overflow("富士山 の 夕日")
+
+
+def test_a_missing_sentencepiece_model_is_named():
+    pytest.importorskip("sentencepiece", reason="an optional extra")
+    with pytest.raises(ValueError, match="vocabulary 'nowhere.model': neither one of"):
+        tokenizer.SentencePiece("nowhere.model")(["a"])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ldm_jax.models.build import tuples
 from ldm_jax.models.unet import UNet
 
 ONE, EIGHT = dict(num_heads=1), dict(num_heads=8)
@@ -258,7 +259,7 @@ def find_family(unet: dict[str, Any], told: str | None, stage: str | None) -> Fa
 
     Raises ValueError if none does, with what the UNet is like.
     """
-    module = UNet(**{k: tuple(v) if isinstance(v, list) else v for k, v in unet.items()})
+    module = UNet(**tuples(unet))
     for family in FAMILIES:
         if family.fits(module, told, stage):
             return family

@@ -10,15 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.interop.layout import AUTOENCODERS
+from ldm_jax.models.build import make_autoencoder, tuples
 from ldm_jax.models.unet import UNet
 
 State = Mapping[str, np.ndarray]
-
-
-def tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields as modules take them: JSON has lists where they have tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 class Shapes(dict):
@@ -248,9 +243,7 @@ def canonical_unet(fields: dict[str, Any]) -> dict[str, Any]:
 
 def canonical_autoencoder(fields: dict[str, Any]) -> dict[str, Any]:
     """All fields of an autoencoder with its kind; attention by level, nothing that only trains."""
-    fields = tuples(fields)
-    kind = fields.pop("kind", "kl")
-    module = AUTOENCODERS[kind](**fields)
+    module = make_autoencoder(fields)
     kept = {name: getattr(module, name) for name in type(module).__dataclass_fields__}
     if "attn_resolutions" in kept:
         levels = range(len(module.ch_mult))
@@ -267,4 +260,4 @@ def canonical_autoencoder(fields: dict[str, Any]) -> dict[str, Any]:
         "parent",
     ):
         kept.pop(name, None)
-    return kept | dict(kind=kind)
+    return kept | dict(kind=fields.get("kind", "kl"))

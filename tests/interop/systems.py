@@ -4,6 +4,8 @@ Shared by the tests of reading and writing; `SYSTEMS` maps a name to a config.
 """
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -223,3 +225,9 @@ def random_params(config: dict[str, Any], seed: int = 0) -> dict[str, Any]:
         }
         params[name] = unflatten_dict(flat, sep="/")
     return params
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Changes keys of a JSON file; of value "absent" they go."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: v for key, v in content.items() if v != "absent"}))

@@ -235,6 +235,16 @@ def test_files_of_something_else(names, message, tmp_path):
         compvis.read(path)
 
 
+def test_a_conditioner_that_we_do_not_know(stable):
+    path, tensors = stable
+    rename = ("cond_stage_model.transformer", "cond_stage_model.unknown")
+    write_safetensors(path, {name.replace(*rename): tensor for name, tensor in tensors.items()})
+    with pytest.raises(
+        ValueError, match="holds a conditioner that we do not know, with cond_stage"
+    ):
+        compvis.read(path)
+
+
 def test_a_model_without_its_autoencoder(stable):
     path, tensors = stable
     part = {name: tensor for name, tensor in tensors.items() if "first_stage" not in name}

@@ -1,17 +1,30 @@
-"""The JSON of diffusers' autoencoders and schedulers and of the text encoders, as ours, and back.
+"""The JSON of diffusers' autoencoders and of the text encoders, as ours, and back.
 
-UNets are in `unets`. A key that is absent counts as its class's default, as diffusers has
-it; a value that our networks cannot express is an error, and of diffusers' networks so is a key
-that no function here knows, unless it is off (null or false).
+UNets are in `unets`, noise and grids in `schedulers`. A key that is absent counts as its class's
+default, as diffusers has it; a value that our networks cannot express is an error.
 """
 
 import json
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
-from ldm_jax.interop.layout import AUTOENCODERS
+from ldm_jax.models.build import make_autoencoder
 
+log = logging.getLogger(__name__)
 VERSION = "0.42.1"  # of diffusers, whose keys and defaults these are
+# Options that nothing here has.
+OFF = {
+    *("center_input_sample", "dual_cross_attention", "encoder_hid_dim", "encoder_hid_dim_type"),
+    *("class_embeddings_concat", "cross_attention_norm", "num_attention_heads"),
+    *("resnet_skip_time_act", "reverse_transformer_layers_per_block", "time_cond_proj_dim"),
+    *("time_embedding_act_fn", "timestep_post_act"),
+}
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -34,6 +47,7 @@ class Json:
         content = load(path)
         self.path = path
         self.class_name = content.get("_class_name")
+        self.version = _version(content.get("_diffusers_version", VERSION))
         self.left = {key: value for key, value in content.items() if not key.startswith("_")}
 
     def take(self, key: str, default: Any = None) -> Any:
@@ -61,10 +75,19 @@ class Json:
         return value
 
     def done(self) -> None:
-        """Raises ValueError if a key is left that says anything."""
+        """Raises ValueError if a key is left that is on and counts; warns of one that does not.
+
+        Keys that `VERSION` of diffusers does not know it passes over, and so do we, unless a newer
+        one has written them.
+        """
         for key, value in self.left.items():
-            if value not in (None, False):
+            if value in (None, False):
+                continue
+            if key in OFF:
+                raise self.error(key, value, "null or false")
+            if self.version > _version(VERSION):
                 raise ValueError(f"{self.path}: {key}={value!r} is not a key that we know")
+            log.warning("%s: %s=%r is no key of diffusers: passed over", self.path, key, value)
 
 
 def multiples(json: Json, widths: list[int]) -> list[int]:
@@ -159,9 +182,9 @@ def _tiny_from(json: Json) -> dict[str, Any]:
 
 def autoencoder_to(section: dict[str, Any], sample_size: int) -> dict[str, Any]:
     """The JSON of an autoencoder. Raises ValueError for what diffusers cannot express."""
-    fields = {key: tuple(v) if isinstance(v, list) else v for key, v in section.items()}
-    kind = fields.pop("kind", "kl")
-    module = AUTOENCODERS[kind](**fields)
+    kind, module = section.get("kind", "kl"), make_autoencoder(section)
+    if kind == "identity":
+        raise ValueError("autoencoder.kind='identity': a pipeline of diffusers has an autoencoder")
     common = dict(_diffusers_version=VERSION, in_channels=module.in_channels)
     if kind == "tiny":
         return common | dict(
@@ -285,110 +308,4 @@ def bert_to(network: dict[str, Any]) -> dict[str, Any]:
         activation_function="gelu",
         scale_embedding=False,
         pad_token_id=0,
-    )
-
-
-# What schedulers take where the JSON is silent: spacing, and whether the last step ends in clean
-# latents. All that it says beyond noise and grid is how to sample, which is the caller's choice.
-SCHEDULERS = {
-    "DDIMScheduler": ("leading", True),
-    "DDPMScheduler": ("leading", True),
-    "PNDMScheduler": ("leading", False),
-    "LCMScheduler": ("lcm", True),
-    "DEISMultistepScheduler": ("linspace", True),
-    "DPMSolverMultistepScheduler": ("linspace", True),
-    "DPMSolverSDEScheduler": ("linspace", True),
-    "DPMSolverSinglestepScheduler": ("linspace", True),
-    "EulerAncestralDiscreteScheduler": ("linspace", True),
-    "EulerDiscreteScheduler": ("linspace", True),
-    "HeunDiscreteScheduler": ("linspace", True),
-    "KDPM2AncestralDiscreteScheduler": ("linspace", True),
-    "KDPM2DiscreteScheduler": ("linspace", True),
-    "LMSDiscreteScheduler": ("linspace", True),
-    "UniPCMultistepScheduler": ("linspace", True),
-}
-# Whose noise is by default Stable Diffusion's, and not DDPM's.
-NARROW = ("LCM", "Heun", "KDPM2", "DPMSolverSDE")
-BETAS = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}
-MEANINGS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-SPACINGS = ("leading", "trailing", "linspace", "lcm")
-
-
-def diffusion_from(json: Json, stable: bool) -> dict[str, Any]:
-    """The section `diffusion` of a scheduler.
-
-    `stable`: it is of a pipeline of Stable Diffusion 1 or 2, which clips nothing and adds 1 to
-    "leading" timesteps whatever the JSON says.
-    """
-    name = json.class_name
-    if name not in SCHEDULERS:
-        raise json.error("_class_name", name, f"one of {', '.join(SCHEDULERS)}")
-    spacing, clean = SCHEDULERS[name]
-    betas = json.take("beta_schedule", "scaled_linear" if name == "LCMScheduler" else "linear")
-    if betas not in BETAS:
-        raise json.error("beta_schedule", betas, f"one of {', '.join(BETAS)}")
-    meaning = json.take("prediction_type", "epsilon")
-    if meaning not in MEANINGS:
-        raise json.error("prediction_type", meaning, f"one of {', '.join(MEANINGS)}")
-    json.expect(trained_betas=None, thresholding=False, timestep_type="discrete")
-    if name in ("DDIMScheduler", "DDPMScheduler") and not stable:
-        clipped = json.take("clip_sample", True)
-        if clipped:
-            raise json.error("clip_sample", clipped, "false, for no sampler here clips latents")
-    given = json.take("timestep_spacing", spacing)
-    if given not in SPACINGS:
-        raise json.error("timestep_spacing", given, f"one of {', '.join(SPACINGS)}")
-    spacing = spacing if spacing == "lcm" else given
-    start, end = (0.00085, 0.012) if name.startswith(NARROW) else (0.0001, 0.02)
-    schedule = dict(
-        name=BETAS[betas],
-        timesteps=json.take("num_train_timesteps", 1000),
-        start=json.take("beta_start", start),
-        end=json.take("beta_end", end),
-        zero_terminal_snr=bool(json.take("rescale_betas_zero_snr", False)),
-    )
-    clean = json.take("set_alpha_to_one", clean)
-    offset = 1 if stable else json.take("steps_offset", 0)
-    grid = dict(spacing=spacing, end="clean" if clean else "first")
-    grid |= dict(offset=offset) if spacing == "leading" else {}
-    return dict(schedule=schedule, parameterization=MEANINGS[meaning], sigma_data=0.5) | grid
-
-
-def scheduler_to(diffusion: dict[str, Any]) -> dict[str, Any]:
-    """The JSON of a DDIMScheduler, or, for its grid, an LCMScheduler.
-
-    Raises ValueError for noise or a grid that neither has.
-    """
-    schedule = dict(diffusion["schedule"])
-    names = {ours: theirs for theirs, ours in BETAS.items()} | {
-        "squaredcos_cap_v2": "squaredcos_cap_v2"
-    }
-    meanings = {ours: theirs for theirs, ours in MEANINGS.items()}
-    name, meaning = schedule.get("name", "linear"), diffusion["parameterization"]
-    spacing = diffusion["spacing"]
-    if name not in names:
-        raise ValueError(f"diffusion.schedule.name={name!r}: diffusers has {', '.join(names)}")
-    if meaning not in meanings:
-        raise ValueError(
-            f"diffusion.parameterization={meaning!r}: diffusers has {', '.join(meanings)}"
-        )
-    # CompVis' grid is diffusers' "leading" by another name.
-    grids = {"compat": ("leading", "first")} | {known: (known, "clean") for known in SPACINGS}
-    if spacing not in grids:
-        raise ValueError(f"diffusion.spacing={spacing!r}: diffusers has {', '.join(grids)}")
-    spacing, end = grids[spacing]
-    return dict(
-        _class_name="LCMScheduler" if spacing == "lcm" else "DDIMScheduler",
-        _diffusers_version=VERSION,
-        num_train_timesteps=schedule.get("timesteps", 1000),
-        beta_start=schedule.get("start", 1e-4),
-        beta_end=schedule.get("end", 2e-2),
-        beta_schedule=names[name],
-        prediction_type=meanings[meaning],
-        rescale_betas_zero_snr=schedule.get("zero_terminal_snr", False),
-        timestep_spacing="leading" if spacing == "lcm" else spacing,
-        steps_offset=diffusion.get("offset", 1),
-        set_alpha_to_one=diffusion.get("end", end) == "clean",
-        clip_sample=False,
-        trained_betas=None,
     )

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from ldm_jax.interop.diffusers.components import (
-    SCHEDULERS,
     Json,
     autoencoder_from,
     bert_from,
     clip_from,
-    diffusion_from,
     load,
 )
+from ldm_jax.interop.diffusers.schedulers import SCHEDULERS, diffusion_from
 from ldm_jax.interop.diffusers.tokenizers import CLASSES, read_tokenizer
 from ldm_jax.interop.diffusers.unets import UNETS, unet_from
 from ldm_jax.interop.diffusers.writing import ENCODER_OF, WEIGHTS, networks
@@ -142,13 +141,24 @@ def _conditioning(
         aesthetic = pipeline.options.get("requires_aesthetics_score", False)
         fields = ["original_size", "crop", "aesthetic_score" if aesthetic else "target_size"]
         sections["sizes"] = dict(kind="sizes", fields=fields, dropout=0.0)
+        network = sections[list(sections)[-2]]["network"]
+        pooled = network["projection"] or network["width"]
+        if unet["adm_in_channels"] != pooled + 256 * (5 if aesthetic else 6):
+            raise ValueError(
+                f"{pipeline.folder}/unet/config.json: projection_class_embeddings_input_dim="
+                f"{unet['adm_in_channels']}, but the pooled text has {pooled} and {fields} 256 for "
+                "each number"
+            )
     elif unet.get("num_classes") == "sequential":
         sections["image_embedding"] = array("vector", unet["adm_in_channels"], dropout=0.25)
-    elif isinstance(unet.get("num_classes"), int):
-        sections["noise_level"] = array("vector")
     beside = concat_sections(unet["in_channels"], latents)
-    if "concat" in beside and pipeline.name in CONCATENATED:
-        beside = {CONCATENATED[pipeline.name]: beside["concat"]}
+    name = CONCATENATED.get(pipeline.name, "concat")
+    if unet.get("num_classes") not in (None, "sequential"):
+        label = "noise_level" if name == "low_resolution" else "label"
+        shape = [1] if unet["num_classes"] == "continuous" else []
+        sections[label] = array("vector", *shape)
+    if "concat" in beside:
+        beside = {name: beside["concat"]}
     return sections | beside
 
 
@@ -177,7 +187,7 @@ def read(folder: str | os.PathLike, dtype: Any = "float32") -> Imported:
     latents = autoencoder["latent_channels" if tiny else "embed_dim"]
     sections = _conditioning(pipeline, unet, vector, latents)
     xl = "sizes" in sections
-    stable = pipeline.name.startswith("StableDiffusion") and not xl
+    stable = "text_encoder" in pipeline.classes and not xl
     scheduler = pipeline.json("scheduler", "scheduler_config.json")
     guidance = (5.0 if xl or "bert" in pipeline.classes else 7.5) if sections else 1.0
     config = dict(

@@ -102,7 +102,7 @@ def _read_clip(folder: Path) -> dict[str, Any]:
     ids = byte_pair_tokenizer(path).get_vocab()
     listed = folder / "vocab.json"
     given = load(listed) if listed.is_file() else model.get("vocab", ids)
-    for piece in ids:
+    for piece in sorted(ids, key=ids.get):
         if given.get(piece) != ids[piece]:
             where = listed if listed.is_file() else folder / "tokenizer.json"
             raise ValueError(

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ldm_jax.interop.diffusers.components import VERSION, Json, multiples
-from ldm_jax.interop.fields import tuples
+from ldm_jax.models.build import tuples
 from ldm_jax.models.unet import UNet
 
 # Name of a block on the way down → on the way up, whether it attends, how it resizes.

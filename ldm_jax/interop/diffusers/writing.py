@@ -15,8 +15,8 @@ from ldm_jax.interop.diffusers.components import (
     autoencoder_to,
     bert_to,
     clip_to,
-    scheduler_to,
 )
+from ldm_jax.interop.diffusers.schedulers import scheduler_to
 from ldm_jax.interop.diffusers.tokenizers import tokenizer_class, write_tokenizer
 from ldm_jax.interop.diffusers.unets import unet_to
 from ldm_jax.interop.files import write_safetensors

@@ -1,0 +1,110 @@
+"""The JSON of diffusers' schedulers, as our section `diffusion`, and back."""
+
+from typing import Any
+
+from ldm_jax.interop.diffusers.components import VERSION, Json
+
+# What schedulers take where the JSON is silent: spacing, and whether the last step ends in clean
+# latents. All that it says beyond noise and grid is how to sample, which is the caller's choice.
+SCHEDULERS = {
+    "DDIMScheduler": ("leading", True),
+    "DDPMScheduler": ("leading", True),
+    "PNDMScheduler": ("leading", False),
+    "LCMScheduler": ("lcm", True),
+    "DEISMultistepScheduler": ("linspace", True),
+    "DPMSolverMultistepScheduler": ("linspace", True),
+    "DPMSolverSDEScheduler": ("linspace", True),
+    "DPMSolverSinglestepScheduler": ("linspace", True),
+    "EulerAncestralDiscreteScheduler": ("linspace", True),
+    "EulerDiscreteScheduler": ("linspace", True),
+    "HeunDiscreteScheduler": ("linspace", True),
+    "KDPM2AncestralDiscreteScheduler": ("linspace", True),
+    "KDPM2DiscreteScheduler": ("linspace", True),
+    "LMSDiscreteScheduler": ("linspace", True),
+    "UniPCMultistepScheduler": ("linspace", True),
+}
+# Whose noise is by default Stable Diffusion's, and not DDPM's.
+NARROW = ("LCM", "Heun", "KDPM2", "DPMSolverSDE")
+BETAS = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}
+MEANINGS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+SPACINGS = ("leading", "trailing", "linspace", "lcm")
+
+
+def diffusion_from(json: Json, stable: bool) -> dict[str, Any]:
+    """The section `diffusion` of a scheduler.
+
+    `stable`: it is of a pipeline of Stable Diffusion 1 or 2, which clips nothing and adds 1 to
+    "leading" timesteps whatever the JSON says.
+    """
+    name = json.class_name
+    if name not in SCHEDULERS:
+        raise json.error("_class_name", name, f"one of {', '.join(SCHEDULERS)}")
+    spacing, clean = SCHEDULERS[name]
+    betas = json.take("beta_schedule", "scaled_linear" if name == "LCMScheduler" else "linear")
+    if betas not in BETAS:
+        raise json.error("beta_schedule", betas, f"one of {', '.join(BETAS)}")
+    meaning = json.take("prediction_type", "epsilon")
+    if meaning not in MEANINGS:
+        raise json.error("prediction_type", meaning, f"one of {', '.join(MEANINGS)}")
+    json.expect(trained_betas=None, thresholding=False, timestep_type="discrete")
+    if name in ("DDIMScheduler", "DDPMScheduler") and not stable:
+        clipped = json.take("clip_sample", True)
+        if clipped:
+            raise json.error("clip_sample", clipped, "false, for no sampler here clips latents")
+    given = json.take("timestep_spacing", spacing)
+    if given not in SPACINGS:
+        raise json.error("timestep_spacing", given, f"one of {', '.join(SPACINGS)}")
+    spacing = spacing if spacing == "lcm" else given
+    start, end = (0.00085, 0.012) if name.startswith(NARROW) else (0.0001, 0.02)
+    schedule = dict(
+        name=BETAS[betas],
+        timesteps=json.take("num_train_timesteps", 1000),
+        start=json.take("beta_start", start),
+        end=json.take("beta_end", end),
+        zero_terminal_snr=bool(json.take("rescale_betas_zero_snr", False)),
+    )
+    clean = json.take("set_alpha_to_one", clean)
+    offset = 1 if stable else json.take("steps_offset", 0)
+    grid = dict(spacing=spacing, end="clean" if clean else "first")
+    grid |= dict(offset=offset) if spacing == "leading" else {}
+    return dict(schedule=schedule, parameterization=MEANINGS[meaning], sigma_data=0.5) | grid
+
+
+def scheduler_to(diffusion: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of a DDIMScheduler, or, for its grid, an LCMScheduler.
+
+    Raises ValueError for noise or a grid that neither has.
+    """
+    schedule = dict(diffusion["schedule"])
+    names = {ours: theirs for theirs, ours in BETAS.items()} | {
+        "squaredcos_cap_v2": "squaredcos_cap_v2"
+    }
+    meanings = {ours: theirs for theirs, ours in MEANINGS.items()}
+    name, meaning = schedule.get("name", "linear"), diffusion["parameterization"]
+    spacing = diffusion["spacing"]
+    if name not in names:
+        raise ValueError(f"diffusion.schedule.name={name!r}: diffusers has {', '.join(names)}")
+    if meaning not in meanings:
+        raise ValueError(
+            f"diffusion.parameterization={meaning!r}: diffusers has {', '.join(meanings)}"
+        )
+    # CompVis' grid is diffusers' "leading" by another name.
+    grids = {"compat": ("leading", "first")} | {known: (known, "clean") for known in SPACINGS}
+    if spacing not in grids:
+        raise ValueError(f"diffusion.spacing={spacing!r}: diffusers has {', '.join(grids)}")
+    spacing, end = grids[spacing]
+    return dict(
+        _class_name="LCMScheduler" if spacing == "lcm" else "DDIMScheduler",
+        _diffusers_version=VERSION,
+        num_train_timesteps=schedule.get("timesteps", 1000),
+        beta_start=schedule.get("start", 1e-4),
+        beta_end=schedule.get("end", 2e-2),
+        beta_schedule=names[name],
+        prediction_type=meanings[meaning],
+        rescale_betas_zero_snr=schedule.get("zero_terminal_snr", False),
+        timestep_spacing="leading" if spacing == "lcm" else spacing,
+        steps_offset=diffusion.get("offset", 1),
+        set_alpha_to_one=diffusion.get("end", end) == "clean",
+        clip_sample=False,
+        trained_betas=None,
+    )
