@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax.interop.native import open_model
+from ldm_jax.interop.opening import open_any
 
 STEPS = 40
 
@@ -106,9 +106,9 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(root, tmp_path, reque
     for kind in ("train", "held_out"):
         assert report(workdir, kind) == report(whole, kind)
     # Bit for bit; the files themselves may order their headers differently.
-    (config, params), (whole_config, whole_params) = (open_model(path) for path in (workdir, whole))
-    assert config == whole_config
-    jax.tree.map(np.testing.assert_array_equal, params, whole_params)
+    resumed, uninterrupted = open_any(workdir), open_any(whole)
+    assert resumed.config == uninterrupted.config
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, uninterrupted.params)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

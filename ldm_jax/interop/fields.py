@@ -260,4 +260,6 @@ def canonical_autoencoder(fields: dict[str, Any]) -> dict[str, Any]:
         "parent",
     ):
         kept.pop(name, None)
+    if "scale_factor" in kept:  # as files hold it
+        kept["scale_factor"] = float(np.float32(kept["scale_factor"]))
     return kept | dict(kind=fields.get("kind", "kl"))

@@ -1,21 +1,24 @@
 """Our own file: one `.safetensors` that says what it holds.
 
 Tensors are named by their path ("unet/conv_in/kernel"); the header carries the configuration that
-builds the networks, so a file needs nothing beside it.
+builds the networks, and vocabularies that do not ship, so a file needs nothing beside it.
 """
 
+import base64
+import hashlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from ldm_jax.interop.files import Tensors, write_safetensors
 from ldm_jax.version import __version__
 
 FORMAT = "ldm_jax"
@@ -29,55 +32,64 @@ def save_model(
 
     The file appears whole or not at all.
     """
-    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     flat = flatten_dict(jax.device_get(params), sep="/")
-    tensors = {name: np.ascontiguousarray(value.astype(kind)) for name, value in flat.items()}
+    tensors = {name: np.asarray(value, jnp.dtype(dtype)) for name, value in flat.items()}
+    files = {
+        section["vocabulary"]: base64.b64encode(Path(section["vocabulary"]).read_bytes()).decode()
+        for section in _vocabularies(config)
+        if Path(section["vocabulary"]).is_file()
+    }
     metadata = {"format": FORMAT, "version": __version__, "config": json.dumps(config)}
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata=metadata)
-    part.chmod(0o644)  # safetensors makes files that only their owner can read
-    os.replace(part, path)
+    write_safetensors(path, tensors, metadata | {"files": json.dumps(files)})
 
 
-def load_model(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config, params as nested numpy float32 arrays) of a file that `save_model` wrote.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: the file is no safetensors, or not one of ours.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no model file at {path}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {k: file.get_tensor(k).astype(np.float32) for k in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is a safetensors file, but not one that ldm_jax exported")
-    return json.loads(metadata["config"]), unflatten_dict(tensors, sep="/")
+def is_ours(state: Tensors) -> bool:
+    """Whether these tensors are a file that `save_model` wrote."""
+    return state.metadata.get("format") == FORMAT
 
 
-def open_model(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config, params) of a model file, of a finished run's workdir, or, for "", of what ships.
+def read_model(state: Tensors, dtype: Any = "float32") -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config, params as nested arrays of `dtype`) of a file that `save_model` wrote."""
+    config = json.loads(state.metadata["config"])
+    files = json.loads(state.metadata.get("files", "{}"))
+    for section in _vocabularies(config):
+        if section["vocabulary"] in files:
+            content = base64.b64decode(files[section["vocabulary"]])
+            section["vocabulary"] = str(_unpacked(Path(section["vocabulary"]).name, content))
+    params = {name: np.asarray(state[name], jnp.dtype(dtype)) for name in state}
+    return config, unflatten_dict(params, sep="/")
+
+
+def exported_file(workdir: Path) -> Path:
+    """The model that a run left in its workdir.
 
     Raises:
-      FileNotFoundError, ValueError: there is no model there; says what was looked for.
+      FileNotFoundError: there is none; says what was looked for.
     """
-    path = Path(path) if str(path) else SHIPPED
-    if path.is_dir():
-        exported = path / "model.safetensors"
-        if not exported.exists():
-            unfinished = (path / "config.json").exists()
-            reason = (
-                "this run has not exported its model yet: it does when it ends, or when Ctrl-C or "
-                "SIGTERM stops it"
-                if unfinished
-                else "the directory is neither a run's workdir nor holds a model.safetensors"
-            )
-            raise FileNotFoundError(f"no model in {path}: {reason}")
-        path = exported
-    return load_model(path)
+    exported = workdir / "model.safetensors"
+    if not exported.exists():
+        unfinished = (workdir / "config.json").exists()
+        reason = (
+            "this run has not exported its model yet: it does when it ends, or when Ctrl-C or "
+            "SIGTERM stops it"
+            if unfinished
+            else "the directory is neither a run's workdir nor holds a model.safetensors"
+        )
+        raise FileNotFoundError(f"no model in {workdir}: {reason}")
+    return exported
+
+
+def _vocabularies(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    return (s for s in config.get("conditioning", {}).values() if "vocabulary" in s)
+
+
+def _unpacked(name: str, content: bytes) -> Path:
+    """A file with this content, where tokenizers can read it."""
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"ldm_jax-{os.getuid()}" / digest / name
+    if not path.exists() or path.read_bytes() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{name}.{os.getpid()}.part")
+        part.write_bytes(content)
+        os.replace(part, path)
+    return path

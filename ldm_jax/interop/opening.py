@@ -6,12 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import unflatten_dict
-
 from ldm_jax.interop import compvis, diffusers, native
-from ldm_jax.interop.files import Tensors, open_state
+from ldm_jax.interop.files import open_state
 from ldm_jax.interop.layout import Imported
 
 log = logging.getLogger(__name__)
@@ -22,20 +18,12 @@ LAYOUTS = {
 }
 
 
-def _native(state: Tensors, dtype: Any) -> Imported:
-    """A file of our own, whose header has the config."""
-    kind = jnp.dtype(dtype)
-    params = {name: np.asarray(state[name], kind) for name in state}
-    config = json.loads(state.metadata["config"])
-    version = state.metadata.get("version", "an unknown version")
-    about = f"{config['task']} model of ldm_jax {version}"
-    return Imported(config, unflatten_dict(params, sep="/"), about, {})
-
-
 def _file(path: Path, dtype: Any, ema: bool | str) -> Imported:
     state = open_state(path)
-    if state.metadata.get("format") == native.FORMAT:
-        return _native(state, dtype)
+    if native.is_ours(state):
+        config, params = native.read_model(state, dtype)
+        version = state.metadata.get("version", "an unknown version")
+        return Imported(config, params, f"{config['task']} model of ldm_jax {version}", {})
     return compvis.read_state(path, state, ema, dtype)
 
 
@@ -55,9 +43,7 @@ def _folder(path: Path, dtype: Any) -> Imported:
             f"{path} holds {what} of transformers alone, from which no picture comes: open the "
             "folder of the whole model, with model_index.json"
         )
-    if not (path / "model.safetensors").is_file():
-        native.open_model(path)  # raises, and says what was looked for
-    return _file(path / "model.safetensors", dtype, "auto")
+    return _file(native.exported_file(path), dtype, "auto")
 
 
 def read_any(

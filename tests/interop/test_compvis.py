@@ -207,6 +207,14 @@ def test_what_the_layout_cannot_say_is_not_written(section, fields, message, mad
     assert not list(tmp_path.iterdir())
 
 
+def test_a_scale_in_double_precision_is_rounded(made, tmp_path):
+    config, params = made("sdxl-vae")
+    config["autoencoder"]["scale_factor"] = 1 / 3
+    compvis.write(tmp_path / "a.safetensors", config, params)
+    found = compvis.read(tmp_path / "a.safetensors").config["autoencoder"]["scale_factor"]
+    assert np.float32(found) == np.float32(1 / 3)
+
+
 def test_another_tokenizer_is_not_written(made, tmp_path):
     config, params = made("stable-diffusion-1")
     config["conditioning"]["text"] |= dict(tokenizer="sentencepiece", vocabulary="spiece.model")

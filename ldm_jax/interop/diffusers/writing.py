@@ -123,7 +123,8 @@ def _write_all(folder: Path, config: dict[str, Any], params: dict[str, Any], dty
         stem = "model" if network in ("clip", "bert") else WEIGHTS
         write_safetensors(place / f"{stem}.safetensors", tensors, {"format": "pt"})
 
-    task, size = config["task"], config.get("image_size", 512)
+    task = config["task"]
+    size = config.get("image_size") or config.get("data", {}).get("image_size", 512)
     if task == "autoencoder":
         dump("config.json", autoencoder_to(config[task], size))
         weights(folder, task, task, config[task], "add_embedding")
