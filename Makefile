@@ -31,7 +31,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test parity lint format clean
+.PHONY: help demo test long parity lint format clean
 
 help:  ## show this list (the default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,7 +47,10 @@ demo: $(RUNTIME)  ## train text-to-image on the embedded pictures, then draw wit
 test: lint  ## lint, then every test but the long ones
 	$(BIN)/python -m pytest -m "not long" -n 2 --durations=10
 
-parity: $(PARITY)  ## the mathematics of diffusion against torch references (1.5 GB more)
+long: $(TEST)  ## the tests that take minutes each
+	$(BIN)/python -m pytest -m long -n 2
+
+parity: $(PARITY)  ## live against diffusers, transformers, CompVis' code … (1.5 GB of torch)
 	$(PARITY_VENV)/bin/python -m pytest parity --disable-warnings
 
 lint: $(TEST)  ## style and the rules of who may import whom

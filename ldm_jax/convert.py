@@ -6,8 +6,6 @@ IN is whatever `ldm_jax.load` opens; the layouts are "single_file" (ours, which 
 "compvis" (one file, as CompVis' and Stability's code has it) and "diffusers" (a folder).
 """
 
-import sys
-
 import jax
 from absl import flags
 
@@ -50,14 +48,10 @@ def convert(
     print(f"Written: {target} ({layout}, {dtype})")
 
 
-def main():
-    if len(PLACES) != 2:
-        raise ValueError(f"expected IN and OUT, and flags as --to=diffusers; found {PLACES}")
-    convert(*PLACES, TO.value, DTYPE.value, {"true": True, "false": False}.get(EMA.value, "auto"))
+def main(source: str, target: str):
+    ema = {"true": True, "false": False}.get(EMA.value, "auto")
+    convert(source, target, TO.value, DTYPE.value, ema)
 
 
 if __name__ == "__main__":
-    # `run` wants a command line of flags alone.
-    PLACES = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument.startswith("-")]
-    run(main)
+    run(main, ("IN", "OUT"))

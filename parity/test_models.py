@@ -151,11 +151,10 @@ CONTEXT = dict(context_dim=24)
 SD1, THEIR_SD1 = dict(num_heads=8), dict(attention_head_dim=8)  # which are heads, in truth
 SD2 = dict(num_head_channels=32, use_linear_in_transformer=True)
 THEIR_SD2 = dict(attention_head_dim=(2, 4), use_linear_projection=True)
-CROSS = (True, False)
 UPSCALER = dict(num_heads=8, use_linear_in_transformer=True, num_classes=10)
-UPSCALER |= dict(disable_self_attentions=CROSS)
+UPSCALER |= dict(disable_self_attentions=(True, False))
 THEIR_UPSCALER = dict(attention_head_dim=8, use_linear_projection=True, num_class_embeds=10)
-THEIR_UPSCALER |= dict(only_cross_attention=CROSS)
+THEIR_UPSCALER |= dict(only_cross_attention=(True, False))
 UNCLIP = SD2 | dict(num_classes="sequential", adm_in_channels=20)
 THEIR_UNCLIP = THEIR_SD2 | dict(class_embed_type="projection")
 THEIR_UNCLIP |= dict(projection_class_embeddings_input_dim=20)
@@ -166,7 +165,7 @@ UNETS = {
     "SD 1 inpainting (diffusers)": diffusers_unet("x-", SD1 | NINE, THEIR_SD1 | NINE),
     "SD 2 (diffusers)": diffusers_unet("x-", SD2, THEIR_SD2),
     "SD 2 upscaler (diffusers)": diffusers_unet(
-        "xx", UPSCALER | SEVEN, THEIR_UPSCALER | SEVEN, **LABELS
+        "x-", UPSCALER | SEVEN, THEIR_UPSCALER | SEVEN, **LABELS
     ),
     "SD 2 unCLIP (diffusers)": diffusers_unet(
         "x-", UNCLIP, THEIR_UNCLIP, "class_embedding", y=draw(3, 2, 20)
@@ -175,12 +174,12 @@ UNETS = {
     "SDXL refiner (diffusers)": sdxl("-x", 2, numbers=5),
     "ldm-celebahq-256 (diffusers)": celebahq(),
     "lsun_churches256 (CompVis)": compvis_unet("xx", CHURCHES),
-    "cin256-v2 (CompVis)": compvis_unet("xx", CONTEXT | dict(num_heads=1)),
-    "SD 2 upscaler (CompVis)": compvis_unet("xx", UPSCALER | CONTEXT, **LABELS),
+    "cin256-v2 (CompVis)": compvis_unet("-x", CONTEXT | dict(num_heads=1)),
+    "SD 2 upscaler (CompVis)": compvis_unet("x-", UPSCALER | CONTEXT, **LABELS),
 }
 
 
-# Autoencoders of two levels.
+# Autoencoders of two levels; kl, vq and tiny are of either side.
 
 SMALL = dict(ch=64, ch_mult=(1, 2), num_res_blocks=1)
 BLOCKS = dict(block_out_channels=(64, 128), layers_per_block=1)
@@ -188,7 +187,6 @@ BLOCKS |= dict(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpD
 
 
 def kl(network, x):
-    """Of either side."""
     if isinstance(network, torch.nn.Module):
         posterior = bare(network.encode(x))
         mean, logvar = posterior.mean, posterior.logvar
@@ -198,14 +196,12 @@ def kl(network, x):
 
 
 def vq(network, x):
-    """Of either side; decoders quantise."""
     h = bare(network.encode(x))
     theirs = isinstance(network, torch.nn.Module)
     return h, network.quantize(h)[1] if theirs else network.nearest(h).loss, bare(network.decode(h))
 
 
 def tiny(network, x):
-    """Of either side."""
     latents = bare(network.encode(x))
     return latents, bare(network.decode(latents))
 
@@ -273,14 +269,14 @@ def bert() -> Case:
     config |= dict(encoder_layers=2, encoder_attention_heads=2, head_dim=8)
     fields = dict(vocab_size=50, max_length=7, width=32, depth=2, heads=2, head_dim=8)
     build = partial(LDMBertModel, LDMBertModel.config_class(**config))
-    return Case(("bert", fields, "diffusers"), build, operator.call, operator.call, TOKENS)
+    slots = ("bert", fields, "diffusers")
+    return Case(slots, build, lambda model, tokens: model(tokens), operator.call, TOKENS)
 
 
-LARGE = dict(activation="quick_gelu")
 BIGG = dict(activation="gelu", projection=20, layer="penultimate", final_norm=False, eos=49)
 THEIR_BIGG = dict(projection_dim=20, eos_token_id=49)
 TEXTS = {
-    "CLIP-L (transformers)": clip(LARGE, CLIPTextModel, eos_token_id=2),
+    "CLIP-L (transformers)": clip(dict(activation="quick_gelu"), CLIPTextModel, eos_token_id=2),
     "CLIP-bigG (transformers)": clip(BIGG, CLIPTextModelWithProjection, **THEIR_BIGG),
     "ldm-text2im-large-256 (diffusers)": bert(),
 }
@@ -289,13 +285,9 @@ CASES = {f"{kind}: {name}": case for kind in CASES for name, case in CASES[kind]
 
 
 class Reference:
-    """A case's reference with random weights, `model`, and what it is here.
-
-    Attributes:
-      module: our network.
-      slots: its, by the names that this reference has.
-      params: the weights; `layout` took all of them, and gave them back as they were.
-    """
+    """A case's reference with random weights, `model`, and what it is here: our `module` and its
+    `params`, and its `slots`, by this reference's names. `layout` has taken every weight, and given
+    it back as it was."""
 
     def __init__(self, case: Case):
         network, fields, *_ = case.slots
@@ -393,8 +385,8 @@ def test_autoencoder_loss(near):
     """L1 and KL through a sample of the posterior: `AutoencoderTask` against torch autograd."""
     case, key = AUTOENCODERS["KL, more attention (CompVis)"], jax.random.key(5)
     reference = Reference(case)
-    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in case.slots[1].items()}
-    config = ml_collections.ConfigDict(dict(autoencoder=fields, loss=dict(kl_weight=0.3)))
+    config = dict(autoencoder=case.slots[1], loss=dict(kl_weight=0.3))
+    config = ml_collections.ConfigDict(config)
     task = AutoencoderTask(config, source=None, held_out=None, perceptual=None)
     images = np.random.default_rng(6).integers(0, 256, (2, 16, 16, 3), np.uint8)
     params = {"autoencoder": reference.params, "discriminator": {}}

@@ -94,7 +94,9 @@ def stop_after_first_checkpoint(root, arguments, workdir, number):
     return process.returncode, output
 
 
-@pytest.mark.parametrize("config", ["txt2img", "autoencoder"])
+@pytest.mark.parametrize(
+    "config", ["txt2img", pytest.param("autoencoder", marks=pytest.mark.long)]
+)
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(root, tmp_path, request, config):
     whole, workdir = request.getfixturevalue(config), tmp_path / "killed"
     arguments = smoke(config, workdir)
@@ -123,6 +125,7 @@ def test_a_signal_saves_and_stops(root, tmp_path, number):
     assert (workdir / "model.safetensors").exists()
 
 
+@pytest.mark.long
 def test_eight_devices_train_as_one_does(root, txt2img, tmp_path):
     done = run(root, "train.py", *smoke("txt2img", tmp_path / "mesh"), devices=8)
     assert done.returncode == 0, done.stderr

@@ -28,8 +28,10 @@ def log_to_console() -> None:
         logger.addHandler(handler)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], arguments: tuple[str, ...] = ()) -> None:
     """Runs a command line: flags, logging, and errors as one clear message and exit code 1.
+
+    `arguments` are names of what stands there without a flag; `main` gets them in order.
 
     An unknown config key, which ml_collections reports with its nearest known one, is an error of
     the command line like any other.
@@ -46,11 +48,14 @@ def run(main: Callable[[], None]) -> None:
             _fail(message.splitlines()[-1].strip() if "Traceback" in message else message)
 
     def guarded(argv):
-        if len(argv) > 1:
-            _fail(f"unexpected argument {argv[1]!r}")
+        given = argv[1:]
+        if len(given) > len(arguments):
+            _fail(f"unexpected argument {given[len(arguments)]!r}")
+        if len(given) < len(arguments):
+            _fail(f"missing argument {arguments[len(given)]}: give {' '.join(arguments)}")
         log_to_console()
         try:
-            main()
+            main(*given)
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
             if TRACEBACK.value:
                 raise
