@@ -18,15 +18,12 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ldm_jax.interop import names
-from ldm_jax.models.autoencoder import AutoencoderKL
+from ldm_jax.models.build import AUTOENCODERS, make_autoencoder, tuples
 from ldm_jax.models.clip import CLIPText
 from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
 from ldm_jax.models.text import TextTransformer
-from ldm_jax.models.tiny_autoencoder import TinyAutoencoder
 from ldm_jax.models.unet import UNet
-from ldm_jax.models.vq import VQModel
 
-AUTOENCODERS = {"kl": AutoencoderKL, "vq": VQModel, "tiny": TinyAutoencoder}
 LAYOUTS = {
     "unet": ("compvis", "diffusers"),
     "autoencoder": ("compvis", "diffusers"),
@@ -114,11 +111,6 @@ class Imported:
     reports: dict[str, Report]
 
 
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields as modules take them: JSON has lists where they have tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-
-
 def _unet(**fields: Any) -> tuple[nn.Module, list, dict]:
     module = UNet(**fields)
     side = 2 ** (len(module.channel_mult) - 1)
@@ -134,10 +126,8 @@ def _unet(**fields: Any) -> tuple[nn.Module, list, dict]:
     return module, inputs, {"y": labels.get(module.num_classes, _integers(1))}
 
 
-def _autoencoder(kind: str = "kl", **fields: Any) -> tuple[nn.Module, list, dict]:
-    if kind not in AUTOENCODERS:
-        raise ValueError(f"autoencoder of kind {kind!r}: choose one of {', '.join(AUTOENCODERS)}")
-    module = AUTOENCODERS[kind](**fields)
+def _autoencoder(**fields: Any) -> tuple[nn.Module, list, dict]:
+    module = make_autoencoder(fields)
     side = module.downsampling
     return module, [_floats(1, side, side, module.in_channels)], {}
 
@@ -172,7 +162,7 @@ _BUILD: dict[str, Callable[..., tuple[nn.Module, list, dict]]] = {
 def shapes(network: str, fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Leaf path ("a/b/kernel") → shape of a network with these fields; nothing is computed."""
     try:
-        module, inputs, named = _BUILD[network](**_tuples(fields))
+        module, inputs, named = _BUILD[network](**tuples(fields))
     except TypeError as error:
         raise ValueError(f"{network}: {error}") from error
     variables = jax.eval_shape(module.init, jax.random.key(0), *inputs, **named)
@@ -275,7 +265,7 @@ def slots(
         raise ValueError(f"layout {layout!r} of network {network!r}: choose one of {choices}")
     if vector not in VECTORS:
         raise ValueError(f"vector={vector!r}: choose one of {', '.join(VECTORS)}")
-    fields = _tuples(fields)
+    fields = tuples(fields)
 
     def slot(path, shape):
         if network == "unet":

@@ -331,7 +331,7 @@ def test_writing_wants_all_leaves_and_no_others():
     (("unet", {}, "openclip"), "layout 'openclip' of network 'unet': choose one of compvis"),
     (("unet", {}, "diffusers", "addition"), "vector='addition': choose one of add_embedding"),
     (("unet", {"width": 3}, "compvis"), "unet: .*unexpected keyword argument 'width'"),
-    (("autoencoder", {"kind": "vae"}, "compvis"), "kind 'vae': choose one of kl, vq, tiny"),
+    (("autoencoder", {"kind": "vae"}, "compvis"), "kind='vae': choose one of kl, vq, tiny"),
     (("rescaler", {"out_channels": 3}, "compvis"), "with out_channels needs in_channels"),
 ])  # fmt: skip
 def test_unknown_choices_are_named(arguments, message):
