@@ -1,7 +1,8 @@
 """Makes the references importable, runs them in either precision, and reports how far apart we are.
 
-k-diffusion and CompVis' code are imported without most of what they ask for: samplers and losses
-need torch alone, and what serves only pictures and training scripts is replaced by empty modules.
+k-diffusion and CompVis' code are imported without most of what they ask for: samplers, losses and
+networks need torch and einops alone, and what serves only pictures and training scripts is replaced
+by empty modules.
 """
 
 import importlib
@@ -146,7 +147,8 @@ def near(request):
         for name, reference in theirs.items():
             assert ours[name].shape == reference.shape, name
             difference = np.linalg.norm(np.float64(ours[name]) - reference)
-            errors[name] = float(difference / np.linalg.norm(np.float64(reference)))
+            error = difference / np.linalg.norm(np.float64(reference))
+            errors[name] = float(np.nan_to_num(error, nan=np.inf))
         worst = max(errors, key=errors.get)
         _ERRORS[row][measured] = max(errors[worst], _ERRORS[row].get(measured, 0.0))
         assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.1e}"

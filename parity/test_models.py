@@ -232,15 +232,14 @@ THEIR_TINY |= dict(encoder_block_out_channels=(32, 32), decoder_block_out_channe
 SIX, THEIR_SIX = dict(in_channels=6, out_ch=6), dict(in_channels=6, out_channels=6)
 BARE = dict(use_quant_conv=False)
 THEIR_BARE = dict(use_quant_conv=False, use_post_quant_conv=False)
-ATTENTION, NO_ATTENTION = dict(attn_resolutions=(8,)), dict(mid_attn=False)
 AUTOENCODERS = {
     "SD (diffusers)": diffusers_kl(KL, THEIR_KL),
     "ldm3d (diffusers)": diffusers_kl(KL | SIX, THEIR_KL | THEIR_SIX),
     "without quant_conv (diffusers)": diffusers_kl(KL | BARE, THEIR_KL | THEIR_BARE),
     "ldm-celebahq-256 (diffusers)": autoencoder("diffusers", diffusers.VQModel, VQ, THEIR_VQ),
     "TAESD (diffusers)": autoencoder("diffusers", diffusers.AutoencoderTiny, TINY, THEIR_TINY),
-    "KL, more attention (CompVis)": compvis_kl(COMPVIS | ATTENTION),
-    "KL, no attention (CompVis)": compvis_kl(COMPVIS | NO_ATTENTION, attn_type="none"),
+    "KL, more attention (CompVis)": compvis_kl(COMPVIS | dict(attn_resolutions=(8,))),
+    "KL, no attention (CompVis)": compvis_kl(COMPVIS | dict(mid_attn=False), attn_type="none"),
 }
 
 
@@ -290,8 +289,7 @@ class Reference:
     it back as it was."""
 
     def __init__(self, case: Case):
-        network, fields, *_ = case.slots
-        fields = dict(fields)
+        network, fields = case.slots[0], dict(case.slots[1])
         self.module = MODULES[fields.pop("kind", network)](**fields)
         self.model, self.slots = case.build().eval(), layout.slots(*case.slots)
         draws = np.random.default_rng(0)
@@ -346,9 +344,8 @@ def run_once(function: Callable, *args: Any) -> Any:
         return lowered.compile()(*args)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_network(name, near):
-    case = CASES[name]
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_network(case, near):
     reference = Reference(case)
     layers = reference.layers()
     inputs = {k: nchw(array) for k, array in case.inputs.items()}
@@ -385,8 +382,7 @@ def test_autoencoder_loss(near):
     """L1 and KL through a sample of the posterior: `AutoencoderTask` against torch autograd."""
     case, key = AUTOENCODERS["KL, more attention (CompVis)"], jax.random.key(5)
     reference = Reference(case)
-    config = dict(autoencoder=case.slots[1], loss=dict(kl_weight=0.3))
-    config = ml_collections.ConfigDict(config)
+    config = ml_collections.ConfigDict(dict(autoencoder=case.slots[1], loss=dict(kl_weight=0.3)))
     task = AutoencoderTask(config, source=None, held_out=None, perceptual=None)
     images = np.random.default_rng(6).integers(0, 256, (2, 16, 16, 3), np.uint8)
     params = {"autoencoder": reference.params, "discriminator": {}}
