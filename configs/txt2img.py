@@ -5,7 +5,7 @@
 
 Variants, as in --config=configs/txt2img.py:demo
 
-    emoji   all 1,697 training emoji, 64 px (default; an hour and a half on two CPU cores)
+    emoji   all 1,697 training emoji, 64 px (default; an hour on two CPU cores)
     demo    food, drink, animals and nature only: 262 pictures, minutes on two CPU cores
     smoke   a few steps of a tiny network, for tests
 
@@ -108,7 +108,7 @@ def emoji() -> ml_collections.ConfigDict:
         prompts=("red apple", "cat face", "smiling face with sunglasses", "rocket", "rainbow"),
         sampler="ddim",
         steps=50,
-        guidance=3.0,
+        guidance=2.0,
         eta=0.0,
     )
     config.mesh = dict(data=-1, fsdp=1)
