@@ -163,9 +163,8 @@ class Pipeline:
             eta=eta,
             churn=churn,
         )
-        if (
-            edit is not None and edit.mask is not None and skip == 0
-        ):  # all of it is drawn anew: no trace of what was there
+        if skip == 0 and edit.mask is not None:
+            # All of it is drawn anew: no trace of what was there.
             alpha, sigma = run.start.alpha, run.start.sigma
             run = run._replace(
                 start=run.start._replace(alpha=0.0 * alpha, sigma=np.hypot(alpha, sigma))

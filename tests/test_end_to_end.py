@@ -94,9 +94,7 @@ def stop_after_first_checkpoint(root, arguments, workdir, number):
     return process.returncode, output
 
 
-@pytest.mark.parametrize(
-    "config", ["txt2img", pytest.param("autoencoder", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("config", ["txt2img", pytest.param("autoencoder", marks=pytest.mark.long)])
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(root, tmp_path, request, config):
     whole, workdir = request.getfixturevalue(config), tmp_path / "killed"
     arguments = smoke(config, workdir)
