@@ -169,6 +169,7 @@ def test_another_config_in_the_workdir_is_refused_with_the_difference(root, txt2
     assert "Traceback" not in done.stderr and (txt2img / "config.json").read_bytes() == before
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_tensor(root, tmp_path):
     arguments = smoke("txt2img", tmp_path / "run", "--config.optimizer.lr=1e30")
     done = run(root, "train.py", *arguments)
@@ -250,6 +251,7 @@ def test_a_folder_of_ones_own_pictures_trains(root, tmp_path):
     assert preview.shape[-1] == 3
 
 
+@pytest.mark.long
 def test_evaluation_of_an_autoencoder(root, autoencoder, tmp_path):
     done = run(root, "evaluate.py", f"--model={autoencoder}", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
