@@ -112,6 +112,6 @@ def test_depth_is_written_with_sixteen_bits(tmp_path):
 
     settings = {"n": 1, "steps": 1, "seed": 0, "compose": None, "labels": [1, 2]}
     draw(Six(), [], settings, tmp_path)
-    depth = np.asarray(Image.open(tmp_path / "0001-label-2-depth.png"))
+    depth = read(tmp_path / "0001-label-2-depth.png")
     assert depth.dtype == np.uint16 and (depth == 775).all()
-    assert Image.open(tmp_path / "0001-label-2.png").mode == "RGB"
+    assert read(tmp_path / "0001-label-2.png").shape == (8, 8, 3)
