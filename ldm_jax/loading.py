@@ -32,21 +32,15 @@ def load(
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
-    config, params = _opened(path, dtype)
+    opened = open_any(path, dtype)
+    config, params = opened.config, opened.params
     if autoencoder:
-        config, params = _replaced(config, params, *_opened(autoencoder, dtype), autoencoder)
+        other = open_any(autoencoder, dtype)
+        config, params = _replaced(config, params, other.config, other.params, autoencoder)
     params = jax.device_put(params)
     if config["task"] == "autoencoder":
         return FirstStage(make_autoencoder(config["autoencoder"], dtype), params, config)
     return Pipeline(LatentDiffusion.from_config(config, dtype), params, config)
-
-
-def _opened(path: str | Path, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    imported = open_any(path, dtype)
-    for network, report in imported.reports.items():
-        if report.missing or report.misshapen:
-            raise ValueError(f"{path}: {network} is not whole. {report}")
-    return imported.config, imported.params
 
 
 def _replaced(config, params, other_config, other_params, path):
