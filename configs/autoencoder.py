@@ -54,6 +54,7 @@ def emoji() -> ml_collections.ConfigDict:
         disc_weight=0.1,
     )
     config.optimizer = dict(
+        name="adamw",
         lr=1.5e-3,
         schedule="cosine",
         lr_end=0.02,

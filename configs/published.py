@@ -242,7 +242,7 @@ def train(batch, steps, ema):
 
 
 def adam(lr, warmup=0, b1=0.9, b2=0.999, weight_decay=0.01, frozen=()):
-    rate = dict(lr=lr, schedule="constant", lr_end=0.01, warmup=warmup)
+    rate = dict(name="adamw", lr=lr, schedule="constant", lr_end=0.01, warmup=warmup)
     rules = tuple((f"^{network}/", 0.0) for network in frozen)
     return rate | dict(b1=b1, b2=b2, weight_decay=weight_decay, clip=0.0, multipliers=rules)
 

@@ -85,10 +85,11 @@ def emoji() -> ml_collections.ConfigDict:
         logvar_init=0.0,
     )
     config.optimizer = dict(
-        lr=1e-3,
+        name="muon",  # adamw, or muon for kernels and Adam for the rest
+        lr=3e-3,
         schedule="cosine",
         lr_end=0.01,
-        warmup=500,
+        warmup=200,
         b1=0.9,
         b2=0.99,
         weight_decay=0.01,
@@ -96,12 +97,12 @@ def emoji() -> ml_collections.ConfigDict:
         multipliers=(),
     )
     config.train = dict(
-        steps=15000,
-        batch_size=32,
-        ema_decay=0.9995,
+        steps=12000,
+        batch_size=64,
+        ema_decay=0.999,
         log_every=100,
         checkpoint_every=1000,
-        preview_every=4000,
+        preview_every=3000,
         keep=2,
     )
     config.sampling = dict(

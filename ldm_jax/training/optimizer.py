@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import optax
 
+from ldm_jax.training.muon import scale_by_muon
+
 
 def learning_rate(config: Any, steps: int) -> optax.Schedule:
     """Linear warm-up over `config.warmup` steps to `config.lr`, then `config.schedule`.
@@ -44,24 +46,41 @@ def scale_by_rules(rules: tuple[tuple[str, float], ...]) -> optax.GradientTransf
     return optax.stateless(update)
 
 
+def precondition(config: Any) -> optax.GradientTransformation:
+    """The direction of a step: "adamw", or "muon" for kernels and Adam for all the rest."""
+    adam = optax.scale_by_adam(config.b1, config.b2)
+    if config.name == "adamw":
+        return adam
+    if config.name != "muon":
+        raise ValueError(f"optimizer.name={config.name!r}: choose adamw or muon")
+
+    def kind(path, value):
+        return "kernel" if parameter_path(path).endswith("kernel") and value.ndim > 1 else "other"
+
+    return optax.partition(
+        {"kernel": scale_by_muon(), "other": adam},
+        lambda params: jax.tree_util.tree_map_with_path(kind, params),
+    )
+
+
 def make_optimizer(
     config: Any, steps: int, networks: tuple[str, ...]
 ) -> optax.GradientTransformation:
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019) for each network of its own.
+    """Adam or Muon with decoupled weight decay (Loshchilov & Hutter 2019), each network its own.
 
     Moments and clipping (`config.clip`, global norm, 0 for none) are per network, so that the
     discriminator's never touch the autoencoder's. `config.multipliers`: pairs (regex, factor) on
     paths such as "unet/conv_in/kernel" scale the learning rate, 0 freezes.
     """
-    adam = optax.chain(
+    of_one = optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
-        optax.adamw(
-            learning_rate(config, steps), config.b1, config.b2, weight_decay=config.weight_decay
-        ),
+        precondition(config),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
     return optax.chain(
         optax.partition(
-            {name: adam for name in networks}, lambda params: {name: name for name in params}
+            {name: of_one for name in networks}, lambda params: {name: name for name in params}
         ),
         scale_by_rules(tuple(config.multipliers)),
     )
