@@ -8,7 +8,7 @@ from ldm_jax.gallery import Edit, draw
 from ldm_jax.runtime.compile_cache import use_compile_cache
 from ldm_jax.runtime.console import run
 
-MODEL = flags.DEFINE_string("model", "", "A workdir or an exported file; empty: what ships.")
+MODEL = flags.DEFINE_string("model", "", "A workdir or a model file or folder; empty: what ships.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", "", "A text file with one prompt a line.")
 LABEL = flags.DEFINE_multi_integer("label", [], "Class to draw, of class-conditional models.")
