@@ -56,11 +56,12 @@ def edits(pipe: ldm_jax.Pipeline) -> None:
     wide = np.pad(cat, ((0, 0), (32, 32), (0, 0)), mode="edge")
     beside = np.ones((64, 128), bool)
     beside[:, 32:96] = False
+    animals = ["smiling cat with heart-eyes", "tiger face", "monkey face", "fox", "dog face"]
     path = "cat.png"
     save_png(path, cat)
     inverted = Edit(path, source="cat face").arguments(pipe, 50)
     Path(path).unlink()
-    ends = [pipe.noise(seed)[0] for seed in (0, 1)]
+    ends = [pipe.noise(seed)[0] for seed in (4, 5)]
     between = np.asarray(slerp(*ends, np.linspace(0.0, 1.0, 7)))
     hidden = np.where(mask[..., None], np.uint8(200), cat)
 
@@ -68,11 +69,14 @@ def edits(pipe: ldm_jax.Pipeline) -> None:
         return list(to_uint8(images))
 
     rows = {
-        "image to image,\nstrength 0.2 … 1": [
+        "image to image,\nstrength 0.02 … 0.5": [
             cat,
-            *(to_bytes(pipe("dog face", image=cat, strength=s))[0] for s in np.arange(1, 6) / 5),
+            *(
+                to_bytes(pipe("dog face", image=cat, strength=s, guidance=1.0))[0]
+                for s in (0.02, 0.06, 0.1, 0.2, 0.5)
+            ),
         ],
-        "inpainting": [hidden, *to_bytes(pipe("tiger face", image=cat, mask=mask, n=5))],
+        "inpainting,\nfive prompts": [hidden, *to_bytes(pipe(animals, image=cat, mask=mask))],
         "outpainting": [cat, *to_bytes(pipe("red heart", image=wide, mask=beside, n=2, tile=64))],
         "inversion, then\nanother prompt": [
             cat,
@@ -81,8 +85,12 @@ def edits(pipe: ldm_jax.Pipeline) -> None:
                 for p in ("cat face", "dog face", "tiger face", "monkey face")
             ),
         ],
-        "from one seed's noise\nto the next": to_bytes(pipe("rainbow", n=7, latents=between)),
-        "larger than trained,\nin tiles": to_bytes(pipe("rainbow", width=192, tile=64, n=2)),
+        "from one seed's noise to\nthe next, no prompt": to_bytes(
+            pipe("", n=7, latents=between, guidance=1.0)
+        ),
+        "larger than trained,\nin tiles": to_bytes(
+            pipe(["water wave", "sunrise over mountains"], width=192, tile=64)
+        ),
     }
     labelled(rows, PICTURES / "edits.png")
 

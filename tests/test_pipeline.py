@@ -95,12 +95,20 @@ def test_inversion_finds_noise_that_draws_the_picture_again(pipe, pictures):
     source = EmojiSource("held_out")
     prompts = [source[i]["caption"] for i in range(2)]
     noise = pipe.invert(pictures, prompts, steps=20)
-    assert noise.shape == (2, 8, 8, 16) and 0.7 < noise.std() < 1.3
+    assert noise.shape == (2, 8, 8, 16)
     again = pipe(prompts, latents=noise, guidance=1.0, steps=20)
     reconstructed = pipe.decode(pipe.encode(pictures))
-    assert np.abs(again - reconstructed).mean() < 0.03
+    assert np.abs(again - reconstructed).mean() < 0.02
     other = pipe(prompts, latents=noise[::-1], guidance=1.0, steps=20)
-    assert np.abs(other - reconstructed).mean() > 0.1
+    assert np.abs(other - reconstructed).mean() > 0.05
+
+
+def test_inversion_of_what_the_model_knows_is_unit_noise(pipe):
+    source = EmojiSource("train")
+    known = [source[i] for i in (0, 900)]
+    images = np.stack([example["image"] for example in known])
+    noise = pipe.invert(images, [example["caption"] for example in known], steps=20)
+    assert 0.7 < noise.std() < 1.3
 
 
 def test_composed_prompts_make_one_picture(pipe):
