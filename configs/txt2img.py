@@ -5,7 +5,7 @@
 
 Variants, as in --config=configs/txt2img.py:demo
 
-    emoji   all 1,697 training emoji, 64 px (default; an hour on two CPU cores)
+    emoji   all 1,697 training emoji, 64 px (default; an hour and a half on two CPU cores)
     demo    food, drink, animals and nature only: 262 pictures, minutes on two CPU cores
     smoke   a few steps of a tiny network, for tests
 
@@ -119,9 +119,9 @@ def emoji() -> ml_collections.ConfigDict:
 def demo() -> ml_collections.ConfigDict:
     config = emoji()
     config.data.classes = ("food & drink", "animals & nature")
-    config.optimizer.update(lr=1.5e-3, warmup=200)
-    config.train.update(steps=1000, batch_size=64, ema_decay=0.99, log_every=50)
-    config.train.update(checkpoint_every=250, preview_every=250)
+    config.optimizer.warmup = 100
+    config.train.update(steps=800, ema_decay=0.99, log_every=50)
+    config.train.update(checkpoint_every=200, preview_every=200)
     config.sampling.prompts = ("red apple", "cat face", "hamburger", "tulip", "octopus")
     return config
 
