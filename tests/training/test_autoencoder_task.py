@@ -28,7 +28,7 @@ def test_hinge_loss_at_and_beyond_the_margins():
     assert float(hinge_loss(jnp.array([-1.0]), jnp.array([1.0]))) == 2.0
 
 
-@pytest.fixture(scope="module", params=["kl", "vq"])
+@pytest.fixture(scope="module", params=["kl", pytest.param("vq", marks=pytest.mark.long)])
 def task(root, request):
     spec = importlib.util.spec_from_file_location("config", root / "configs" / "autoencoder.py")
     module = importlib.util.module_from_spec(spec)
