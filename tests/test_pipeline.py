@@ -92,15 +92,14 @@ def test_a_mask_keeps_what_it_does_not_cover(pipe, pictures):
 
 
 def test_inversion_finds_noise_that_draws_the_picture_again(pipe, pictures):
-    source = EmojiSource("held_out")
-    prompts = [source[i]["caption"] for i in range(2)]
+    prompts = ["cat face", "rainbow"]
     noise = pipe.invert(pictures, prompts, steps=20)
     assert noise.shape == (2, 8, 8, 16)
     again = pipe(prompts, latents=noise, guidance=1.0, steps=20)
     reconstructed = pipe.decode(pipe.encode(pictures))
     assert np.abs(again - reconstructed).mean() < 0.02
     other = pipe(prompts, latents=noise[::-1], guidance=1.0, steps=20)
-    assert np.abs(other - reconstructed).mean() > 0.05
+    assert np.abs(other - reconstructed).mean() > 0.1
 
 
 def test_inversion_of_what_the_model_knows_is_unit_noise(pipe):

@@ -68,6 +68,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Adam or Muon with decoupled weight decay (Loshchilov & Hutter 2019), each network its own.
 
+    `config.name` is "adamw" or "muon" (see `scale_by_muon`); raises ValueError for another.
     Moments and clipping (`config.clip`, global norm, 0 for none) are per network, so that the
     discriminator's never touch the autoencoder's. `config.multipliers`: pairs (regex, factor) on
     paths such as "unet/conv_in/kernel" scale the learning rate, 0 freezes.
