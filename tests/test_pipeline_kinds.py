@@ -153,7 +153,9 @@ def test_tiles_cut_the_concatenated_condition_too(inpainting):
     assert drawn.shape == (1, 16, 32, 3) and np.isfinite(drawn).all()
 
 
-@pytest.mark.parametrize("kind", ["LABELS", "UNCONDITIONAL"])
+@pytest.mark.parametrize(
+    "kind", ["LABELS", "UNCONDITIONAL", pytest.param("XL", marks=pytest.mark.long)]
+)
 def test_every_kind_trains(kind):
     """The loss reaches every network that trains."""
     config = getattr(tiny_models, kind)
