@@ -29,7 +29,7 @@ def needed_pieces(vocabulary: list[str]) -> list[str]:
     """The pieces of `vocabulary`, in its order, that `emoji.txt` keeps."""
     ids = {piece: index for index, piece in enumerate(vocabulary)}
     tokenizer = BertWordPieceTokenizer(vocab=ids, lowercase=True)
-    examples = EmojiSource("all", tags=True)
+    examples = EmojiSource("all")
     texts = [text for e in examples for text in (e["caption"], *e["tags"])]
     characters = string.ascii_lowercase + string.digits + string.punctuation
     needed = set(SPECIAL) | set(characters) | {"##" + c for c in characters}

@@ -8,8 +8,7 @@ A source is a random-access sequence of examples, each a dict:
 - `name`: str, unique in the source;
 - `rgba`: uint8 (size, size, 4) and `background`: the colour `image` is composited on; only where
   the picture has transparency;
-- `tags`: tuple of str, other words for the picture; only from the emoji source opened with
-  `tags=True`.
+- `tags`: tuple of str, other words for the picture; only from the emoji source.
 
 Reading an example twice gives the same example: what is random lives in `transforms`.
 """
@@ -96,18 +95,14 @@ class EmojiSource:
     """
 
     def __init__(
-        self,
-        split: str = "train",
-        image_size: int = EMOJI_SIZE,
-        background: Colour = WHITE,
-        tags: bool = False,
+        self, split: str = "train", image_size: int = EMOJI_SIZE, background: Colour = WHITE
     ):
         _check_split(split)
         self.classes, records, images = _read_emoji()
         kept = [i for i, record in enumerate(records) if in_split(record["held_out"], split)]
         self._records = [records[i] for i in kept]
         self._images = images[kept]
-        self._size, self._background, self._tags = image_size, tuple(background), tags
+        self._size, self._background = image_size, tuple(background)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -116,9 +111,7 @@ class EmojiSource:
         record = self._records[index]
         example = _pixels(self._images[index], self._size, self._background)
         example |= {"caption": record["name"], "label": record["group"], "name": record["name"]}
-        if self._tags:
-            example["tags"] = tuple(record["tags"])
-        return example
+        return example | {"tags": tuple(record["tags"])}
 
 
 class FolderSource:
@@ -341,7 +334,7 @@ def open_source(config: Any, split: str = "train") -> Source:
       config: ConfigDict with `source`, one of SOURCES, `image_size`, and optionally `path` (a
         folder or the name of a TensorFlow data set), `background` (what transparent pixels are
         composited on, white), `held_out` (0.1; the emoji's is fixed), `on_error` ("skip") and
-        `min_size` (folders), `tags` (emoji, False), `classes` (only these; all if empty).
+        `min_size` (folders), `classes` (only these; all if empty).
       split: "train", "held_out" or "all".
 
     Raises:
@@ -358,7 +351,7 @@ def _open(config: Any, split: str) -> Source:
         raise ValueError(f"data.source={config.source!r} needs data.path")
     match config.source:
         case "emoji":
-            return EmojiSource(split, tags=config.get("tags", False), **common)
+            return EmojiSource(split, **common)
         case "folder":
             return FolderSource(
                 config.path,

@@ -150,7 +150,7 @@ def test_refusals():
 
 
 def test_emoji_with_every_augmentation():
-    source = EmojiSource(tags=True)
+    source = EmojiSource()
     load = Loader(source, 8, 0, ("background", "flip", "zoom", "shift", "color", "tags"))
     batch = load.batch(0)
     assert batch["image"].shape == (8, 64, 64, 3)

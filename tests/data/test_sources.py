@@ -55,7 +55,7 @@ def test_emoji_classes():
 
 
 def test_emoji_example():
-    example = next(e for e in EmojiSource("all", tags=True) if e["name"] == "red apple")
+    example = next(e for e in EmojiSource("all") if e["name"] == "red apple")
     assert example["caption"] == "red apple" and example["label"] == 3
     assert "fruit" in example["tags"]
     image = example["image"]
@@ -74,7 +74,6 @@ def test_emoji_background_and_size():
     alpha = rgba[..., 3:] / 255
     expected = rgba[..., :3] * alpha + np.array([0, 128, 255]) * (1 - alpha)
     assert np.abs(example["image"] - expected).max() <= 0.5
-    assert "tags" not in example
 
 
 @pytest.mark.parametrize("index", [-1, 208])
@@ -86,7 +85,7 @@ def test_emoji_is_a_sequence(index):
 
 
 def test_open_source_passes_the_fields_on():
-    config = ConfigDict({"source": "emoji", "path": "", "image_size": 48, "tags": True})
+    config = ConfigDict({"source": "emoji", "path": "", "image_size": 48})
     config.background = (1, 2, 3)
     source = open_source(config, "held_out")
     assert len(source) == 209
@@ -95,7 +94,6 @@ def test_open_source_passes_the_fields_on():
         2,
         3,
     ]
-    assert source[0]["tags"]
 
 
 def test_unknown_choices():

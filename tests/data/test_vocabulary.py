@@ -33,7 +33,7 @@ def test_pieces():
 
 
 def test_embedded_texts_split_alike():
-    examples = list(EmojiSource("all", tags=True))
+    examples = list(EmojiSource("all"))
     texts = [text for e in examples for text in (e["caption"], *e["tags"])]
     bert, emoji = (tokenizer(name).encode_batch(texts) for name in ("bert", "emoji"))
     assert [e.tokens for e in bert] == [e.tokens for e in emoji]
