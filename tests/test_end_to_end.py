@@ -19,7 +19,7 @@ STEPS = 40
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     return os.environ | {"XLA_FLAGS": flags, "TQDM_DISABLE": "1"}
 
 

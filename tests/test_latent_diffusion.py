@@ -28,6 +28,10 @@ def build(root, objective=None, **diffusion):
     return LatentDiffusion.from_config(config)
 
 
+def fresh_params(model):
+    return jax.jit(lambda key: model.init(key, (8, 8, 16)))(jax.random.key(0))
+
+
 @pytest.fixture(scope="module")
 def model(root):
     return build(root)
@@ -36,11 +40,15 @@ def model(root):
 @pytest.fixture(scope="module")
 def params(model):
     """Fresh parameters, with the layers that start at zero made to speak."""
-    key = jax.random.key(0)
-    params = model.init(key, (8, 8, 16))
+    params, key = fresh_params(model), jax.random.key(0)
     params["unet"]["out_2"]["kernel"] = 0.02 * jax.random.normal(key, (3, 3, 32, 16))
     images = jnp.zeros((1, 16, 16, 3))
-    return params | {"autoencoder": model.autoencoder.init(key, images)["params"]}
+    return params | {"autoencoder": jax.jit(model.autoencoder.init)(key, images)["params"]}
+
+
+@pytest.fixture(scope="module")
+def generate(model):
+    return jax.jit(model.generate, static_argnames="latent_shape")
 
 
 def inputs(model, captions):
@@ -51,10 +59,10 @@ def inputs(model, captions):
 def test_loss_of_a_silent_network_is_the_mean_square_of_its_target(root, kind):
     """A fresh UNet says exactly 0."""
     model = build(root, parameterization=kind)
-    params = model.init(jax.random.key(0), (8, 8, 16))
+    params = fresh_params(model)
     latents = jax.random.normal(jax.random.key(1), (6, 8, 8, 16))
     key = jax.random.key(2)
-    loss = model.loss(params, latents, inputs(model, ["cat"] * 6), key)
+    loss = jax.jit(model.loss)(params, latents, inputs(model, ["cat"] * 6), key)
     key = jax.random.fold_in(key, 0)
     t = draw_times(jax.random.fold_in(key, 0), 6, model.schedule)
     eps = draw_noise(jax.random.fold_in(key, 1), latents.shape)
@@ -67,17 +75,18 @@ def test_an_examples_loss_does_not_depend_on_its_batch(model, params):
     latents = jax.random.normal(jax.random.key(1), (4, 8, 8, 16))
     key = jax.random.key(2)
     captions = ["cat", "dog", "tulip", "bread"]
-    whole = model.loss(params, latents, inputs(model, captions), key)
-    part = model.loss(params, latents[:2], inputs(model, captions[:2]), key)
+    loss = jax.jit(model.loss)
+    whole = loss(params, latents, inputs(model, captions), key)
+    part = loss(params, latents[:2], inputs(model, captions[:2]), key)
     np.testing.assert_allclose(part, whole[:2], rtol=1e-5)
 
 
-def test_generate_is_the_textbook_loop(model, params):
+def test_generate_is_the_textbook_loop(model, params, generate):
     """One scan with a doubled batch against Python: two evaluations, DDIM written out."""
     captions, scale, steps = ["cat", "red apple"], 2.5, 5
     cond, null = inputs(model, captions), inputs(model, [""] * 2)
     noise = jax.random.normal(jax.random.key(3), (2, 8, 8, 16))
-    images = model.generate(
+    images = generate(
         params,
         [cond],
         null,
@@ -88,10 +97,11 @@ def test_generate_is_the_textbook_loop(model, params):
     )
     x, abar = noise, model.schedule.alphas_cumprod
     contexts = [embed(model.embedders, params, each).context for each in (cond, null)]
+    unet = jax.jit(lambda *inputs: model.unet.apply({"params": params["unet"]}, *inputs))
     grid = [999, 799, 599, 399, 199]
     for t, t_next in zip(grid, [*grid[1:], None], strict=True):
         times = jnp.full(2, t)
-        c, u = (model.unet.apply({"params": params["unet"]}, x, times, ctx) for ctx in contexts)
+        c, u = (unet(x, times, context) for context in contexts)
         v = u + scale * (c - u)
         a, s = np.sqrt(abar[t]), np.sqrt(1 - abar[t])
         x0, eps = a * x - s * v, s * x + a * v
@@ -101,7 +111,7 @@ def test_generate_is_the_textbook_loop(model, params):
     np.testing.assert_allclose(images, np.clip((decoded + 1) / 2, 0, 1), atol=2e-5)
 
 
-def test_guidance_of_one_is_left_out_and_changes_nothing(model, params):
+def test_guidance_of_one_is_left_out_and_changes_nothing(model, params, generate):
     """A plan with the scale 1 evaluates the network once; forced to guide, the result is equal."""
     cond, null = inputs(model, ["cat"]), inputs(model, [""])
     levels, keys = model.levels(3), example_keys(jax.random.key(0), 1)
@@ -110,7 +120,7 @@ def test_guidance_of_one_is_left_out_and_changes_nothing(model, params):
     assert plain.guidance is None
     forced = forced._replace(guidance=forced.guidance._replace(scale=np.ones(3, np.float32)))
     a, b = (
-        model.generate(params, [cond], null, keys, run, latent_shape=(8, 8, 16))
+        generate(params, [cond], null, keys, run, latent_shape=(8, 8, 16))
         for run in (plain, forced)
     )
     np.testing.assert_allclose(a, b, atol=1e-5)
@@ -132,12 +142,12 @@ def test_guidance_is_on_everywhere_nowhere_or_by_step(model):
 def test_learned_variances_train_with_the_model(root):
     model = build(root, objective=dict(learn_logvar=True, logvar_init=0.5))
     assert model.trainable == ("unet", "text", "logvar")
-    params = model.init(jax.random.key(0), (8, 8, 16))
+    params = fresh_params(model)
     assert params["logvar"]["value"].shape == (1000,)
     latents = jax.random.normal(jax.random.key(1), (2, 8, 8, 16))
 
     def loss(params):
         return model.loss(params, latents, inputs(model, ["cat"] * 2), jax.random.key(2)).mean()
 
-    gradient = jax.grad(loss)(params)["logvar"]["value"]
+    gradient = jax.jit(jax.grad(loss))(params)["logvar"]["value"]
     assert (gradient != 0).sum() == 2  # of the two timesteps drawn

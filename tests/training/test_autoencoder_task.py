@@ -1,5 +1,6 @@
 """LDM's autoencoder loss, against closed forms and against one big differentiation."""
 
+import functools
 import importlib.util
 
 import jax
@@ -48,6 +49,16 @@ def setting(task):
     return params, batch, jax.random.key(1)
 
 
+@pytest.fixture(scope="module")
+def gradients(task):
+    return jax.jit(task.gradients, static_argnums=3)
+
+
+@pytest.fixture(scope="module")
+def whole(task):
+    return jax.jit(lambda *arguments: reference(task, *arguments))
+
+
 def reference(task: AutoencoderTask, params, batch, key, weight):
     """The whole loss in one expression, with the adversarial weight given."""
     x = to_float(batch["image"])
@@ -82,12 +93,13 @@ def reference(task: AutoencoderTask, params, batch, key, weight):
 
 
 @pytest.mark.parametrize("adversarial", [False, True])
-def test_gradients_are_those_of_the_loss_differentiated_whole(task, setting, adversarial):
+def test_gradients_are_those_of_the_loss_differentiated_whole(
+    setting, gradients, whole, adversarial
+):
     params, batch, key = setting
-    gradients = jax.jit(task.gradients, static_argnums=3)
     grads, metrics = gradients(params, batch, key, adversarial)
-    weight = metrics["d_weight"] if adversarial else 0.0
-    expected = jax.jit(lambda *a: reference(task, *a))(params, batch, key, weight)
+    weight = metrics["d_weight"] if adversarial else jnp.float32(0)
+    expected = whole(params, batch, key, weight)
     if not adversarial:
         expected["discriminator"] = jax.tree.map(jnp.zeros_like, expected["discriminator"])
     for name in expected:
@@ -98,10 +110,9 @@ def test_gradients_are_those_of_the_loss_differentiated_whole(task, setting, adv
         assert float(jnp.linalg.norm(a - b)) <= 1e-4 * float(jnp.linalg.norm(b)) + 1e-7, name
 
 
-def test_adaptive_weight_is_the_ratio_of_last_layer_gradients(task, setting):
+def test_adaptive_weight_is_the_ratio_of_last_layer_gradients(setting, gradients, whole):
     """disc_weight · ‖∇nll‖/(‖∇g‖ + 1e-4) on the last kernel (Esser et al. 2021, eq. 7)."""
     params, batch, key = setting
-    gradients = jax.jit(task.gradients, static_argnums=3)
     # A fresh discriminator is so faint that the weight meets its bound, 1e4.
     assert float(gradients(params, batch, key, True)[1]["d_weight"]) == 0.5 * 1e4
 
@@ -109,10 +120,9 @@ def test_adaptive_weight_is_the_ratio_of_last_layer_gradients(task, setting):
         "conv_out": jax.tree.map(lambda p: 1000 * p, params["discriminator"]["conv_out"])
     }
     params = params | {"discriminator": loud}
-    whole = jax.jit(lambda *arguments: reference(task, *arguments))
     plain, with_gan = (
         whole(params, batch, key, weight)["autoencoder"]["conv_out"]["kernel"]
-        for weight in (0.0, 1000.0)
+        for weight in jnp.float32([0.0, 1000.0])
     )
     g_norm = jnp.linalg.norm(with_gan - plain) / 1000.0
     ratio = 0.5 * jnp.linalg.norm(plain) / (g_norm + 1e-4)
@@ -128,16 +138,10 @@ def test_scale_factor_makes_latents_of_unit_variance(task, setting):
     params, _, _ = setting
     about, exported = task.export({"autoencoder": params["autoencoder"]})
     scale = about["autoencoder"]["scale_factor"]
-    means, logvars = [], []
-    for i in range(0, 40):
-        mean, logvar = task.model.apply(
-            {"params": exported["autoencoder"]},
-            to_float(task.source[i]["image"][None]),
-            method="moments",
-        )
-        means.append(mean)
-        logvars.append(logvar)
-    noise = jax.random.normal(jax.random.key(2), jnp.shape(jnp.stack(means)))
-    latents = scale * (jnp.stack(means) + jnp.exp(0.5 * jnp.stack(logvars)) * noise)
+    images = to_float(np.stack([task.source[i]["image"] for i in range(40)]))
+    moments = jax.jit(functools.partial(task.model.apply, method="moments"))
+    mean, logvar = moments({"params": exported["autoencoder"]}, images)
+    noise = jax.random.normal(jax.random.key(2), mean.shape)
+    latents = scale * (mean + jnp.exp(0.5 * logvar) * noise)
     # Forty of the hundred and twenty pictures it was measured on.
     assert float(jnp.std(latents)) == pytest.approx(1.0, abs=0.1)
