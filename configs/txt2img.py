@@ -35,7 +35,7 @@ def emoji() -> ml_collections.ConfigDict:
         held_out=0.1,
         min_size=0,
         on_error="skip",
-        augment=("tags",),  # half the time, words such as "fruit" instead of the caption
+        augment=(),  # ("tags",): half the time, words such as "fruit" instead of the caption
     )
     config.unet = dict(
         in_channels=16,
@@ -117,7 +117,7 @@ def emoji() -> ml_collections.ConfigDict:
 
 def demo() -> ml_collections.ConfigDict:
     config = emoji()
-    config.data.update(classes=("food & drink", "animals & nature"), augment=())
+    config.data.classes = ("food & drink", "animals & nature")
     config.optimizer.warmup = 100
     config.train.update(steps=800, ema_decay=0.99, log_every=50)
     config.train.update(checkpoint_every=200, preview_every=200)
