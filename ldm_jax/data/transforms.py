@@ -63,9 +63,13 @@ def tags(example: Example, rng: np.random.Generator) -> Example:
     """Half the time, says one to three of caption and tags instead: "fruit", "diet, red apple".
 
     A model trained so knows single words, and draws another picture of "fruit" from another seed.
-    An example without tags stays.
+
+    Raises:
+      ValueError: the example has no "tags"; those of the emoji source may be empty.
     """
-    if not example.get("tags") or rng.random() < 0.5:
+    if "tags" not in example:
+        raise ValueError('augment "tags": only data.source="emoji" has tags')
+    if rng.random() < 0.5:
         return example
     words = (example["caption"], *example["tags"])
     chosen = rng.permutation(len(words))[: rng.integers(1, 4)]

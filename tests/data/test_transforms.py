@@ -88,8 +88,10 @@ def test_tags(example):
     assert {len(words) for words in said} == {1, 2, 3}
     assert all(len(words) == len(set(words)) for words in said)
     assert {word for words in said for word in words} == known
-    bare = {"image": example["image"], "caption": "a"}
-    assert all(e is bare for e in draws("tags", bare))
+    untagged = example | {"tags": ()}
+    assert {e["caption"] for e in draws("tags", untagged)} == {"red apple"}
+    with pytest.raises(ValueError, match='augment "tags": only data.source="emoji" has tags'):
+        draws("tags", {"image": example["image"], "caption": "a"})
 
 
 def test_compose_order_and_names(example):
