@@ -188,6 +188,9 @@ BAD = {
     "key": (
         "train.py", ["--config=configs/txt2img.py", "--config.optimizer.lrr=1"],
         r'unknown setting in --config: lrr\. Did you mean "lr"'),
+    "key like no other": (
+        "train.py", ["--config=configs/txt2img.py", "--config.data.tags=1"],
+        r"unknown setting in --config: tags\n"),
     "section": (
         "train.py", ["--config=configs/txt2img.py", "--config.optimzer.lr=1"],
         r'Did you mean "optimizer" instead of "optimzer"'),

@@ -68,7 +68,7 @@ def _unquoted(error: Exception) -> str:
     # "'\\'lrr\\'\\nDid you mean …": the key quoted, then the whole message by KeyError.
     message = error.args[0] if isinstance(error, KeyError) else str(error)
     plain = str(message).replace("\\'", "'").replace("\\n", ". ").replace("\n", ". ")
-    return plain.strip("'").replace("'. Did", ". Did")
+    return plain.strip("'\"").replace("'. Did", ". Did")
 
 
 def _fail(message: str) -> None:
