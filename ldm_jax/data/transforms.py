@@ -1,7 +1,7 @@
 """Augmentations: pure functions (example, rng) -> example on the dicts that `sources` gives.
 
 All are drawn per example from the generator passed in and from nothing else. Images are
-uint8 (H, W, 3) before and after.
+uint8 (H, W, 3) before and after. What moves pixels moves the example's `placement` along.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,9 @@ def background(example: Example, rng: np.random.Generator) -> Example:
 
 def flip(example: Example, rng: np.random.Generator) -> Example:
     """Half the time, mirrors left and right; a caption that says which side becomes wrong."""
-    return example | {"image": example["image"][:, ::-1]} if rng.random() < 0.5 else example
+    if rng.random() < 0.5:
+        return example | {"image": example["image"][:, ::-1]} | _placed(example, "flipped")
+    return example
 
 
 def shift(example: Example, rng: np.random.Generator) -> Example:
@@ -34,7 +36,8 @@ def shift(example: Example, rng: np.random.Generator) -> Example:
     height, width = example["image"].shape[:2]
     top = int(rng.integers(-(height // 8), height // 8 + 1))
     left = int(rng.integers(-(width // 8), width // 8 + 1))
-    return example | {"image": _window(example, example["image"], top, left)}
+    moved = {"image": _window(example, example["image"], top, left)}
+    return example | moved | _placed(example, "moved", top, left)
 
 
 def zoom(example: Example, rng: np.random.Generator) -> Example:
@@ -45,7 +48,11 @@ def zoom(example: Example, rng: np.random.Generator) -> Example:
     size = (round(width * scale), round(height * scale))
     scaled = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     top, left = (_between(rng, scaled.shape[axis] - image.shape[axis]) for axis in (0, 1))
-    return example | {"image": _window(example, scaled, top, left)}
+    moved = {"image": _window(example, scaled, top, left)}
+    if "placement" in example:
+        where = example["placement"].scaled(scaled.shape[:2]).moved(top, left)
+        moved["placement"] = where.cut(height, width)
+    return example | moved
 
 
 def color(example: Example, rng: np.random.Generator) -> Example:
@@ -104,6 +111,13 @@ def compose(names: Sequence[str]) -> Transform:
         return example
 
     return apply
+
+
+def _placed(example: Example, move: str, *arguments: int) -> Example:
+    """The placement after a move, of an example that has one."""
+    if "placement" not in example:
+        return {}
+    return {"placement": getattr(example["placement"], move)(*arguments)}
 
 
 def _between(rng: np.random.Generator, slack: int) -> int:

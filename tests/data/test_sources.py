@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import zipfile
 from collections import Counter
 
@@ -10,7 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ldm_jax.data.sources import EMOJI_ZIP, EmojiSource, is_held_out, open_source
+from ldm_jax.data.placement import Placement
+from ldm_jax.data.sources import EMOJI_ZIP, EmojiSource, Subset, open_source
+from ldm_jax.data.splits import is_held_out
 
 
 def test_pack_is_one_small_file():
@@ -76,6 +79,34 @@ def test_emoji_background_and_size():
     assert np.abs(example["image"] - expected).max() <= 0.5
 
 
+PICTURE_ENTRIES = {"image", "placement", "rgba", "background"}
+
+
+def same_but_for_pixels(source, index):
+    example, told = source[index], source.describe(index)
+    assert told == {k: v for k, v in example.items() if k not in PICTURE_ENTRIES}
+    return told
+
+
+def test_describe_and_placement():
+    source = EmojiSource("held_out", image_size=32)
+    assert source.left_out == source.lost_captions == {}
+    assert same_but_for_pixels(source, -1)["tags"]
+    assert source[0]["placement"] == Placement.centre((64, 64), 32)
+    subset = Subset(source, ["flags"])
+    told = [same_but_for_pixels(subset, i)["label"] for i in range(len(subset))]
+    assert told and set(told) == {source.classes.index("flags")}
+    assert subset.left_out is source.left_out and subset.lost_captions is source.lost_captions
+
+
+def test_a_subset_decodes_nothing(monkeypatch):
+    source = EmojiSource("held_out")
+    monkeypatch.setattr(EmojiSource, "__getitem__", None)
+    assert 0 < len(Subset(source, ["flags"])) < len(source)
+    with pytest.raises(ValueError, match="no class 'flag'; this source has .'smileys"):
+        Subset(source, ["flag"])
+
+
 @pytest.mark.parametrize("index", [-1, 208])
 def test_emoji_is_a_sequence(index):
     source = EmojiSource("held_out")
@@ -110,7 +141,7 @@ def tfds_builder(tmp_path, monkeypatch):
     """Makes `tfds.builder` return a data set of 20 flat pictures 9x8, prepared on disk."""
     tfds = pytest.importorskip("tensorflow_datasets")
 
-    def prepare(splits, features=("image", "label")):
+    def prepare(splits, features=("image", "label"), count=20):
         class Flat(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             VERSION = tfds.core.Version("1.0.0")
 
@@ -126,7 +157,7 @@ def tfds_builder(tmp_path, monkeypatch):
                 return {split: self._generate_examples() for split in splits}
 
             def _generate_examples(self):
-                for i in range(20):
+                for i in range(count):
                     file = io.BytesIO()
                     Image.new("RGB", (9, 8), (i, i, i)).save(file, "PNG")
                     file.seek(0)
@@ -141,8 +172,8 @@ def tfds_builder(tmp_path, monkeypatch):
     return prepare
 
 
-def open_tfds(split):
-    config = ConfigDict({"source": "tfds", "path": "flat", "image_size": 8})
+def open_tfds(split, **kwargs):
+    config = ConfigDict({"source": "tfds", "path": "flat", "image_size": 8} | kwargs)
     return open_source(config, split)
 
 
@@ -162,6 +193,54 @@ def test_tfds_examples(tfds_builder):
     assert example["image"].shape == (8, 8, 3) and example["name"] == "flat/held_out/3"
     assert example["label"] == example["image"][0, 0, 0] % 2
     assert example["caption"] == train.classes[example["label"]]
+
+
+def test_tfds_describe_and_placement(tfds_builder, monkeypatch):
+    tfds_builder(["train"])
+    source = open_tfds("train")
+    assert source[0]["placement"] == Placement.centre((8, 9), 8)
+    assert source.left_out == source.lost_captions == {}
+    for index in (0, 7, -1):
+        same_but_for_pixels(source, index)
+    with pytest.raises(IndexError):
+        source.describe(18)
+    subset = open_tfds("train", classes=("odd",))
+    assert {subset.describe(i)["caption"] for i in range(len(subset))} == {"odd"}
+    monkeypatch.setattr(Image, "open", None)  # nothing is decoded
+    assert source.describe(0)["label"] in (0, 1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 20])
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.1, 0.5, 1.0])
+def test_small_tfds_sets_train(tfds_builder, count, fraction):
+    tfds_builder(["train"], count=count)
+    train, held_out, both = (
+        [e["image"][0, 0, 0] for e in open_tfds(split, held_out=fraction)]
+        for split in ("train", "held_out", "all")
+    )
+    assert train and sorted(train + held_out) == sorted(both) and len(both) == count
+    assert not held_out or fraction not in (0.0, 1.0)
+    assert (count, fraction) != (20, 0.5) or len(held_out) == 10
+
+
+@pytest.mark.parametrize(
+    "name", ["no_such_set", "No Such", "mnist/foo", "mnist:9.9.9", "/nowhere", "hf:x", "~/x"]
+)
+def test_unknown_tfds_names(name):
+    pytest.importorskip("tensorflow_datasets")
+    config = ConfigDict({"source": "tfds", "path": name, "image_size": 8})
+    with pytest.raises(ValueError) as caught:
+        open_source(config)
+    assert str(caught.value) == (
+        f"data.path {name!r} is no data set of TensorFlow Datasets; "
+        "https://www.tensorflow.org/datasets/catalog lists them"
+    )
+
+
+def test_tfds_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ImportError, match=r"source=tfds: .*; pip install -r requirements\.txt"):
+        open_tfds("train")
 
 
 def test_tfds_without_labels_or_images(tfds_builder):

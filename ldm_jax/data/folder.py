@@ -1,0 +1,327 @@
+"""A folder of pictures as a source of examples."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError, features
+
+from ldm_jax.data.captions import UNREADABLE, find_captions, read_beside, texts_beside
+from ldm_jax.data.images import WHITE, Colour, picture_entries, read_shape, read_square
+from ldm_jax.data.index import File, Finding, Listing, examine, folder_index, list_files
+from ldm_jax.data.splits import check_split, in_split, is_held_out
+from ldm_jax.data.text_files import is_utf8, printable
+
+log = logging.getLogger(__name__)
+
+EXTENSIONS = (
+    *("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "jpe", "mpo"),
+    *("apng", "dib", "jp2", "j2k", "jpx", "tga", "ppm", "pgm", "pbm", "pnm", "qoi", "ico", "psd"),
+)
+# Pictures that Pillow does not read are named and counted, not overlooked.
+FOREIGN = (
+    *("heic", "heif", "jxl", "svg"),
+    *("arw", "cr2", "cr3", "dng", "nef", "orf", "raf", "rw2"),
+)
+_ALL_EXTENSIONS = frozenset(EXTENSIONS + FOREIGN)
+# What an installed Pillow may have been built without.
+CODECS = {"avif": "avif", "webp": "webp", "jp2": "jpg_2000", "j2k": "jpg_2000", "jpx": "jpg_2000"}
+# `picture.depth.png` tells of `picture.jpg`, and is no picture itself.
+ABOUT_ANOTHER = (".depth", ".mask", ".segmentation")
+MAX_WARNINGS = 10
+MAX_LOST = 3  # captions named of each reason
+DAMAGED = "damaged"
+
+
+class FolderSource:
+    """Every picture under a folder, linked ones included, hidden ones not.
+
+    - class: the first sub-folder (`root/CLASS/.../picture.jpg`), "" for a picture in the root
+      itself; the sorted classes are the same in every split;
+    - caption: the text beside it, else from a list (see `captions`), else the class, else "";
+    - held-out: a fixed fraction, by the hash of the path relative to the folder. Where that would
+      hold out every picture, none is; a split may be empty;
+    - each picture is resized on its short side and centre-cropped to `image_size`;
+    - bytes of a name that are no UTF-8 are written `\\xe9` in `name` and `classes`; a class with
+      such a name gives no caption. `path` is the name as the system has it;
+    - `picture.depth.png`, `.mask.png` and `.segmentation.png` beside `picture.*` are no pictures.
+
+    Opening reads the header of each file that is new or changed since the index was made, in
+    threads. A file that is no picture or too small (short side under `min_size`, default
+    `image_size // 2`: beyond twofold magnification there is only blur) is skipped with a warning
+    that names it, and counted in `left_out`; captions that cannot be read or that name no picture
+    are counted in `lost_captions`. Both count the whole folder, whatever the split.
+
+    Pictures are decoded when read and not kept. One that turns out broken then is named once,
+    counted, and replaced by the next one of its class that can be read (of the whole split, if its
+    class has none), round the end; `describe` gives the replacement from then on.
+
+    Args:
+      path: the folder; `~` is expanded. Nothing is written into it.
+      split: "train", "held_out" or "all".
+      image_size: of the square, pixels.
+      background: what transparent pixels are composited on.
+      held_out: the fraction to hold out, 0 to 1.
+      on_error: "skip", or "raise": a broken picture or text stops.
+      min_size: pixels.
+      index: the file that keeps what was found between starts (see `index`); None: memory does,
+        for this process.
+
+    Raises:
+      FileNotFoundError: the folder does not exist.
+      ValueError: it has no usable picture, a list of captions is malformed, or, under
+        `on_error="raise"`, a file is bad, at opening or at reading.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        image_size: int = 256,
+        background: Colour = WHITE,
+        held_out: float = 0.1,
+        on_error: str = "skip",
+        min_size: int = 0,
+        index: str | Path | None = None,
+    ):
+        check_split(split)
+        if on_error not in ("skip", "raise"):
+            raise ValueError(f'unknown on_error {on_error!r}; choose "skip" or "raise"')
+        self._root = os.path.abspath(os.path.expanduser(path))
+        self._size, self._background = image_size, tuple(background)
+        self._raise = on_error == "raise"
+        if not os.path.isdir(self._root):
+            raise FileNotFoundError(f"data.path {printable(self._root)!r} is not a folder")
+
+        listing = list_files(self._root)
+        pictures = _pictures(listing)
+        beside = texts_beside(pictures, listing.files)
+        with folder_index(self._root, index) as known:
+            headers, texts = known.setdefault("pictures", {}), known.setdefault("texts", {})
+            examine(headers, pictures, _read_header, "Checking pictures")
+            examine(texts, beside, read_beside, "Reading captions")
+        faults = _faults(listing, headers, min_size or image_size // 2)
+        usable = sorted(pictures.keys() - faults.keys(), key=printable)
+        captions, lost = find_captions(self._root, pictures, listing.files, texts)
+
+        self.left_out = dict(Counter(_reason(fault) for fault in faults.values()))
+        self.lost_captions = {reason: len(messages) for reason, messages in lost.items()}
+        if self._raise and faults:
+            name, fault = next(iter(faults.items()))
+            raise ValueError(f"{self._shown(name)}: {fault}")
+        if self._raise and UNREADABLE in lost:
+            raise ValueError(lost[UNREADABLE][0])
+        if not usable:
+            raise ValueError(self._nothing_usable(len(faults)))
+
+        out = {name for name in usable if is_held_out(printable(name), held_out)}
+        if len(out) == len(usable):
+            out.clear()
+        self._names = [name for name in usable if in_split(name in out, split)]
+        self.classes = tuple(sorted({printable(_class_of(name)) for name in usable}))
+        labels = {name: label for label, name in enumerate(self.classes)}
+        self._labels = [labels[printable(_class_of(name))] for name in self._names]
+        self._captions = [captions.get(name, _class_caption(name)) for name in self._names]
+        self._replaced: dict[int, int] = {}
+        self._unreadable: set[int] = set()
+        _say(self._root, split, self._messages(listing, faults, lost, usable))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        for at in self._candidates(index):
+            try:
+                square, shape = read_square(self._path(at), self._size)
+            except Exception as error:  # of many kinds: OSError, SyntaxError, struct.error, ...
+                self._note_unreadable(at, error)
+                continue
+            self._replaced.pop(index, None)
+            if at != index:
+                self._replaced[index] = at
+            return picture_entries(square, shape, self._background) | self._describe(at)
+        raise ValueError(f"{printable(self._root)}: no picture can be read any more")
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """The example without what is made of its pixels: nothing is read."""
+        index = range(len(self))[index]
+        return self._describe(self._replaced.get(index, index))
+
+    def _describe(self, index: int) -> dict[str, Any]:
+        return {
+            "caption": self._captions[index],
+            "label": self._labels[index],
+            "name": printable(self._names[index]),
+            "path": self._path(index),
+        }
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self._root, self._names[index])
+
+    def _shown(self, name: str) -> str:
+        return printable(os.path.join(self._root, name))
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """`index`, and what replaces it, in order: the rest of its class, then the others."""
+        yield index
+        later = np.r_[index + 1 : len(self), 0:index]
+        same = np.asarray(self._labels)[later] == self._labels[index]
+        yield from later[same].tolist()
+        yield from later[~same].tolist()
+
+    def _note_unreadable(self, index: int, error: Exception) -> None:
+        path = self._shown(self._names[index])
+        if not os.path.isdir(self._root):
+            raise FileNotFoundError(f"data.path {printable(self._root)!r} is gone") from error
+        if self._raise:
+            raise ValueError(f"{path}: {_told(error)}") from error
+        if index in self._unreadable:
+            return
+        self._unreadable.add(index)
+        self.left_out[DAMAGED] = self.left_out.get(DAMAGED, 0) + 1
+        if len(self._unreadable) <= MAX_WARNINGS:
+            log.warning("%s cannot be read, another picture replaces it: %s", path, _told(error))
+        elif len(self._unreadable) == MAX_WARNINGS + 1:
+            log.warning("%s: more pictures cannot be read", printable(self._root))
+
+    def _nothing_usable(self, skipped: int) -> str:
+        root = printable(self._root)
+        if not skipped:
+            wanted = ", ".join(EXTENSIONS)
+            return f"{root} holds no picture; looked in all sub-folders for {wanted}"
+        reasons = "; ".join(f"{count}: {reason}" for reason, count in self.left_out.items())
+        return f"{root}: none of its {skipped} pictures is usable ({reasons})"
+
+    def _messages(
+        self,
+        listing: Listing,
+        faults: dict[str, str],
+        lost: dict[str, list[str]],
+        usable: list[str],
+    ) -> list[str]:
+        """What there is to say about the folder."""
+        root = printable(self._root)
+        messages = [
+            f"skipped {self._shown(name)}: {fault}"
+            for name, fault in list(faults.items())[:MAX_WARNINGS]
+        ]
+        for link, folder in list(listing.repeated.items())[:MAX_LOST]:
+            where = f"{self._shown(folder)}, which is read already" if folder else "a folder above"
+            messages.append(f"{self._shown(link)} is not entered: it leads to {where}")
+        for reason, lines in lost.items():
+            messages += lines[:MAX_LOST]
+            messages.append(f"{root}: {len(lines)} captions lost: {reason}")
+        strange = [name for name in usable if not is_utf8(name)]
+        if strange:
+            messages.append(
+                f"{root}: {len(strange)} names are no UTF-8, such as {printable(strange[0])}; "
+                "they are kept under this name, and a class of this kind gives no caption"
+            )
+        if faults:
+            messages.append(
+                f"{root}: skipped {len(faults)} of {len(faults) + len(usable)} pictures"
+            )
+        return messages
+
+
+def _pictures(listing: Listing) -> dict[str, File]:
+    """The files that are pictures by their name."""
+    found = {name: file for name, file in listing.files.items() if _is_picture(name)}
+    stems = {name.rpartition(".")[0] for name in found}
+
+    def about_another(name: str) -> bool:
+        stem, dot, kind = name.rpartition(".")[0].rpartition(".")
+        return dot + kind.lower() in ABOUT_ANOTHER and stem in stems
+
+    return {name: file for name, file in found.items() if not about_another(name)}
+
+
+def _faults(listing: Listing, headers: dict[str, Finding], min_size: int) -> dict[str, str]:
+    """Why files cannot be used, by name, sorted."""
+    faults = {
+        name: fault
+        for name, fault in listing.faults.items()
+        if name.endswith("/") or not name or _is_picture(name)
+    }
+    for name, header in headers.items():
+        if header.fault:
+            faults[name] = header.fault
+        elif min(header.value) < min_size:
+            height, width = header.value
+            size = f"{width}x{height} pixels"
+            faults[name] = f"{size}, the short side is under min_size={min_size}"
+    return dict(sorted(faults.items()))
+
+
+def _reason(fault: str) -> str:
+    """A fault without what is particular to one file."""
+    if "pixels, " in fault:
+        return fault.partition("pixels, ")[2]
+    return fault.partition(":")[0]
+
+
+def _read_header(file: File) -> tuple[tuple[int, int] | None, str]:
+    """(height, width) of a picture, or None and why it cannot be used; for `index.examine`."""
+    if file.size == 0:
+        return None, "the file is empty (0 bytes)"
+    extension = _extension(file.path)
+    if not _readable(extension):
+        return None, f"the installed Pillow cannot read .{extension} files"
+    try:
+        return read_shape(file.path), ""
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the storage's fault, not the file's
+        return None, _told(error)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture that Pillow can read"
+    if type(error) is ValueError:  # our own
+        return str(error)
+    return f"{DAMAGED}: {type(error).__name__}: {error}"
+
+
+@cache
+def _readable(extension: str) -> bool:
+    Image.init()
+    codec = CODECS.get(extension)
+    known = f".{extension}" in Image.registered_extensions()
+    return known and (codec is None or bool(features.check(codec)))
+
+
+def _extension(name: str) -> str:
+    _, dot, extension = name.rpartition(".")
+    return extension.lower() if dot else ""
+
+
+def _is_picture(name: str) -> bool:
+    return _extension(name) in _ALL_EXTENSIONS
+
+
+def _class_of(name: str) -> str:
+    return name.split("/")[0] if "/" in name else ""
+
+
+def _class_caption(name: str) -> str:
+    return _class_of(name) if is_utf8(_class_of(name)) else ""
+
+
+_SAID: dict[str, tuple[list[str], str]] = {}
+
+
+def _say(root: str, split: str, messages: list[str]) -> None:
+    """Warns of what was found; once, where another split of the folder has said the same."""
+    said, by = _SAID.get(root, ([], split))
+    if said == messages and by != split:
+        return
+    _SAID[root] = messages, split
+    for message in messages:
+        log.warning("%s", message)

@@ -1,0 +1,83 @@
+"""Fast reading against full decoding, and sizes from headers."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_jax.data.images import fit_square, read_image, read_shape, read_square
+
+
+def photograph(width, height):
+    """uint8 (height, width, 3): noise of every scale, as in photographs."""
+    rng = np.random.default_rng(0)
+    image = np.zeros((height, width, 3))
+    for cells in (4, 16, 64, 256):
+        noise = (rng.normal(size=(cells, cells, 3)) * 32 + 128).clip(0, 255).astype(np.uint8)
+        scaled = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+        image += (np.asarray(scaled) - 128.0) * 3 / np.sqrt(cells)
+    return (image + 128).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size"),
+    [
+        (512, 512, 256),
+        (768, 512, 256),
+        (513, 700, 256),
+        (1024, 1025, 256),
+        (2000, 1500, 100),
+        (511, 512, 256),
+        (640, 480, 256),
+        (300, 200, 256),
+        (4001, 130, 16),
+    ],
+)
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_is_read_as_if_decoded_whole(tmp_path, width, height, size, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a.jpg"
+    Image.fromarray(photograph(width, height)).save(path, quality=90, exif=exif)
+    whole = read_image(path)
+    square, shape = read_square(path, size)
+    assert square.shape == (size, size, 3) and shape == whole.shape[:2] == read_shape(path)
+    difference = np.abs(square.astype(int) - fit_square(whole, size))
+    assert difference.mean() < 2
+    if min(width, height) < 2 * size:
+        assert difference.max() == 0
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_other_jpegs(tmp_path, mode):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(photograph(128, 128)).convert(mode).save(path, quality=95)
+    expected = fit_square(read_image(path), 64).astype(int)
+    assert np.abs(read_square(path, 64)[0] - expected).mean() < 2
+
+
+def test_other_formats_are_decoded_whole(tmp_path):
+    for name in ("a.png", "a.webp", "a.bmp"):
+        Image.fromarray(photograph(128, 96)).save(tmp_path / name)
+        square, shape = read_square(tmp_path / name, 32)
+        assert shape == (96, 128)
+        np.testing.assert_array_equal(square, fit_square(read_image(tmp_path / name), 32))
+
+
+def test_a_truncated_jpeg_raises(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(photograph(128, 96)).save(path)
+    path.write_bytes(path.read_bytes()[:-500])
+    assert read_shape(path) == (96, 128)
+    with pytest.raises(OSError, match="truncated"):
+        read_square(path, 32)
+
+
+@pytest.mark.parametrize("file", ["a.jpg", "a.png", "a.webp", "a.tif", "a.avif", "a.mpo"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sizes_from_headers_are_upright(tmp_path, file, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 20)).save(tmp_path / file, exif=exif)
+    shape = (40, 20) if orientation >= 5 else (20, 40)
+    assert read_shape(tmp_path / file) == read_image(tmp_path / file).shape[:2] == shape
+    assert read_square(tmp_path / file, 8)[1] == shape
