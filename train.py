@@ -6,12 +6,14 @@ import os
 from absl import flags
 from ml_collections import config_flags
 
-import ldm_jax
 from ldm_jax.runtime.compile_cache import use_compile_cache
-from ldm_jax.runtime.console import run
+from ldm_jax.runtime.console import leave, run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/TASK.py[:variant].")
 WORKDIR = flags.DEFINE_string("workdir", "", "Where the run lives and resumes; runs/TASK if empty.")
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Open and summarise the data, draw first_batch.png, and stop before training."
+)
 flags.mark_flags_as_required(["config"])
 
 
@@ -20,11 +22,17 @@ def main():
     filename = config_flags.get_config_filename(flags.FLAGS["config"])
     path, _, variant = filename.partition(":")
     if not os.path.isfile(path):
-        known = ", ".join(sorted(glob.glob("configs/*.py")))
+        known = ", ".join(sorted(set(glob.glob("configs/*.py")) - {"configs/common.py"}))
         raise FileNotFoundError(f"no config file {path}; there are {known or 'none here'}")
     name = path.rsplit("/", 1)[-1].removesuffix(".py")
     workdir = WORKDIR.value or f"runs/{'-'.join(part for part in (name, variant) if part)}"
-    ldm_jax.train(CONFIG.value, workdir)
+    # Imported here, so that a mistyped flag is told at once.
+    from ldm_jax.training.loop import Interrupted, train
+
+    try:
+        train(CONFIG.value, workdir, dry_run=DRY_RUN.value)
+    except Interrupted:  # has said what is saved
+        leave()
 
 
 if __name__ == "__main__":

@@ -69,37 +69,39 @@ def autoencoder(root, tmp_path_factory):
 
 def report(workdir, kind):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    timing = "images_per_second"
+    timing = ("images_per_second", "data_wait")
     return [
-        {k: v for k, v in line.items() if k != timing} for line in lines if line["kind"] == kind
+        {k: v for k, v in line.items() if k not in timing} for line in lines if line["kind"] == kind
     ]
 
 
-def stop_after_first_checkpoint(root, arguments, workdir, number):
-    """Starts a run and sends `number` once a checkpoint is whole; returns (exit code, output)."""
-    process = subprocess.Popen(
+def start(root, arguments, **variables):
+    """A training in the background, its two streams as one."""
+    return subprocess.Popen(
         command(root, "train.py", *arguments),
         cwd=root,
-        env=environment(),
+        env=environment() | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def wait_for_first_checkpoint(process, workdir):
     deadline = time.monotonic() + 240
     while not (workdir / "checkpoints" / "10").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
         time.sleep(0.02)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    return process.returncode, output
 
 
 @pytest.mark.parametrize("config", ["txt2img", pytest.param("autoencoder", marks=pytest.mark.long)])
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(root, tmp_path, request, config):
     whole, workdir = request.getfixturevalue(config), tmp_path / "killed"
     arguments = smoke(config, workdir)
-    code, _ = stop_after_first_checkpoint(root, arguments, workdir, signal.SIGKILL)
-    assert code == -signal.SIGKILL and not (workdir / "model.safetensors").exists()
+    with start(root, arguments) as process:
+        wait_for_first_checkpoint(process, workdir)
+        process.kill()
+    assert not (workdir / "model.safetensors").exists()
     resumed = run(root, "train.py", *arguments)
     assert resumed.returncode == 0, resumed.stderr
     assert re.search(r"Resuming .* at step [123]0", resumed.stdout), resumed.stdout
@@ -115,12 +117,38 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(root, tmp_path, reque
 def test_a_signal_saves_and_stops(root, tmp_path, number):
     workdir = tmp_path / "run"
     arguments = smoke("txt2img", workdir, "--config.train.steps=2000")
-    code, output = stop_after_first_checkpoint(root, arguments, workdir, number)
-    assert code == 1
+    with start(root, arguments) as process:
+        wait_for_first_checkpoint(process, workdir)
+        if number == signal.SIGINT:  # the same command by mistake in a second terminal
+            second = run(root, "train.py", *arguments)
+            assert second.returncode == 1
+            assert f"is in use: process {process.pid} trains there" in second.stderr
+            assert process.poll() is None
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert f"{number.name}: stopping after this step" in output
     stopped = re.search(rf"Stopped by {number.name}; step (\d+) is saved", output)
     assert stopped, output
     assert (workdir / "checkpoints" / stopped[1]).exists()
     assert (workdir / "model.safetensors").exists()
+
+
+def test_a_signal_while_compiling_is_obeyed_at_once(root, tmp_path):
+    """A fresh compilation cache: compiling takes far longer than the signal may."""
+    workdir = tmp_path / "run"
+    with start(root, smoke("txt2img", workdir), LDM_JAX_CACHE=str(tmp_path / "cache")) as process:
+        for line in process.stdout:
+            if line.startswith("Encoding "):
+                break
+        time.sleep(0.5)
+        sent = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+        assert time.monotonic() - sent < 5
+    assert process.returncode == 0, output
+    assert "Stopped by SIGTERM before the first step; nothing to save" in output
+    assert not (workdir / "config.json").exists()
 
 
 @pytest.mark.long
@@ -181,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_tensor(root, tmp_pat
 BAD = {
     "config file": (
         "train.py", ["--config=configs/nope.py"],
-        r"no config file configs/nope.py; there are configs/autoencoder.py, configs/published.py"),
+        r"no config file configs/nope.py; there are configs/autoencoder.py, configs/class2img"),
     "variant": (
         "train.py", ["--config=configs/txt2img.py:nope"],
         r"no variant 'nope' of txt2img: choose emoji, demo, smoke"),

@@ -1,14 +1,28 @@
-"""Checkpoints of a run: orbax behind four functions' worth of interface.
+"""Checkpoints of a run: orbax, with a checksum of every file.
 
 A step is written to a temporary directory and renamed when whole, so that a crash, a full disk or
-a second Ctrl-C leaves the previous checkpoint as it was.
+a second Ctrl-C leaves the previous checkpoint as it was. `sums.txt` is then added, one line
+"crc32 size name" for each file and a last one with the checksum of the lines before. A checkpoint
+that has none, of an older version or of a crash just then, is read without verification.
 """
 
+import logging
+import shutil
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
+log = logging.getLogger(__name__)
+
+SUMS = "sums.txt"
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint is not what was written; says which file, or what is wrong with its values."""
 
 
 class Checkpoints:
@@ -19,13 +33,18 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
+        handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_names=("state", "about")
+            self.directory, options=options, item_handlers=handlers
         )
 
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, whole or damaged, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step, or None."""
-        return self._manager.latest_step()
+        """The newest checkpoint's step, or None."""
+        return next(iter(self.steps()), None)
 
     def save(self, step: int, state: Any, about: dict[str, Any]) -> None:
         """Writes a pytree of arrays and a JSON-able description beside it.
@@ -40,6 +59,8 @@ class Checkpoints:
         try:
             self._manager.save(step, args=arguments)
             self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                _write_sums(self.directory / str(step))
         except Exception as error:  # orbax and its storage layer raise many kinds
             survivor = "no earlier one exists" if before is None else f"step {before} is intact"
             raise OSError(
@@ -48,9 +69,77 @@ class Checkpoints:
             ) from error
 
     def restore(self, step: int, abstract: Any) -> Any:
-        """The state of a step. `abstract` gives shapes, types and where each array shall lie."""
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=arguments).state
+        """The state of a step. `abstract` gives shapes, types and where each array shall lie.
+
+        Raises:
+          DamagedCheckpoint: names the file.
+          ValueError: it is of another architecture; names the leaves.
+        """
+        verified = _verify(self.directory / str(step))
+        wanted = _shapes(abstract)
+        try:
+            saved = _shapes(self._manager.item_metadata(step).state.tree)
+            if saved == wanted:
+                arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                return self._manager.restore(step, args=arguments).state
+        except Exception as error:  # orbax and its storage layer raise many kinds
+            if verified:
+                raise  # not the files' fault
+            reason = str(error).strip().partition("\n")[0][:300]
+            raise DamagedCheckpoint(f"{type(error).__name__}: {reason}") from error
+        raise ValueError(
+            f"the checkpoint of step {step} under {self.directory} is of another architecture:\n"
+            f"{_difference(saved, wanted)}\n"
+            "Choose another --workdir, or give the settings that it was trained with."
+        )
+
+    def restore_newest(
+        self, abstract: Any, problem: Callable[[Any], str] = lambda state: ""
+    ) -> tuple[int, Any] | None:
+        """(step, state) of the newest checkpoint that is whole; None if there is none at all.
+
+        Damaged ones are named in a warning and set aside as `STEP.damaged`. `problem` says what is
+        wrong with a state that was read, "" for nothing.
+
+        Raises:
+          ValueError: every checkpoint is damaged; lists them.
+        """
+        damaged = {}
+        for step in self.steps():
+            try:
+                state = self.restore(step, abstract)
+                if wrong := problem(state):
+                    del state  # frees its memory for the next one
+                    raise DamagedCheckpoint(wrong)
+            except DamagedCheckpoint as error:
+                damaged[step] = str(error)
+                continue
+            for bad, reason in damaged.items():
+                log.warning(
+                    "The checkpoint of step %d is damaged (%s). It is set aside as %s",
+                    *(bad, reason, self._set_aside(bad)),
+                )
+            if damaged:
+                lost = max(damaged) - step
+                log.warning("Going on from step %d: %d steps are lost, trained again", step, lost)
+            return step, state
+        if damaged:
+            listed = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+            raise ValueError(
+                f"no checkpoint under {self.directory} is whole ({listed}). Copy one back from a "
+                f"backup, or remove {self.directory} to train from step 0."
+            )
+        return None
+
+    def newest_about(self) -> dict[str, Any] | None:
+        """The description beside the newest checkpoint that has a readable one, or None."""
+        for step in self.steps():
+            try:
+                _verify(self.directory / str(step))
+                return self.about(step)
+            except Exception as error:  # orbax and its storage layer raise many kinds
+                log.warning("The checkpoint of step %d cannot be read: %s", step, error)
+        return None
 
     def about(self, step: int) -> dict[str, Any]:
         """The description saved beside a step."""
@@ -60,6 +149,15 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.close()
 
+    def _set_aside(self, step: int) -> Path:
+        """Renames a damaged checkpoint, so that its step can be saved again."""
+        path = self.directory / str(step)
+        aside = path.with_name(f"{step}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)  # of an earlier damage
+        path.rename(aside)
+        self._manager.reload()
+        return aside
+
 
 def abstract_like(state: Any, shardings: Any) -> Any:
     """Shapes and types of `state` with shardings, as `restore` wants them."""
@@ -68,3 +166,72 @@ def abstract_like(state: Any, shardings: Any) -> Any:
         state,
         shardings,
     )
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _write_sums(directory: Path) -> None:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    lines = [
+        f"{_crc32(path):08x} {path.stat().st_size} {path.relative_to(directory).as_posix()}\n"
+        for path in files
+    ]
+    body = "".join(lines).encode()
+    partial = directory / f"{SUMS}.partial"
+    partial.write_bytes(body + f"{zlib.crc32(body):08x}\n".encode())
+    partial.replace(directory / SUMS)
+
+
+def _verify(directory: Path) -> bool:
+    """Compares every file with `SUMS`; False where there is none. Raises DamagedCheckpoint."""
+    path = directory / SUMS
+    if not path.exists():
+        return False
+    try:
+        body, own = path.read_bytes()[:-9], path.read_bytes()[-9:]
+        if own != f"{zlib.crc32(body):08x}\n".encode():
+            raise DamagedCheckpoint(f"{SUMS} is not as it was written")
+        for line in body.decode().splitlines():
+            crc, size, name = line.split(" ", 2)
+            file = directory / name
+            if not file.exists():
+                raise DamagedCheckpoint(f"{name} is missing")
+            if file.stat().st_size != int(size):
+                raise DamagedCheckpoint(f"{name} has {file.stat().st_size} bytes instead of {size}")
+            if _crc32(file) != int(crc, 16):
+                raise DamagedCheckpoint(f"{name} has other bytes than were written")
+    except OSError as error:
+        raise DamagedCheckpoint(str(error)) from error
+    return True
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of arrays or of orbax's descriptions of arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {_name(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _name(path: tuple) -> str:
+    # What is an attribute of a dataclass or tuple here is an entry of a dict there.
+    fields = ("key", "name", "idx")
+    return "/".join(
+        str(next(getattr(entry, field) for field in fields if hasattr(entry, field)))
+        for entry in path
+    )
+
+
+def _difference(saved: dict[str, tuple], wanted: dict[str, tuple], shown: int = 5) -> str:
+    names = [
+        name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)
+    ]
+    lines = [
+        f"  {name}: {saved.get(name, '(absent)')} there, {wanted.get(name, '(absent)')} now"
+        for name in names[:shown]
+    ]
+    return "\n".join(lines + [f"  and {len(names) - shown} more"] * (len(names) > shown))

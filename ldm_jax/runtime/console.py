@@ -1,6 +1,7 @@
 """The command lines' shared half: what a person at a terminal sees."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error was raise
 class _AboveProgress(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record))
+        sys.stdout.flush()  # a file or pipe is read while the run goes on
 
 
 def log_to_console() -> None:
@@ -60,8 +62,19 @@ def run(main: Callable[..., None], arguments: tuple[str, ...] = ()) -> None:
             if TRACEBACK.value:
                 raise
             _fail(f"{error}\n(--traceback shows where)")
+        except KeyboardInterrupt:
+            leave("Stopped by SIGINT", 130)
 
     app.run(guarded, flags_parser=parse)
+
+
+def leave(message: str = "", code: int = 0) -> None:
+    """Ends the process at once, whatever its threads do: an exit beneath a compiler crashes."""
+    if message:
+        tqdm.write(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _unquoted(error: Exception) -> str:

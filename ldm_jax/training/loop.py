@@ -1,135 +1,282 @@
 """The loop: `train(config, workdir)` drives any task from its newest checkpoint to its end."""
 
+import collections
 import contextlib
-import functools
+import dataclasses
+import itertools
 import logging
 import time
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ldm_jax.interop.native import save_model
 from ldm_jax.pictures import save_png
 from ldm_jax.runtime.checkpoints import Checkpoints, abstract_like
-from ldm_jax.runtime.logging import MetricsLog
+from ldm_jax.runtime.logging import Clock, MetricsLog
 from ldm_jax.runtime.mesh import batch_sharding, make_mesh, put_batch, replicated, state_shardings
 from ldm_jax.training.optimizer import make_optimizer, parameter_path
 from ldm_jax.training.report import write_report
-from ldm_jax.training.signals import stop_on_signals
-from ldm_jax.training.state import State, Task, init_state, make_train_step
+from ldm_jax.training.signals import Interrupted, StopRequest, in_thread, stop_on_signals
+from ldm_jax.training.state import Params, State, Task, init_state, make_train_step
 from ldm_jax.training.tasks import make_task
-from ldm_jax.training.workdir import config_dict, open_workdir
+from ldm_jax.training.workdir import check_config, config_dict, locked, write_config
 from ldm_jax.version import __version__
 
 log = logging.getLogger(__name__)
 
-
-class Interrupted(SystemExit):
-    """Training was asked to stop by SIGINT or SIGTERM, and has saved its state."""
+UNDER_WAY = 2  # steps at once: enough to keep the device busy, few enough to count and to stop
 
 
-def train(config: Any, workdir: str | Path) -> dict[str, float]:
+def train(config: Any, workdir: str | Path, dry_run: bool = False) -> dict[str, float]:
     """Trains `config` in `workdir`, resuming what is there, and returns the final metrics.
 
     Leaves there: `config.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `previews/`,
-    `report.html`, and `model.safetensors`, which `ldm_jax.load` opens.
+    `report.html`, `model.safetensors`, which `ldm_jax.load` opens, and `first_batch.png` where the
+    task draws one. A workdir belongs to a config from the first step on, not before.
+
+    Args:
+      config: see `configs/`.
+      workdir: a directory, made if need be; "~" is expanded.
+      dry_run: open the data, log their summary, draw `first_batch.png`, and stop before anything
+        is compiled.
+
+    Returns:
+      The metrics on the held-out data, {} if there are none or in a dry run.
 
     Raises:
-      ValueError: the workdir belongs to another config, or a setting is not allowed.
-      FloatingPointError: a loss or gradient is not finite; names the first bad tensor and step.
+      ValueError: the workdir belongs to another config, is in use or has no whole checkpoint, or a
+        setting is not allowed.
+      FloatingPointError: a loss, gradient, parameter or average is not finite; names the first bad
+        tensor and the step.
       OSError: a checkpoint cannot be written; the message names the path.
-      Interrupted: a SystemExit, after SIGINT or SIGTERM; the state is saved.
+      Interrupted: a SystemExit, after SIGINT or SIGTERM; `str` says which step is saved.
     """
-    settings, seed = config.train, config.seed
-    workdir = open_workdir(config, workdir)
+    try:
+        with contextlib.ExitStack() as stack:
+            return _train(config, Path(workdir).expanduser(), dry_run, stack)
+    except Interrupted as stopped:
+        log.info("%s", stopped)
+        raise
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same from step to step."""
+
+    config: Any
+    workdir: Path
+    task: Task
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    abstract: State
+    shardings: State
+    frozen: Params
+    checkpoints: Checkpoints
+    stop: StopRequest
+
+
+def _train(
+    config: Any, workdir: Path, dry_run: bool, stack: contextlib.ExitStack
+) -> dict[str, float]:
+    began, settings = time.perf_counter(), config.train
+    # Signals are handled until the state is saved. While the model is exported they act as usual.
+    handled = stack.enter_context(contextlib.ExitStack())
+    stop = handled.enter_context(stop_on_signals())
+    stack.enter_context(locked(workdir))
+    checkpoints = stack.enter_context(
+        contextlib.closing(Checkpoints(workdir / "checkpoints", settings.keep))
+    )
+    check_config(workdir, config_dict(config), checkpoints)
+    newest = checkpoints.latest()
+    if newest is not None:
+        stop.saved = f"step {newest} is saved in {workdir}"
     mesh = make_mesh(config.mesh)
+    stack.enter_context(jax.set_mesh(mesh))
+
+    task = _compute(mesh, make_task, config, workdir / "pictures.json")
+    networks = tuple(jax.eval_shape(task.init, jax.random.key(0), task.loaded))
+    optimizer = make_optimizer(config.optimizer, settings.steps, networks)
+
+    def initial(loaded):
+        return init_state(task, optimizer, config.seed, loaded)
+
+    abstract = jax.eval_shape(initial, task.loaded)
+    shardings = state_shardings(mesh, abstract)
+    frozen = jax.device_put(task.frozen, state_shardings(mesh, task.frozen))
+    run = Run(
+        config, workdir, task, optimizer, mesh, abstract, shardings, frozen, checkpoints, stop
+    )
+
+    # State: the newest whole checkpoint's or a fresh one, born where it will live.
+    start, state = (newest or 0), None
+    if newest is not None and not dry_run:
+        wanted = abstract_like(abstract, shardings)
+        start, state = _compute(mesh, checkpoints.restore_newest, wanted, _damage)
+        log.info("Resuming %s at step %d", workdir, start)
+        stop.saved = f"step {start} is saved in {workdir}"
+    batches = None
+    if start < settings.steps or dry_run:
+        _compute(mesh, _show_data, task, workdir, start)
+    if dry_run:
+        return {}
+    if start < settings.steps:
+        batches = task.batches(start)
+        first = _compute(mesh, next, batches)
+        stack.callback(getattr(batches, "close", lambda: None))
+        batches = itertools.chain([first], batches)
+    if state is None:
+        state = _compute(mesh, jax.jit(initial, out_shardings=shardings), task.loaded)
+    _describe(state, frozen, settings)
+
+    metrics = None
+    if start < settings.steps:
+        step, state, metrics = _train_steps(run, start, state, batches, began)
+    else:
+        step = start
+        write_config(workdir, config_dict(config))
+    handled.close()
+    _stop_if_damaged(state, step, checkpoints)
+    save_model(workdir / "model.safetensors", *task.export(state.ema))
+    log.info("Report: %s", write_report(workdir))
+    if step < settings.steps:
+        raise Interrupted(f"Stopped by {stop.requested}; step {step} is saved in {workdir}")
+    return task.evaluate(state.ema) if metrics is None else metrics
+
+
+def _train_steps(
+    run: Run, start: int, state: State, batches: Iterator, began: float
+) -> tuple[int, State, dict[str, float] | None]:
+    """Trains from step `start` to the last one or to a signal, and saves the state.
+
+    `began` is when the run was started. Returns the step, its state, and the held-out metrics if
+    they were measured at it.
+    """
+    task, stop, checkpoints, workdir = run.task, run.stop, run.checkpoints, run.workdir
+    settings, seed, mesh = run.config.train, run.config.seed, run.mesh
+    about = {"config": config_dict(run.config), "version": __version__}
+    batches = (put_batch(mesh, batch) for _, batch in batches)
+    batch = next(batches)
+    programs = {(phase := task.phase(start)): _compute(mesh, _compile_step, run, phase, batch)}
+
     with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(mesh))
-        stop = stack.enter_context(stop_on_signals())
-        task = make_task(config)
-        optimizer = make_optimizer(config.optimizer, settings.steps, task.networks)
-
-        # State: the newest checkpoint's or a fresh one, born where it will live.
-        def initial():
-            return init_state(task, optimizer, seed)
-
-        abstract = jax.eval_shape(initial)
-        shardings = state_shardings(mesh, abstract)
-        checkpoints = Checkpoints(workdir / "checkpoints", settings.keep)
-        stack.callback(checkpoints.close)
-        about = {"config": config_dict(config), "version": __version__}
-        start = checkpoints.latest()
-        if start is None:
-            start, state = 0, jax.jit(initial, out_shardings=shardings)()
-        else:
-            log.info("Resuming %s at step %d", workdir, start)
-            state = checkpoints.restore(start, abstract_like(abstract, shardings))
-        _describe(state, settings)
-
-        # The step, compiled ahead for the shapes of the first batch and the phase at hand.
-        @functools.cache
-        def compiled(phase):
-            began = time.perf_counter()
-            train_step = jax.jit(
-                make_train_step(task, optimizer, seed, settings.ema_decay, phase),
-                donate_argnums=0,
-                in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
-                out_shardings=(shardings, replicated(mesh)),
-            )
-            program = train_step.lower(abstract, batch, np.int32(0)).compile()
-            log.info("Compiled the training step in %.1f s", time.perf_counter() - began)
-            return program
-
-        batches = ((step, put_batch(mesh, batch)) for step, batch in task.batches(start))
-        step, batch = next(batches)
-        compiled(task.phase(step))
+        write_config(workdir, about["config"])
         metrics_log = stack.enter_context(contextlib.closing(MetricsLog(workdir, start)))
         progress = stack.enter_context(
             tqdm(total=settings.steps, initial=start, unit="step", dynamic_ncols=True)
         )
-        final, pending, since = {}, [], time.perf_counter()
+        step, held_out, pending, under_way, clock = start, None, [], collections.deque(), Clock()
+        stop.training = True
+
+        def finish(left: int = 0):
+            """Waits until at most `left` steps are under way, and counts those that are done."""
+            while len(under_way) > left:
+                number, loss = under_way.popleft()
+                _wait(loss)
+                progress.update()
+                if number == start:
+                    log.info("First step done %.1f s after the start", time.perf_counter() - began)
+
         while step < settings.steps:
-            state, metrics = compiled(task.phase(step))(state, batch, np.int32(step))
+            if (phase := task.phase(step)) not in programs:
+                finish()
+                with clock.paused():
+                    programs[phase] = _compute(mesh, _compile_step, run, phase, batch)
+            state, metrics = programs[phase](state, run.frozen, batch, np.int32(step))
             pending.append(metrics)
-            step, batch = next(batches)
-            progress.update()
-            last, stopping = step == settings.steps, stop.requested
+            under_way.append((step, metrics["loss"]))
+            step += 1
+            last = step == settings.steps
+            if not last:
+                with clock.waiting():
+                    batch = next(batches)
+            finish(UNDER_WAY - 1)
+            stopping = stop.requested
 
             if step % settings.log_every == 0 or last:
+                finish()
                 values = _mean(pending)
                 _stop_if_not_finite(task, state, step, seed, checkpoints)
-                rate = len(pending) * settings.batch_size / (time.perf_counter() - since)
-                metrics_log.write(step, "train", values | {"images_per_second": rate})
-                progress.set_postfix_str(f"loss {values['loss']:.4g}, {rate:.0f} images/s")
-                pending, since = [], time.perf_counter()
+                speed = clock.report(len(pending) * settings.batch_size)
+                metrics_log.write(step, "train", values | speed)
+                progress.set_postfix_str(
+                    f"loss {values['loss']:.4g}, {speed['images_per_second']:.0f} images/s, "
+                    f"data_wait {speed['data_wait']:.0%}"
+                )
+                pending = []
             if step % settings.preview_every == 0 or last:
-                paused = time.perf_counter()
-                save_png(workdir / "previews" / f"{step:07d}.png", task.preview(state.ema))
-                final = task.evaluate(state.ema)
-                metrics_log.write(step, "held_out", final)
-                since += time.perf_counter() - paused
+                finish()
+                with clock.paused():
+                    picture = _compute(mesh, task.preview, state.ema)
+                    save_png(workdir / "previews" / f"{step:07d}.png", picture)
+                    before, held_out = held_out, _compute(mesh, task.evaluate, state.ema)
+                    if held_out:
+                        metrics_log.write(step, "held_out", held_out)
+                    elif before is None:
+                        log.info("No data are held out: there are no held-out metrics")
             if step % settings.checkpoint_every == 0 or last or stopping:
-                _stop_if_not_finite(task, state, step, seed, checkpoints)
-                checkpoints.save(step, state, about)
+                finish()
+                with clock.paused():
+                    _stop_if_not_finite(task, state, step, seed, checkpoints)
+                    _stop_if_damaged(state, step, checkpoints)
+                    checkpoints.save(step, state, about)
             if stopping:
                 break
-
-        stack.close()
-        save_model(workdir / "model.safetensors", *task.export(state.ema))
-        log.info("Report: %s", write_report(workdir))
-        if step < settings.steps:
-            raise Interrupted(f"Stopped by {stop.requested}; step {step} is saved in {workdir}")
-        return final or task.evaluate(state.ema)
+    return step, state, held_out
 
 
-def _describe(state: State, settings: Any) -> None:
-    """Says what will train, once."""
-    for name, params in state.params.items():
-        count = sum(leaf.size for leaf in jax.tree.leaves(params))
-        log.info("%s: %.2f M parameters", name, count / 1e6)
+def _compile_step(run: Run, phase: Hashable, batch: dict[str, jax.Array]) -> Callable:
+    """The training step of a phase, compiled ahead for the shapes of `batch`."""
+    began, (settings, seed) = time.perf_counter(), (run.config.train, run.config.seed)
+    still = jax.tree.map(lambda leaf: leaf.sharding, run.frozen)
+    train_step = jax.jit(
+        make_train_step(run.task, run.optimizer, seed, settings.ema_decay, phase),
+        donate_argnums=0,
+        in_shardings=(run.shardings, still, batch_sharding(run.mesh), replicated(run.mesh)),
+        out_shardings=(run.shardings, replicated(run.mesh)),
+    )
+    program = train_step.lower(run.abstract, run.frozen, batch, np.int32(0)).compile()
+    log.info("Compiled the training step in %.1f s", time.perf_counter() - began)
+    return program
+
+
+def _compute(mesh: Mesh, function: Callable, *args: Any) -> Any:
+    """`function(*args)`, which may compile, so that signals are handled meanwhile."""
+
+    def on_mesh():
+        with jax.set_mesh(mesh):  # a thread does not inherit it
+            return function(*args)
+
+    return in_thread(on_mesh)
+
+
+def _wait(array: jax.Array) -> None:
+    """Until `array` is computed. `block_until_ready` would keep signals waiting too."""
+    pause = 1e-4
+    while not array.is_ready():
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
+
+
+def _show_data(task: Task, workdir: Path, start: int) -> None:
+    """What will be trained on: a summary, and the first batch."""
+    task.summary()
+    save_png(workdir / "first_batch.png", task.first_batch_picture(start))
+
+
+def _describe(state: State, frozen: Params, settings: Any) -> None:
+    """Says what will train and what will not, once."""
+    for what, networks in (("trains", state.params), ("frozen", frozen)):
+        for name, params in networks.items():
+            count = sum(leaf.size for leaf in jax.tree.leaves(params))
+            log.info("%s: %.2f M parameters, %s", name, count / 1e6, what)
     log.info("%d steps of %d images", settings.steps, settings.batch_size)
 
 
@@ -155,8 +302,8 @@ def _stop_if_not_finite(
         return
     key = jax.random.fold_in(jax.random.key(seed), bad)
     _, batch = next(task.batches(bad))
-    grads, metrics = jax.jit(task.gradients, static_argnums=3)(
-        state.params, batch, key, task.phase(bad)
+    grads, metrics = jax.jit(task.gradients, static_argnums=4)(
+        state.params, task.frozen, batch, key, task.phase(bad)
     )
     suspects = {"batch": batch, "parameters": state.params, "metrics": metrics, "gradient": grads}
     names = [
@@ -164,10 +311,40 @@ def _stop_if_not_finite(
         for path, leaf in jax.tree_util.tree_leaves_with_path(suspects)
         if np.issubdtype(leaf.dtype, np.inexact) and not np.isfinite(np.asarray(leaf)).all()
     ]
-    saved = checkpoints.latest()
-    kept = "no checkpoint was saved yet" if saved is None else f"step {saved} is the last good one"
     raise FloatingPointError(
         f"step {bad}: {names[0] if names else 'the gradient norm'} is not finite "
-        f"({len(names)} tensors are not); {kept} in {checkpoints.directory}. A lower "
-        "optimizer.lr, a longer optimizer.warmup or optimizer.clip usually cures it."
+        f"({len(names)} tensors are not); {_last_good(checkpoints)}"
     )
+
+
+def _last_good(checkpoints: Checkpoints) -> str:
+    """The rest of a message on values that are not finite: what there is to go back to."""
+    saved = checkpoints.latest()
+    kept = "no checkpoint was saved yet" if saved is None else f"step {saved} is the last good one"
+    return (
+        f"{kept} in {checkpoints.directory}. A lower optimizer.lr, a longer optimizer.warmup or "
+        "optimizer.clip usually cures it."
+    )
+
+
+@jax.jit
+def _finite(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
+
+
+def _damage(state: State) -> str:
+    """Which parameter or average is not finite; "" if all are."""
+    flags = jax.device_get(_finite({"average": state.ema, "parameters": state.params}))
+    names = [
+        parameter_path(path)
+        for path, good in jax.tree_util.tree_leaves_with_path(flags)
+        if not good
+    ]
+    return f"{names[0]} is not finite ({len(names)} tensors are not)" if names else ""
+
+
+def _stop_if_damaged(state: State, step: int, checkpoints: Checkpoints) -> None:
+    """Raises when a parameter or average is not finite, before it is saved or exported."""
+    damage = _damage(state)
+    if damage:
+        raise FloatingPointError(f"step {step}: {damage}; {_last_good(checkpoints)}")

@@ -1,22 +1,48 @@
-"""Ctrl-C and SIGTERM as a request that the loop answers between two steps."""
+"""Ctrl-C and SIGTERM: obeyed at once before the first step, after the step at hand from then on."""
 
 import contextlib
 import dataclasses
+import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Interrupted(SystemExit):
+    """Training was stopped by SIGINT or SIGTERM, with everything saved; `str` says what is saved.
+
+    A SystemExit of code 0: a program that does not catch it ends in success.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(0)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclasses.dataclass
 class StopRequest:
-    """`requested` is the signal's name once one has come, else ""."""
+    """`requested` is the signal's name once one has come, else "".
+
+    Until `training` is set, a signal raises `Interrupted` where it arrives, which says that
+    `saved` is so.
+    """
 
     requested: str = ""
+    training: bool = False
+    saved: str = "nothing to save"
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turns the first SIGINT or SIGTERM into a request; a second one acts as usual."""
+    """Handles the first SIGINT or SIGTERM as `StopRequest` says; a second one acts as usual."""
     stop, before = StopRequest(), {}
     if threading.current_thread() is not threading.main_thread():
         yield stop  # Python delivers signals to the main thread alone
@@ -29,6 +55,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def request(number, frame):
         stop.requested = signal.Signals(number).name
         restore()
+        if not stop.training:
+            raise Interrupted(f"Stopped by {stop.requested} before the first step; {stop.saved}")
+        with contextlib.suppress(RuntimeError):  # the signal came in the middle of a print
+            log.info("%s: stopping after this step", stop.requested)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, request)
@@ -36,3 +66,29 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield stop
     finally:
         restore()
+
+
+def in_thread(function: Callable[[], T]) -> T:
+    """`function()`, computed in a thread while the main thread handles signals.
+
+    A handler runs only between two Python instructions of the main thread, and XLA compiles for
+    minutes in one. If a handler raises, the thread is left to itself: it ends when it has compiled,
+    and Python waits for that before it exits, because an exit beneath a compiler crashes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return function()
+    results, errors = [], []
+
+    def work():
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="compute")
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)  # in slices: some systems handle no signal in an endless wait
+    if errors:
+        raise errors[0]
+    return results[0]

@@ -1,14 +1,39 @@
-"""A run's directory: made, recognised, and refused where it belongs to another run."""
+"""A run's directory: made, locked, recognised, and refused where it belongs to another run."""
 
+import contextlib
 import json
+import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax.traverse_util import flatten_dict
 
-# What may differ when a run goes on: how long and how often, and on which devices.
-HARMLESS = ("train.steps", "train.log_every", "train.checkpoint_every", "train.preview_every")
-HARMLESS += ("train.keep", "mesh.data", "mesh.fsdp")
+from ldm_jax.runtime.checkpoints import Checkpoints
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+log = logging.getLogger(__name__)
+
+# What may differ when a run goes on, as dotted keys or sections: how long and how often, on which
+# devices, where the data lie and how they are read, and what the previews draw.
+HARMLESS = (
+    "train.steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.preview_every",
+    "train.keep",
+    "mesh",
+    "data.path",
+    "data.on_error",
+    "data.workers",
+    "sampling",
+)
 
 
 def config_dict(config: Any) -> dict[str, Any]:
@@ -16,35 +41,110 @@ def config_dict(config: Any) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
-def open_workdir(config: Any, workdir: str | Path) -> Path:
-    """Makes `workdir` with `config.json` in it, or checks that the one there agrees.
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Makes `workdir` and keeps every other training out of it; the lock ends with the process.
 
     Raises:
-      ValueError: the directory holds a run of another config; shows the difference.
-      OSError: it cannot be made or written.
+      ValueError: another process trains there; names its pid.
+      OSError: the directory cannot be made or written.
     """
-    workdir, wanted = Path(workdir), config_dict(config)
-    path = workdir / "config.json"
-    if path.exists():
-        there = json.loads(path.read_text())
-        different = config_difference(there, wanted)
-        if different:
-            lines = "\n".join(f"  {key}: {a} there, {b} now" for key, (a, b) in different.items())
-            raise ValueError(
-                f"{workdir} holds a run of another config:\n{lines}\n"
-                "Choose another --workdir, or give the same settings to resume this one."
-            )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=2) + "\n")
+        file = (workdir / ".lock").open("a+")
     except OSError as error:
         raise OSError(f"cannot write to the workdir {workdir}: {error}") from error
-    return workdir
+    with file:
+        if fcntl and jax.process_index() == 0:  # the processes of one run share its workdir
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ValueError(
+                    f"{workdir} is in use: process {file.read().strip() or 'unknown'} trains there"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+        yield
+
+
+def check_config(workdir: Path, config: dict[str, Any], checkpoints: Checkpoints) -> None:
+    """Refuses a workdir in which another config was trained.
+
+    Raises:
+      ValueError: shows the difference.
+    """
+    if checkpoints.latest() is None and not (workdir / "model.safetensors").exists():
+        if _read(workdir / "config.json") not in (None, config):
+            log.info(
+                "Nothing was trained in %s yet: another config replaces the one there", workdir
+            )
+        return
+    there = _stored_config(workdir, checkpoints)
+    different = config_difference(there, config) if there else {}
+    lines = {key: f"  {key}: {a} there, {b} now" for key, (a, b) in different.items()}
+    refused = [line for key, line in lines.items() if not is_harmless(key)]
+    if refused:
+        raise ValueError(
+            f"{workdir} holds a run of another config:\n" + "\n".join(refused) + "\n"
+            "Choose another --workdir, or give the same settings to resume this one."
+        )
+    if lines:
+        log.info("The run in %s goes on with changes:\n%s", workdir, "\n".join(lines.values()))
+
+
+def write_config(workdir: Path, config: dict[str, Any]) -> None:
+    """Writes `config.json`, whole or not at all, unless it agrees already.
+
+    Raises:
+      OSError: it cannot be written; the old one is intact.
+    """
+    path = workdir / "config.json"
+    if _read(path) == config:
+        return
+    partial = path.with_name("config.json.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(config, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"cannot write to the workdir {workdir}: {error}") from error
+
+
+def is_harmless(key: str) -> bool:
+    """Whether a dotted key is one of `HARMLESS` or lies in a section that is."""
+    return any(key == name or key.startswith(name + ".") for name in HARMLESS)
 
 
 def config_difference(there: dict, now: dict) -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (value there, value now)} for settings that would change the run."""
+    """{dotted key: (value there, value now)} for all settings that differ."""
     a, b = flatten_dict(there, sep="."), flatten_dict(now, sep=".")
     absent = "(absent)"
     pairs = {key: (a.get(key, absent), b.get(key, absent)) for key in sorted(a.keys() | b.keys())}
-    return {key: (x, y) for key, (x, y) in pairs.items() if x != y and key not in HARMLESS}
+    return {key: (x, y) for key, (x, y) in pairs.items() if x != y}
+
+
+def _stored_config(workdir: Path, checkpoints: Checkpoints) -> dict[str, Any] | None:
+    """The config of the run there, from config.json or else from a checkpoint."""
+    path = workdir / "config.json"
+    there = _read(path)
+    if there is not None:
+        return there
+    about = checkpoints.newest_about() or {}
+    source = "a checkpoint" if "config" in about else "the settings given now"
+    log.warning("%s is missing or damaged: taking the config from %s", path, source)
+    return about.get("config")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A config.json as it was written; None where it is missing or damaged."""
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return there if isinstance(there, dict) and there else None

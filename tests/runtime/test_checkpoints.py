@@ -1,6 +1,9 @@
 """Checkpoints come back as they were, and a failed one leaves the last in place."""
 
+import random
+import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -36,6 +39,155 @@ def test_keeps_the_newest(tmp_path):
         checkpoints.save(step, state(), {})
     assert checkpoints.latest() == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Checkpoints of steps 1 and 2, and what they hold."""
+    directory = tmp_path_factory.mktemp("two") / "checkpoints"
+    checkpoints, states = (
+        Checkpoints(directory),
+        {1: state(), 2: jax.tree.map(lambda x: x + 1, state())},
+    )
+    for step, value in states.items():
+        checkpoints.save(step, value, {"config": {"step": step}})
+    return directory, states
+
+
+def restored(directory, wanted, **options):
+    """(step, state) of the newest whole checkpoint, by a process that starts afresh."""
+    shardings = jax.tree.map(lambda _: replicated(make_mesh({})), wanted)
+    abstract = abstract_like(jax.eval_shape(lambda: wanted), shardings)
+    return Checkpoints(directory).restore_newest(abstract, **options)
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def files_of(checkpoint):
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file())
+
+
+def harm(path, how, chance):
+    """Damages a file in one of the ways that disks and people do."""
+    content = bytearray(path.read_bytes())
+    if how == "delete":
+        path.unlink()
+    elif how == "truncate":
+        path.write_bytes(content[: chance.randrange(len(content))])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "append":
+        path.write_bytes(content + b"\0")
+    elif how == "zeros":
+        path.write_bytes(bytes(len(content)))
+    elif how == "flip":
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+
+
+HARMS = ("delete", "truncate", "empty", "append", "zeros", "flip")
+
+
+@pytest.mark.parametrize("seed", range(36))
+def test_any_damage_of_the_newest_falls_back_to_the_one_before(two, tmp_path, caplog, seed):
+    directory, states = two
+    directory = shutil.copytree(directory, tmp_path / "checkpoints")
+    chance = random.Random(seed)
+    path = chance.choice(files_of(directory / "2"))
+    how = HARMS[seed % len(HARMS)]
+    harm(path, how, chance)
+    step, back = restored(directory, states[1])
+    assert_equal(back, states[step])
+    if path.name == "sums.txt" and how == "delete":
+        assert step == 2  # as a checkpoint of an older version
+        return
+    assert step == 1 and (directory / "2.damaged").exists()
+    name = re.escape(path.relative_to(directory / "2").as_posix())
+    assert re.search(rf"checkpoint of step 2 is damaged \(.*{name}.*\)", caplog.text), caplog.text
+    assert "Going on from step 1: 1 steps are lost" in caplog.text
+    again = Checkpoints(directory)
+    again.save(2, states[2], {})
+    step, back = restored(directory, states[1])
+    assert step == 2
+    assert_equal(back, states[2])
+
+
+@pytest.mark.parametrize("what", ["empty directory", "no state", "no about", "only sums"])
+def test_a_half_written_directory_falls_back(two, tmp_path, what):
+    directory, states = two
+    directory = shutil.copytree(directory, tmp_path / "checkpoints")
+    newest = directory / "2"
+    if what in ("no state", "no about"):
+        shutil.rmtree(newest / what.removeprefix("no "))
+    else:
+        kept = (newest / "sums.txt").read_bytes()
+        shutil.rmtree(newest)
+        newest.mkdir()
+        if what == "only sums":
+            (newest / "sums.txt").write_bytes(kept)
+    step, back = restored(directory, states[1])
+    assert step == 1
+    assert_equal(back, states[1])
+
+
+@pytest.mark.parametrize("how", ["delete", "truncate", "empty"])
+def test_damage_without_sums_is_found_where_orbax_finds_it(two, tmp_path, how):
+    """Checkpoints of older versions: every array file and description, damaged at once."""
+    directory, states = two
+    directory = shutil.copytree(directory, tmp_path / "checkpoints")
+    (directory / "2" / "sums.txt").unlink()
+    for path in files_of(directory / "2" / "state"):
+        harm(path, how, random.Random(0))
+    step, back = restored(directory, states[1])
+    assert step == 1
+    assert_equal(back, states[1])
+
+
+def test_a_checkpoint_without_sums_is_read(two, tmp_path):
+    directory, states = two
+    directory = shutil.copytree(directory, tmp_path / "checkpoints")
+    (directory / "2" / "sums.txt").unlink()
+    step, back = restored(directory, states[1])
+    assert step == 2
+    assert_equal(back, states[2])
+
+
+def test_all_damaged_is_an_error_that_lists_each(two, tmp_path):
+    directory, states = two
+    directory = shutil.copytree(directory, tmp_path / "checkpoints")
+    for step in ("1", "2"):
+        harm(directory / step / "state" / "_METADATA", "flip", random.Random(0))
+    with pytest.raises(ValueError, match="step 2: state/_METADATA has.*step 1: state/_METADATA"):
+        restored(directory, states[1])
+    assert sorted(path.name for path in directory.iterdir()) == ["1", "2"]
+
+
+def test_no_checkpoint_at_all_is_none(tmp_path):
+    assert restored(tmp_path, state()) is None
+
+
+def test_a_state_with_a_problem_is_damage(two, tmp_path, caplog):
+    directory, states = two
+    directory = shutil.copytree(directory, tmp_path / "checkpoints")
+    step, _ = restored(
+        directory, states[1], problem=lambda s: "w is odd" if s["w"][0] == 1.0 else ""
+    )
+    assert step == 1 and "step 2 is damaged (w is odd)" in caplog.text
+
+
+def test_another_architecture_names_the_first_leaves_and_counts_the_rest(two, tmp_path):
+    directory, _ = two
+    directory = shutil.copytree(directory, tmp_path / "checkpoints")
+    wanted = {"w": jnp.ones((9,)), "n": jnp.int32(3)} | {f"x{i}": jnp.ones(2) for i in range(6)}
+    with pytest.raises(ValueError) as error:
+        restored(directory, wanted)
+    message = str(error.value)
+    assert "step 2" in message and "another architecture" in message
+    assert "h: (2, 2) there, (absent) now" in message and "w: (8,) there, (9,) now" in message
+    assert "x2: (absent) there, (2,) now" in message and "and 3 more" in message
+    assert (directory / "2").exists()
 
 
 FULL_DISK = """

@@ -1,0 +1,95 @@
+"""The smallest task there is, and what a run of it leaves."""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from safetensors.numpy import load_file
+
+from ldm_jax.runtime.logging import read_metrics
+
+
+class Crash(Exception):
+    """What a test raises in the middle of a run."""
+
+
+class Task:
+    """Least squares with a model of four parameters."""
+
+    ema_networks, frozen, loaded = ("net",), {}, {}
+    held_out = {"loss": 1.0}
+
+    def init(self, key, loaded):
+        return {"net": {"w": jax.random.normal(key, (3,)), "b": jnp.zeros(())}}
+
+    def phase(self, step):
+        return None
+
+    def gradients(self, params, frozen, batch, key, phase):
+        def loss(params):
+            noise = 0.1 * jax.random.normal(key, batch["x"].shape[:1])
+            net = params["net"]
+            return jnp.mean(jnp.square(batch["x"] @ net["w"] + net["b"] - 1.0 - noise))
+
+        value, grads = jax.value_and_grad(loss)(params)
+        return grads, {"loss": value}
+
+    def batches(self, start):
+        step = start
+        while True:
+            self.before(step)
+            yield step, {"x": np.random.default_rng(step).normal(size=(8, 3)).astype(np.float32)}
+            step += 1
+
+    def summary(self):
+        pass
+
+    def first_batch_picture(self, start):
+        return np.zeros((4, 4, 3), np.uint8)
+
+    def before(self, step):
+        """What a test wants to happen when a batch is read."""
+
+    def evaluate(self, ema):
+        return self.held_out
+
+    def preview(self, ema):
+        return np.zeros((4, 4, 3), np.uint8)
+
+    def export(self, ema):
+        return {"task": "least squares"}, ema
+
+
+def a_config(**changes):
+    config = ml_collections.ConfigDict()
+    config.task, config.seed = "least squares", 0
+    config.optimizer = dict(
+        name="adamw", lr=0.1, schedule="constant", lr_end=0.0, warmup=0, b1=0.9, b2=0.99,
+        weight_decay=0.0, clip=0.0, multipliers=(),
+    )  # fmt: skip
+    config.train = dict(
+        steps=30, batch_size=8, ema_decay=0.9, log_every=5, checkpoint_every=10, preview_every=30,
+        keep=2,
+    )  # fmt: skip
+    config.mesh = dict(data=-1, fsdp=1)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def steps(count, **changes):
+    return a_config(**{"train.steps": count, **changes})
+
+
+def model(workdir):
+    return {
+        name: value.tolist() for name, value in load_file(workdir / "model.safetensors").items()
+    }
+
+
+def reports(workdir, kind="train"):
+    timing = ("images_per_second", "data_wait")
+    return [
+        {name: value for name, value in line.items() if name not in timing}
+        for line in read_metrics(workdir)
+        if line["kind"] == kind
+    ]
