@@ -1,6 +1,7 @@
 """Measures a model on the data it was made for: python evaluate.py --model=runs/txt2img."""
 
 import json
+import os
 from pathlib import Path
 
 from absl import flags
@@ -22,11 +23,12 @@ OUT = flags.DEFINE_string("out", "", "Directory for metrics.json and a grid of t
 
 def main():
     use_compile_cache()
-    asked = (MODEL, SOURCE, PATH, COUNT, GUIDANCE, STEPS, SEED)
-    metrics, images = evaluate(*(flag.value for flag in asked))
+    model, path = os.path.expanduser(MODEL.value), os.path.expanduser(PATH.value)
+    numbers = (flag.value for flag in (COUNT, GUIDANCE, STEPS, SEED))
+    metrics, images = evaluate(model, SOURCE.value, path, *numbers)
     print(json.dumps(metrics, indent=2))
     if OUT.value:
-        out = Path(OUT.value)
+        out = Path(OUT.value).expanduser()
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         if images is not None:

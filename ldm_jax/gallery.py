@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,29 @@ from tqdm import tqdm
 
 from ldm_jax.data.images import composite, read_image
 from ldm_jax.diffusion.editing import slerp
-from ldm_jax.pictures import image_grid, save_png, split_depth, to_uint8
+from ldm_jax.first_stage import FirstStage
+from ldm_jax.inputs import label_name, parts
+from ldm_jax.loading import load
+from ldm_jax.pictures import centre, fit_picture, image_grid, save_png, split_depth, to_uint8
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.version import __version__
 
+log = logging.getLogger(__name__)
+
 LONG_RUN = 3000  # pictures × steps from which on a progress bar is worth more than what it costs
 FRAME_MS = 80  # of an animated interpolation
+
+
+def load_drawing(path: str, dtype: str = "float32") -> Pipeline:
+    """As `load`, of a model that draws; raises ValueError, too, for an autoencoder alone."""
+    pipe = load(path, dtype)
+    if isinstance(pipe, FirstStage):
+        raise ValueError(
+            f"{path} holds an autoencoder alone, which draws nothing by itself: train a model on "
+            f"its latents (train.py --config=configs/txt2img.py --config.first_stage={path} "
+            "--workdir=RUN) and draw with that one (--model=RUN)"
+        )
+    return pipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,21 +46,51 @@ class Edit:
     `mask` is a black and white file, white where to draw anew; `outpaint` grows the picture by
     pixels (left, top, right, bottom) and draws those. With `source`, a prompt that describes the
     picture, it is inverted to noise first and drawn from there, without guidance unless asked for.
+    `fit`, of `pictures.FITS`, is what happens to a picture, outpainted or not, whose sides are no
+    multiples of what the model draws; after "pad", the result has the size asked for again.
     """
 
     image: str
     mask: str = ""
     outpaint: tuple[int, ...] = ()
     source: str = ""
+    fit: str = "crop"
 
-    def arguments(self, pipe: Pipeline, steps: int) -> dict[str, Any]:
-        """What to hand to `pipe`; raises ValueError for files that do not fit."""
-        image = composite(read_image(self.image), (255, 255, 255))
+    def arguments(self, pipe: Pipeline, steps: int) -> tuple[dict[str, Any], tuple[int, int]]:
+        """What to hand to `pipe`, and the size (height, width) to cut the result to.
+
+        Raises:
+          ValueError: files that do not belong together, or cannot be fitted.
+        """
+        if self.source and (self.mask or self.outpaint):
+            raise ValueError("a picture is inverted (--source) whole: no mask, no outpainting")
+        image, mask = self._read()
+        asked, given = image.shape[:2], image
+        image = fit_picture(image, pipe.multiple, self.fit)
+        size = asked if self.fit == "pad" else image.shape[:2]
+        if image.shape != given.shape:
+            sizes = [f"{height}×{width}" for height, width in (asked, image.shape[:2])]
+            log.info(
+                "%s: %s (height×width) becomes %s, multiples of %d, by fit=%s",
+                self.image, *sizes, pipe.multiple, self.fit,
+            )  # fmt: skip
         if self.source:
-            if self.mask or self.outpaint:
-                raise ValueError("a picture is inverted (--source) whole: no mask, no outpainting")
-            return {"latents": pipe.invert(image, self.source, steps)}
+            made = pipe.invert(image, self.source, steps)
+            return {"latents": made, "height": image.shape[0], "width": image.shape[1]}, size
+        if mask is None:
+            return {"image": image}, size
+        mask = fit_picture(mask, pipe.multiple, self.fit, binary=True)
+        return {"image": image, "mask": mask}, size
+
+    def _read(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """The picture and its mask, both grown by `outpaint`."""
+        image = composite(read_image(self.image), (255, 255, 255))
         mask = read_image(self.mask)[..., 0] if self.mask else None
+        if mask is not None and mask.shape != image.shape[:2]:
+            raise ValueError(
+                f"{self.mask} is {mask.shape[0]}×{mask.shape[1]} (height×width): a mask is as "
+                f"large as its picture, {image.shape[0]}×{image.shape[1]}"
+            )
         if self.outpaint:
             if len(self.outpaint) != 4 or min(self.outpaint) < 0:
                 raise ValueError(
@@ -54,7 +102,7 @@ class Edit:
             mask = np.zeros(image.shape[:2], np.uint8) if mask is None else mask
             mask = np.pad(mask, border, constant_values=255)
             image = np.pad(image, (*border, (0, 0)), mode="edge")
-        return {"image": image} if mask is None else {"image": image, "mask": mask}
+        return image, mask
 
 
 def draw(
@@ -72,8 +120,8 @@ def draw(
 ) -> Path:
     """Draws `settings["n"]` pictures of each prompt into the directory `out`; returns its grid.
 
-    Without prompts: of each of `settings["labels"]`, or of nothing, as the model is. Pictures with
-    depth (LDM3D) leave it beside them as a PNG of 16 bits.
+    Without prompts: of each of `settings["labels"]`, numbers or names of classes, or of nothing, as
+    the model is. Pictures with depth (LDM3D) leave it beside them as a PNG of 16 bits.
 
     Every PNG's text chunk "ldm_jax" and `settings.json` hold what is needed to make it again.
     `settings` are arguments of `Pipeline.__call__`; `weak_pipe` that of autoguidance, from the
@@ -85,8 +133,9 @@ def draw(
     if settings.get("guidance") is None:
         inverted = edit is not None and edit.source
         settings = settings | {"guidance": 1.0 if inverted else pipe.config["sampling"]["guidance"]}
-    names = prompts or [f"label {label}" for label in settings.get("labels") or ()] or ["sample"]
-    arguments = {} if edit is None else edit.arguments(pipe, settings["steps"])
+    labels = [label_name(label, pipe.classes) for label in settings.get("labels") or ()]
+    names = prompts or labels or ["sample"]
+    arguments, size = ({}, None) if edit is None else edit.arguments(pipe, settings["steps"])
     if interpolate:
         if len(names) != 1 or edit is not None:
             raise ValueError("interpolation draws one prompt from noise")
@@ -99,38 +148,45 @@ def draw(
     if edit is not None and edit.source and len(names) * settings["n"] != 1:
         raise ValueError("an inverted picture (--source) is drawn once, with one prompt")
     count = settings["n"] if settings["compose"] else len(names) * settings["n"]
-    watch = _Watch(settings["steps"], previews, bar=count * settings["steps"] >= LONG_RUN)
+    batches = len(parts(count, settings.get("batch"))) if count > 0 else 1
+    bar = count * settings["steps"] >= LONG_RUN
+    watch = _Watch(settings["steps"], batches, previews, bar)
+    own = {name: value for name, value in settings.items() if value is not None}
     with watch:
-        made = pipe(
-            prompts or None, **settings, **arguments, weak=weak_pipe, progress=watch.callback
-        )
+        made = pipe(prompts or None, **arguments | own, weak=weak_pipe, progress=watch.callback)
+    made = made if size is None else centre(made, size, axis=1)
     images, depth = split_depth(made) if made.shape[-1] == 6 else (to_uint8(made), None)
 
     about = {"model": model or "shipped", "version": __version__, **settings}
     about |= {} if edit is None else {"edit": dataclasses.asdict(edit)}
     about |= {"weak": weak} if weak else {}
     about |= {"interpolate": interpolate} if interpolate else {}
+    asked = {"prompts": prompts} | ({"classes": labels} if labels else {})
     names = [" AND ".join(names)] if settings["compose"] else names
     for i, image in enumerate(images):
         prompt = names[i // settings["n"]]
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
-        name = f"{i:04d}-{slug}"
+        slug = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40]
+        name = f"{i:04d}-{slug}".rstrip("-")
         save_png(out / f"{name}.png", image, about | {"prompt": prompt, "index": i})
         if depth is not None:
             save_png(out / f"{name}-depth.png", depth[i], about | {"prompt": prompt, "index": i})
     columns = settings["n"] if len(names) > 1 and settings["n"] > 1 else min(len(images), 8)
     grid = out / "grid.png"
-    save_png(grid, image_grid(images, columns), about | {"prompts": prompts})
+    save_png(grid, image_grid(images, columns), about | asked)
     if interpolate:
         frames = [Image.fromarray(image) for image in images]
         frames = frames + frames[-2:0:-1]  # there and back
         path = out / "interpolation.gif"
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
     if watch.seen:  # an edit of strength 0 runs no step
-        columns = [to_uint8(pipe.decode(x0)[..., :3]) for _, x0 in sorted(watch.seen.items())]
-        rows = np.stack(columns, axis=1).reshape(-1, *images.shape[1:])
-        save_png(out / "previews.png", image_grid(rows, len(columns)), about | {"prompts": prompts})
-    (out / "settings.json").write_text(json.dumps(about | {"prompts": prompts}, indent=2) + "\n")
+        columns = [
+            np.concatenate([to_uint8(pipe.decode(x0)[..., :3]) for x0 in watch.seen[step]])[:count]
+            for step in sorted(watch.seen)
+        ]
+        rows = np.stack([centre(column, images.shape[1:3], axis=1) for column in columns], axis=1)
+        rows = rows.reshape(-1, *images.shape[1:])
+        save_png(out / "previews.png", image_grid(rows, len(columns)), about | asked)
+    (out / "settings.json").write_text(json.dumps(about | asked, indent=2) + "\n")
     return grid
 
 
@@ -141,14 +197,16 @@ class _Watch:
     run compiling is what would take the time, so `callback` is None unless there is a reason.
     """
 
-    def __init__(self, steps: int, previews: int, bar: bool):
-        self.steps, self.bar = steps, bar
+    def __init__(self, steps: int, batches: int, previews: int, bar: bool):
+        self.steps, self.batches, self.bar = steps, batches, bar
         self.wanted = set(np.linspace(1, steps, min(previews, steps)).round().astype(int).tolist())
-        self.seen: dict[int, np.ndarray] = {}
+        self.seen: dict[int, list[np.ndarray]] = {}  # of each batch
+        self.reports: dict[int, int] = {}
         self.callback = self._report if bar or previews else None
 
     def __enter__(self) -> "_Watch":
-        self.tqdm = tqdm(total=self.steps, unit="step", dynamic_ncols=True, disable=not self.bar)
+        total = self.steps * self.batches
+        self.tqdm = tqdm(total=total, unit="step", dynamic_ncols=True, disable=not self.bar)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -157,6 +215,9 @@ class _Watch:
         self.tqdm.close()
 
     def _report(self, done, x0) -> None:
-        self.tqdm.update(int(done) - self.tqdm.n)
-        if int(done) in self.wanted:
-            self.seen[int(done)] = np.asarray(x0)
+        done = int(done)
+        before = self.reports.get(done, 0)  # batches that have come as far
+        self.reports[done] = before + 1
+        self.tqdm.update(before * self.steps + done - self.tqdm.n)
+        if done in self.wanted:
+            self.seen.setdefault(done, []).append(np.asarray(x0))

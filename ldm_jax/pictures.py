@@ -1,6 +1,8 @@
 """Between arrays and picture files: ranges, contact sheets, PNGs that remember their settings."""
 
+import itertools
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image, PngImagePlugin
+
+FITS = ("crop", "pad", "resize")
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -43,7 +47,7 @@ def as_images(images: Any, count: int | None = None) -> np.ndarray:
         images = images[None]
     if images.ndim != 4:
         raise ValueError(f"image of shape {images.shape}: expected (H, W, C) or (B, H, W, C)")
-    if images.min() < 0.0 or images.max() > 1.0:
+    if not (images.min() >= 0.0 and images.max() <= 1.0):  # NaN is neither
         raise ValueError(
             f"image values {images.min():g} … {images.max():g}: expected uint8, or float in 0 … 1"
         )
@@ -71,7 +75,69 @@ def as_mask(mask: Any, size: tuple[int, int], count: int) -> np.ndarray:
 def _each(arrays: np.ndarray, count: int, name: str) -> np.ndarray:
     if len(arrays) not in (1, count):
         raise ValueError(f"{len(arrays)} of {name} for {count} pictures: give one, or one for each")
-    return np.repeat(arrays, count // len(arrays), axis=0)
+    return np.broadcast_to(arrays, (count, *arrays.shape[1:]))
+
+
+def multiples_beside(side: int, multiple: int) -> tuple[int, ...]:
+    """The multiples next to a length: itself, or the one below, if that is not 0, and above."""
+    below = max(side, 0) // multiple * multiple
+    beside = (side,) if below == side else (below, below + multiple)
+    return tuple(value for value in beside if value > 0) or (multiple,)
+
+
+def fitted_size(size: tuple[int, int], multiple: int, fit: str) -> tuple[int, int]:
+    """(height, width) in multiples of `multiple` that a picture of `size` gets by `fit_picture`.
+
+    Raises:
+      ValueError: an unknown `fit`, or a picture too small to be cropped.
+    """
+    if fit not in FITS:
+        raise ValueError(f"fit={fit!r}: choose one of {', '.join(FITS)}")
+    if fit == "crop" and min(size) < multiple:
+        raise ValueError(
+            f"a picture of {size[0]}×{size[1]} (height×width) cannot be cropped to multiples of "
+            f"{multiple} pixels; use fit=pad or fit=resize"
+        )
+    beside = [multiples_beside(side, multiple) for side in size]
+    if fit != "resize":
+        return tuple(sides[0 if fit == "crop" else -1] for sides in beside)
+
+    def distortion(sides: tuple[int, int]) -> tuple[float, float]:
+        high, wide = (math.log(new / old) for new, old in zip(sides, size, strict=True))
+        return round(abs(high - wide), 6), abs(high + wide)
+
+    return min(itertools.product(*beside), key=distortion)
+
+
+def fit_picture(image: np.ndarray, multiple: int, fit: str, binary: bool = False) -> np.ndarray:
+    """uint8 (H, W) or (H, W, C) whose sides become multiples of `multiple`, if they are not.
+
+    Args:
+      fit: "crop" cuts the edges off, evenly, to the next smaller multiples; "pad" repeats the edges
+        up to the next larger ones, and `centre` of the old size undoes it; "resize" scales to that
+        pair of neighbouring multiples which keeps the proportions best.
+      binary: a mask: "resize" takes the nearest pixel.
+
+    Raises:
+      ValueError: as `fitted_size`.
+    """
+    size = image.shape[:2]
+    sides = fitted_size(size, multiple, fit)
+    if fit == "crop" or sides == size:
+        return centre(image, sides)
+    if fit == "pad":
+        extra = [new - old for new, old in zip(sides, size, strict=True)]
+        border = [(e // 2, e - e // 2) for e in extra] + [(0, 0)] * (image.ndim - 2)
+        return np.pad(image, border, mode="edge")
+    how = Image.Resampling.NEAREST if binary else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(image).resize(sides[::-1], how))
+
+
+def centre(images: np.ndarray, size: tuple[int, int], axis: int = 0) -> np.ndarray:
+    """The middle of `size` (height, width), which lie along `axis` and the one after it."""
+    starts = [(images.shape[axis + i] - side) // 2 for i, side in enumerate(size)]
+    rows, columns = (slice(at, at + side) for at, side in zip(starts, size, strict=True))
+    return images[(*[slice(None)] * axis, rows, columns)]
 
 
 def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
@@ -85,7 +151,8 @@ def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray, settings: dict | None = None) -> None:
-    """Writes uint8 (H, W, 3) or uint16 (H, W); `settings` go into the text chunk "ldm_jax"."""
+    """Writes uint8 (H, W, 3 or 1) or uint16 (H, W); `settings` go into the text chunk "ldm_jax"."""
+    image = image[..., 0] if image.shape[-1] == 1 else image
     text = PngImagePlugin.PngInfo()
     if settings is not None:
         text.add_text("ldm_jax", json.dumps(settings))

@@ -1,15 +1,17 @@
-"""Prompts to tokens: BERT's WordPiece, CLIP's byte pairs, and SentencePiece.
+"""Prompts to tokens: BERT's WordPiece, CLIP's byte pairs, SentencePiece, and folders of others.
 
-Each works over a vocabulary that ships or over the user's own file. The package `tokenizers` does
-the work; importing it by way of `transformers` would cost every start of the program another
-second.
+The first three work over a vocabulary that ships or over the user's own file. The package
+`tokenizers` does the work; importing it by way of `transformers` would cost every start of the
+program another second. `transformers` is imported for a folder alone (`FolderTokenizer`).
 """
 
 import dataclasses
 import functools
 import gzip
 import itertools
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import (
@@ -60,6 +62,12 @@ def cut(prompt: str, encoding: Encoding, max_length: int) -> str:
     if len(encoding.ids) <= max_length:
         return ""
     return prompt[encoding.offsets[max_length - 1][0] :]
+
+
+def unsaid(prompt: str, ids: list[int], offsets: list[tuple[int, int]], unknown: int) -> list[str]:
+    """The words of the prompt whose id is `unknown`, in their order."""
+    words = [prompt[slice(*at)] for i, at in zip(ids, offsets, strict=True) if i == unknown]
+    return [word for word in words if word]
 
 
 @functools.cache
@@ -125,6 +133,11 @@ class WordPiece:
         """The end of the prompt that does not fit, as the user wrote it; "" if all does."""
         return cut(prompt, self._tokenizer.encode(prompt), self.max_length)
 
+    def unknown(self, prompt: str) -> list[str]:
+        """The words that become [UNK], as the user wrote them, each as often as it stands there."""
+        encoding = self._tokenizer.encode(prompt)
+        return unsaid(prompt, encoding.ids, encoding.offsets, self._tokenizer.token_to_id("[UNK]"))
+
 
 @dataclasses.dataclass(frozen=True)
 class BytePair:
@@ -171,6 +184,10 @@ class BytePair:
     def overflow(self, prompt: str) -> str:
         """The end of the prompt that does not fit, as the user wrote it; "" if all does."""
         return cut(prompt, self._tokenizer.encode(prompt), self.max_length)
+
+    def unknown(self, prompt: str) -> list[str]:
+        """None, as every byte has a piece."""
+        return []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,3 +236,117 @@ class SentencePiece:
         """The end of the prompt that does not fit, normalised; "" if all does."""
         ids = self._ids(prompt)
         return "" if len(ids) <= self.max_length else self._model.decode(ids[self.max_length - 1 :])
+
+    def unknown(self, prompt: str) -> list[str]:
+        """Runs of letters that become the unknown piece, normalised."""
+        ids = self._model.encode(prompt.lower())
+        pieces = self._model.encode(prompt.lower(), out_type=str)
+        unknown = self._model.unk_id()
+        runs = [piece for piece, i in zip(pieces, ids, strict=True) if i == unknown]
+        return [run.replace("\u2581", " ").strip() for run in runs]
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderTokenizer:
+    """The tokenizer in a folder that others wrote, of any class that `transformers` reads.
+
+    Ids are those of its `padding="max_length", truncation=True`: the folder says which tokens stand
+    at both ends and which pads. Nothing is downloaded, and no code of the folder runs.
+
+    Raises:
+      ValueError: `vocabulary` is no folder that `transformers` can read, or declares no padding.
+    """
+
+    vocabulary: str
+    max_length: int = 77
+
+    @functools.cached_property
+    def _tokenizer(self):
+        if not Path(self.vocabulary).is_dir():
+            raise ValueError(f"vocabulary {self.vocabulary!r}: there is no such folder")
+        # It would say at every start that PyTorch is missing.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        from transformers import AutoTokenizer  # takes two seconds
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.vocabulary, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # of any kind, from a damaged file
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(
+                f"{self.vocabulary}: transformers cannot read this tokenizer: {reason[0]}"
+            ) from error
+        if tokenizer.pad_token is None:
+            raise ValueError(
+                f"{self.vocabulary} declares no padding token, with which prompts are filled up to "
+                f"{self.max_length}: name one as pad_token in its tokenizer_config.json"
+            )
+        return tokenizer
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return 1 + max(self._tokenizer.get_vocab().values())
+
+    def __call__(self, prompts: list[str]) -> np.ndarray:
+        """Tokens int32 (B, max_length). What does not fit is cut: see `overflow`."""
+        if not prompts:
+            return np.zeros((0, self.max_length), np.int32)
+        limits = dict(padding="max_length", truncation=True, max_length=self.max_length)
+        return np.array(self._tokenizer(list(prompts), **limits)["input_ids"], np.int32)
+
+    def overflow(self, prompt: str) -> str:
+        """The part of the prompt that does not fit, as the user wrote it; "" if all does.
+
+        Tokenizers that are not of the package `tokenizers` give it as they spell it.
+        """
+        tokenizer = self._tokenizer
+        limits = dict(truncation=True, max_length=self.max_length, return_overflowing_tokens=True)
+        if not tokenizer.is_fast:
+            return tokenizer.decode(tokenizer(prompt, **limits).get("overflowing_tokens", []))
+        parts = tokenizer(prompt, **limits, return_offsets_mapping=True)["offset_mapping"]
+        _, *lost = [[at for at in offsets if at[1] > at[0]] for offsets in parts]
+        places = [at for part in lost for at in part]
+        if not places:
+            return ""
+        start, end = min(place[0] for place in places), max(place[1] for place in places)
+        return prompt[:end] if tokenizer.truncation_side == "left" else prompt[start:]
+
+    def unknown(self, prompt: str) -> list[str]:
+        """The words, or pieces of them, that become the unknown token; none where there is none."""
+        tokenizer = self._tokenizer
+        unknown = tokenizer.unk_token_id
+        if unknown is None:
+            return []
+        if not tokenizer.is_fast:
+            pieces = tokenizer.tokenize(prompt)
+            ids = tokenizer.convert_tokens_to_ids(pieces)
+            return [piece for piece, i in zip(pieces, ids, strict=True) if i == unknown]
+        found = tokenizer(prompt, return_offsets_mapping=True, verbose=False)
+        return unsaid(prompt, found["input_ids"], found["offset_mapping"], unknown)
+
+
+TOKENIZERS = {
+    "word_piece": WordPiece,
+    "byte_pair": BytePair,
+    "sentencepiece": SentencePiece,
+    "folder": FolderTokenizer,
+}
+
+
+def make_tokenizer(
+    section: dict[str, Any], max_length: int
+) -> WordPiece | BytePair | SentencePiece | FolderTokenizer:
+    """The tokenizer of a section `conditioning.<name>` of kind "text" or "clip".
+
+    Its key `tokenizer` chooses one of `TOKENIZERS`; by default BERT's for "text", else CLIP's.
+
+    Raises:
+      ValueError: an unknown `tokenizer`.
+    """
+    kind = section.get("tokenizer", "word_piece" if section["kind"] == "text" else "byte_pair")
+    if kind not in TOKENIZERS:
+        raise ValueError(f"tokenizer={kind!r}: choose one of {', '.join(TOKENIZERS)}")
+    padding = {"padding": section.get("padding", "end")} if kind == "byte_pair" else {}
+    return TOKENIZERS[kind](section["vocabulary"], max_length, **padding)

@@ -59,7 +59,7 @@ def edits(pipe: ldm_jax.Pipeline) -> None:
     animals = ["smiling cat with heart-eyes", "tiger face", "monkey face", "fox", "dog face"]
     path = "cat.png"
     save_png(path, cat)
-    inverted = Edit(path, source="cat face").arguments(pipe, 50)
+    inverted, _ = Edit(path, source="cat face").arguments(pipe, 50)
     Path(path).unlink()
     ends = [pipe.noise(seed)[0] for seed in (4, 5)]
     between = np.asarray(slerp(*ends, np.linspace(0.0, 1.0, 7)))

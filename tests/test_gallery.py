@@ -1,15 +1,17 @@
 """What `sample.py` writes for every edit, on the shipped model."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import ldm_jax
 from ldm_jax.data.sources import EmojiSource
-from ldm_jax.gallery import Edit, draw
-from ldm_jax.pictures import to_uint8
+from ldm_jax.gallery import Edit, draw, load_drawing
+from ldm_jax.pictures import centre, fit_picture, fitted_size, to_uint8
 
 SETTINGS = dict(n=1, steps=4, seed=3, guidance=None, compose=None, height=None, width=None)
 
@@ -86,32 +88,130 @@ def test_a_source_prompt_inverts_the_picture_first(pipe, picture, tmp_path):
 
 @pytest.mark.parametrize("edit, more, message", [
     (Edit("{}", outpaint=(1, 2)), {}, "outpaint 1,2: give pixels to add at left,top,right,bottom"),
-    (Edit("{}", outpaint=(5, 0, 0, 0)), {}, "width=69: this model draws multiples of 16"),
+    (Edit("{}", fit="squash"), {}, "fit='squash': choose one of crop, pad, resize"),
     (Edit("{}", mask="{}", source="cat"), {}, r"inverted \(--source\) whole: no mask"),
     (Edit("{}", mask="{}"), {}, "must be binary, 0 to keep and 1"),
     (Edit("{}"), {"interpolate": 3}, "interpolation draws one prompt from noise"),
 ])  # fmt: skip
 def test_edits_that_make_no_sense_are_refused(pipe, picture, tmp_path, edit, more, message):
-    edit = Edit(picture, edit.mask and picture, edit.outpaint, edit.source)
+    edit = dataclasses.replace(edit, image=picture, mask=edit.mask and picture)
     with pytest.raises(ValueError, match=message):
         draw(pipe, ["cat face"], SETTINGS, tmp_path / "out", edit=edit, **more)
     assert not (tmp_path / "out").exists()
 
 
 def test_depth_is_written_with_sixteen_bits(tmp_path):
-    """High byte 3, low byte 7: 775. One picture a label, named by it."""
-    made = np.zeros((2, 8, 8, 6), np.float32)
+    """High byte 3, low byte 7: 775. One picture a label, named by its class."""
+    made = np.zeros((3, 8, 8, 6), np.float32)
     made[..., 4], made[..., 5] = 3 / 255, 7 / 255
 
     class Six:
         config = {"sampling": {"guidance": 1.0}}
+        classes = ("tulip", "rose", "野菊")
 
         def __call__(self, prompt, **settings):
-            assert prompt is None and settings["labels"] == [1, 2]
+            assert prompt is None and settings["labels"] == ["rose", 2, 3]
             return made
 
-    settings = {"n": 1, "steps": 1, "seed": 0, "compose": None, "labels": [1, 2]}
+    settings = {"n": 1, "steps": 1, "seed": 0, "compose": None, "labels": ["rose", 2, 3]}
     draw(Six(), [], settings, tmp_path)
-    depth = read(tmp_path / "0001-label-2-depth.png")
+    depth = read(tmp_path / "0001-野菊-depth.png")
     assert depth.dtype == np.uint16 and (depth == 775).all()
-    assert read(tmp_path / "0001-label-2.png").shape == (8, 8, 3)
+    for name in ("0000-rose.png", "0001-野菊.png", "0002-label-3.png"):
+        assert read(tmp_path / name).shape == (8, 8, 3)
+    assert json.loads((tmp_path / "settings.json").read_text())["classes"][1] == "野菊"
+
+
+@pytest.mark.parametrize("fit, expected", [
+    ("crop", (64, 96)), ("pad", (80, 112)), ("resize", (80, 112)),
+])  # fmt: skip
+def test_a_picture_of_any_size_is_fitted_with_its_mask(pipe, tmp_path, fit, expected):
+    """70×101 pixels, of which the right half is drawn anew: as much of the left half comes back as
+    the model draws, and all of it, in its size, after padding."""
+    image = np.random.default_rng(0).integers(0, 256, (70, 101, 3), np.uint8)
+    mask = np.zeros((70, 101), np.uint8)
+    mask[:, 50:] = 255
+    for name, pixels in (("image", image), ("mask", mask)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    edit = Edit(str(tmp_path / "image.png"), str(tmp_path / "mask.png"), fit=fit)
+    given = edit.arguments(pipe, 4)[0]
+    assert given["image"].shape == (*expected, 3) and given["mask"].shape == expected
+    draw(pipe, ["rainbow"], SETTINGS, tmp_path / "out", edit=edit, previews=2)
+    drawn = read(tmp_path / "out" / "0000-rainbow.png")
+    before, kept = (image, mask) if fit == "pad" else (given["image"], given["mask"])
+    assert drawn.shape == before.shape
+    np.testing.assert_array_equal(drawn[kept == 0], before[kept == 0])
+    assert (drawn[kept > 0] != before[kept > 0]).mean() > 0.9
+    sheet = read(tmp_path / "out" / "previews.png")
+    assert sheet.shape == (before.shape[0], 2 * before.shape[1] + 2, 3)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 79), (70, 101), (33, 16), (7, 200)])
+@pytest.mark.parametrize("fit", ["crop", "pad", "resize"])
+def test_fitting_keeps_picture_and_mask_together(size, fit):
+    """Every pixel of this picture says where it lies, and so does every pixel of the mask."""
+    rows, columns = np.indices(size).astype(np.uint8)
+    picture = np.stack([rows, columns, 0 * rows], axis=-1)
+    if fit == "crop" and min(size) < 16:
+        with pytest.raises(ValueError, match="7×200 .* cannot be cropped to multiples of 16"):
+            fit_picture(picture, 16, fit)
+        return
+    fitted = fit_picture(picture, 16, fit)
+    assert not np.any(np.mod(fitted.shape[:2], 16)) and fitted.shape[:2] == fitted_size(
+        size, 16, fit
+    )
+    for channel, mask in enumerate((rows, columns)):
+        beside = fit_picture(mask, 16, fit, binary=True)
+        assert beside.shape == fitted.shape[:2]
+        error = np.abs(beside.astype(int) - fitted[..., channel])
+        assert error.max() <= (2 if fit == "resize" else 0)
+    if fit == "pad":
+        np.testing.assert_array_equal(centre(fitted, size), picture)
+
+
+def test_a_fitted_mask_stays_black_and_white():
+    mask = 255 * (np.indices((70, 101)).sum(axis=0) // 5 % 2).astype(np.uint8)
+    for fit in ("crop", "pad", "resize"):
+        assert np.unique(fit_picture(mask, 16, fit, binary=True)).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("fit, size, expected", [
+    ("crop", (70, 101), (64, 96)), ("crop", (64, 96), (64, 96)), ("pad", (70, 101), (80, 112)),
+    ("pad", (3, 64), (16, 64)), ("resize", (70, 70), (64, 64)), ("resize", (73, 73), (80, 80)),
+    ("resize", (3, 64), (16, 64)), ("resize", (100, 150), (96, 144)),
+    ("resize", (1000, 1500), (992, 1488)),
+])  # fmt: skip
+def test_sizes_that_pictures_are_fitted_to(fit, size, expected):
+    assert fitted_size(size, 16, fit) == expected
+
+
+def test_an_outpainted_picture_is_fitted_as_a_whole(pipe, picture, tmp_path):
+    edit = Edit(picture, outpaint=(5, 0, 0, 0), fit="pad")
+    draw(pipe, ["cat face"], SETTINGS, tmp_path, edit=edit)
+    wide = read(tmp_path / "0000-cat-face.png")
+    assert wide.shape == (64, 69, 3)
+    np.testing.assert_array_equal(wide[:, 5:], read(picture))
+
+
+def test_a_mask_of_another_size_is_refused_before_fitting(pipe, picture, tmp_path):
+    path = str(tmp_path / "mask.png")
+    Image.fromarray(np.zeros((70, 70), np.uint8)).save(path)
+    with pytest.raises(ValueError, match="mask.png is 70×70 .* as large as its picture, 64×64"):
+        draw(pipe, ["cat face"], SETTINGS, tmp_path / "out", edit=Edit(picture, path))
+
+
+def test_previews_and_pictures_do_not_depend_on_the_batch(pipe, tmp_path):
+    for name, batch in (("whole", None), ("parts", 2)):
+        settings = SETTINGS | {"n": 3, "batch": batch}
+        draw(pipe, ["rainbow"], settings, tmp_path / name, previews=2)
+    for name in ("previews.png", "0002-rainbow.png"):
+        whole, parts = (read(tmp_path / folder / name).astype(int) for folder in ("whole", "parts"))
+        assert whole.shape == parts.shape and np.abs(whole - parts).max() <= 2
+
+
+def test_an_autoencoder_draws_nothing(pipe, tmp_path):
+    path = str(tmp_path / "autoencoder.safetensors")
+    pipe.first_stage.save(path)
+    with pytest.raises(ValueError, match=r"holds an autoencoder alone.*config.first_stage=.*auto"):
+        load_drawing(path)
+    assert jax.tree.leaves(load_drawing("").params)

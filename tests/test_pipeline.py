@@ -9,7 +9,10 @@ import pytest
 
 import ldm_jax
 from ldm_jax.data.sources import EmojiSource
-from ldm_jax.pipeline import _generate
+from ldm_jax.inputs import label_index, label_name
+from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.pipeline import Pipeline, _generate
+from tests import tiny_models
 
 PICTURE = np.ones((64, 64, 3), np.float32)
 
@@ -179,7 +182,7 @@ def test_guidance_without_a_null_condition_is_refused(pipe):
 @pytest.mark.parametrize("arguments, message", [
     (dict(steps=0), "steps=0: this model takes 1 to 1000 steps"),
     (dict(sampler="magic"), "sampler 'magic': choose one of ddim"),
-    (dict(width=50), "width=50: this model draws multiples of 16 pixels"),
+    (dict(width=50), "width=50: this model draws multiples of 16 pixels, such as 48 or 64"),
     (dict(n=0), "at least one picture"),
     (dict(spacing="even"), "spacing 'even': for this schedule choose trailing"),
     (dict(sampler="unipc", eta=0.5), "sampler 'unipc' has no eta; its options: none"),
@@ -187,6 +190,8 @@ def test_guidance_without_a_null_condition_is_refused(pipe):
     (dict(image=PICTURE, strength=1.5), "strength=1.5: must lie in 0"),
     (dict(image=PICTURE, mask=np.ones((32, 64))), r"mask of shape \(32, 64\): expected 64×64"),
     (dict(image=PICTURE, mask=np.full((64, 64), 0.5)), "must be binary, 0 to keep and 1"),
+    (dict(height=0), "height=0: this model draws multiples of 16 pixels, such as 16$"),
+    (dict(batch=0), "batch=0: at least one picture must be drawn at a time"),
     (dict(image=PICTURE[:50]), "height=50: this model draws multiples of 16 pixels"),
     (dict(image=PICTURE, width=96), "height and width are the image's, 64 and 64"),
     (dict(image=2.0 * PICTURE), "image values 2 … 2: expected uint8, or float in 0 … 1"),
@@ -197,11 +202,108 @@ def test_guidance_without_a_null_condition_is_refused(pipe):
     (dict(guidance_rescale=2.0), "guidance rescale 2: must lie in 0…1"),
     (dict(threshold=1.5), "threshold percentile 1.5: must lie above 0"),
     (dict(compose=[1.0, 2.0]), "compose has 2 weights for 1 prompts"),
-    (dict(tile=20), "height=20: this model draws multiples of 16 pixels"),
+    (dict(tile=20), "tile=20: this model draws multiples of 16 pixels, such as 16 or 32"),
 ])  # fmt: skip
 def test_arguments_out_of_range_are_refused(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe("cat face", **arguments)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name, make, more", [
+    ("guidance", lambda x: x, {}),
+    ("guidance", lambda x: [2.0, x], dict(steps=2)),
+    ("guidance_interval", lambda x: (0.0, x), {}),
+    ("guidance_rescale", lambda x: x, {}),
+    ("threshold", lambda x: x, {}),
+    ("compose", lambda x: [x], {}),
+    ("eta", lambda x: x, {}),
+    ("churn", lambda x: x, dict(sampler="euler")),
+    ("strength", lambda x: x, dict(image=PICTURE)),
+    ("crop", lambda x: (x, 0), {}),
+    ("latents", lambda x: np.full((1, 8, 8, 16), x), {}),
+    ("depth", lambda x: np.full((1, 8, 8, 1), x), {}),
+])  # fmt: skip
+def test_numbers_that_are_not_finite_are_refused_by_name(pipe, name, make, more, value):
+    given = {name: make(value)}
+    if name in ("crop", "depth"):
+        given = {"sizes" if name == "crop" else "conditions": given}
+    with pytest.raises(ValueError, match=f"^{name}={value:g}: must be a finite number$"):
+        pipe("cat face", **given, **more)
+
+
+def test_pictures_and_scales_that_are_not_finite_are_refused(pipe):
+    with pytest.raises(ValueError, match="image values nan … nan: expected uint8"):
+        pipe("cat face", image=np.where(PICTURE > 0.0, np.nan, PICTURE))
+    with pytest.raises(ValueError, match="^scale=nan: must be a finite number"):
+        pipe.with_lora("none.safetensors", scale=float("nan"))
+    with pytest.raises(ValueError, match="^guidance='strong': must be a number"):
+        pipe("cat face", guidance="strong")
+    with pytest.raises(ValueError, match="^scales=inf: must be a finite number"):
+        pipe.with_scales(float("inf"))
+
+
+def test_a_batch_changes_no_picture(pipe, pictures):
+    """Whatever is given for each picture goes with it into its batch, the last of which is filled
+    up, so that one program draws all of them."""
+    prompts = ["cat face", "rainbow", "tulip"]
+    image = np.concatenate([pictures, pictures[:1, ::-1]])
+    mask = np.zeros((3, 64, 64), bool)
+    mask[0, 20:], mask[1, :, :30], mask[2, 30:40] = True, True, True
+    each = dict(image=image, mask=mask, latents=pipe.noise(5, 3), steps=4, guidance=2.0)
+    whole = pipe(prompts, "blue", **each)
+    before = _generate._cache_size()
+    parts = pipe(prompts, "blue", batch=2, **each)
+    assert _generate._cache_size() == before + 1 and parts.shape == whole.shape
+    np.testing.assert_allclose(parts, whole, atol=1e-3)
+    np.testing.assert_array_equal(pipe(prompts, "blue", batch=3, **each), whole)
+    np.testing.assert_array_equal(pipe(prompts, "blue", batch=64, **each), whole)
+    one_for_all = pipe("cat face", n=3, batch=2, image=image[0], steps=4, guidance=2.0)
+    alone = pipe("cat face", n=3, image=image[0], steps=4, guidance=2.0)
+    np.testing.assert_allclose(one_for_all, alone, atol=1e-3)
+
+
+def test_a_batch_composes_and_reports(pipe):
+    steps = []
+    drawn = pipe(["cat face", "rainbow"], compose=[1.0, 0.5], n=3, batch=2, steps=2,
+                 progress=lambda done, x0: steps.append((int(done), x0.shape[0])))  # fmt: skip
+    whole = pipe(["cat face", "rainbow"], compose=[1.0, 0.5], n=3, steps=2)
+    np.testing.assert_allclose(drawn, whole, atol=1e-3)
+    assert steps == [(1, 2), (2, 2)] * 2
+
+
+NAMES = ("tulip", "Rose", "3", "caf\u00e9")
+
+
+@pytest.mark.parametrize("label, index", [
+    (2, 2), (np.int32(1), 1), ("Rose", 1), ("0", 0), ("3", 2), ("cafe\u0301", 3), ("-1", -1),
+])  # fmt: skip
+def test_classes_have_names_and_numbers(label, index):
+    assert label_index(label, NAMES) == index
+    assert label_name(label, NAMES) == (NAMES[index] if index >= 0 else "label -1")
+
+
+@pytest.mark.parametrize("label, classes, message", [
+    ("rose", (), "label 'rose': this model has no class names, only numbers"),
+    ("rose", NAMES, "no class of that name; did you mean 'Rose'.; its classes are tulip, Rose, 3"),
+    ("xyz", NAMES, "no class of that name; its classes are tulip"),
+    ("class 7x", [f"class {i}" for i in range(99)], "; did you mean 'class 7[0-9]*' or [^;]*$"),
+    ("xyz", [f"class {i}" for i in range(99)], "; it has 99, such as class 0, class 1, class 2$"),
+])  # fmt: skip
+def test_an_unknown_class_is_refused_with_the_nearest(label, classes, message):
+    with pytest.raises(ValueError, match=message):
+        label_index(label, classes)
+
+
+def test_labels_are_drawn_by_name():
+    config = tiny_models.LABELS | {"classes": [f"flower {i}" for i in range(10)]}
+    model, params = LatentDiffusion.from_config(config), tiny_models.random_params(config)
+    pipe = Pipeline(model, params, config)
+    named = pipe(labels=["flower 3", 4], steps=2)
+    np.testing.assert_array_equal(named, pipe(labels=[3, "4"], steps=2))
+    np.testing.assert_array_equal(pipe(labels="flower 3", steps=2), pipe(labels=3, steps=2))
+    with pytest.raises(ValueError, match="did you mean 'flower 9' or"):
+        pipe(labels="flower9", steps=2)
 
 
 def test_dtype_is_checked_and_bfloat16_draws_nearly_the_same(four):

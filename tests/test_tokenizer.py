@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from ldm_jax import tokenizer
-from ldm_jax.tokenizer import BytePair
+from ldm_jax.tokenizer import BytePair, FolderTokenizer, SentencePiece, WordPiece, make_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "clip_tokens.json").read_text("utf-8"))
 ROWS = {row["prompt"]: row["ids"] for row in GOLDEN["prompts"]}
@@ -128,6 +131,34 @@ def test_unknown_names_list_the_known():
         BytePair(padding="none")
 
 
+@pytest.mark.parametrize("text, words", [
+    ("a red apple", []),
+    ("", []),
+    ("Red \U0001f9ad apple, \U0001f643!", ["\U0001f9ad", "\U0001f643"]),
+    ("\U0001f9ad\U0001f9ad", ["\U0001f9ad\U0001f9ad"]),
+    ("\U0001f9ad \U0001f9ad", ["\U0001f9ad", "\U0001f9ad"]),
+    ("\u1263\u120d sea", ["\u1263\u120d"]),  # Amharic
+])  # fmt: skip
+def test_words_that_bert_cannot_say(text, words):
+    assert WordPiece("bert", 24).unknown(text) == words
+
+
+def test_words_that_a_small_vocabulary_cannot_say():
+    assert WordPiece("emoji", 24).unknown("a red apple, Жук") == ["Жук"]
+    assert CLIP.unknown("\U0001f9ad \u1263\u120d") == []  # every byte has a piece
+    small = WordPiece("bert", 4)
+    assert small.unknown("cat cat cat \U0001f9ad") == ["\U0001f9ad"]  # beyond the length, too
+
+
+def test_a_hundred_thousand_captions_are_looked_through_in_seconds():
+    caption, tokenize = "a photograph of an astronaut riding a horse", WordPiece("bert", 24)
+    tokenize.unknown(caption)
+    start = time.process_time()
+    for i in range(2000):
+        tokenize.overflow(f"{caption} {i}"), tokenize.unknown(f"{caption} {i}")
+    assert time.process_time() - start < 1.2  # 0.10 on one core
+
+
 def test_takes_a_fraction_of_a_second():
     tokenizer.byte_pair_tokenizer.cache_clear()
     start = time.process_time()
@@ -165,6 +196,8 @@ def test_sentencepiece_is_lower_cased_ended_and_padded(japanese):
         expected = [*model.encode(prompt.lower()), model.eos_id()]
         assert row == expected + [model.piece_to_id("[PAD]")] * (24 - len(expected))
     assert tokenize.size == 33 and tokenize.overflow("猫の 油絵") == ""
+    assert tokenize.unknown("猫の 油絵") == []
+    assert tokenize.unknown("猫 \U0001f9ad\U0001f643 RED Ж") == ["\U0001f9ad\U0001f643", "ж"]
     short = tokenizer.SentencePiece(str(japanese), 4)
     assert short(["富士山 の 夕日"])[0, -1] == model.eos_id()
     assert "夕日" in short.overflow("富士山 の 夕日")
@@ -174,3 +207,107 @@ def test_a_missing_sentencepiece_model_is_named():
     pytest.importorskip("sentencepiece", reason="an optional extra")
     with pytest.raises(ValueError, match="vocabulary 'nowhere.model': neither one of"):
         tokenizer.SentencePiece("nowhere.model")(["a"])
+
+
+WORDS = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", "a", "red", "apple", "cat", "with", "hat"]
+
+
+def word_level():
+    built = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    built.normalizer, built.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    built.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
+    )
+    return built
+
+
+def unigram():
+    built = Tokenizer(models.Unigram([("[PAD]", 0.0), ("[UNK]", 0.0), ("[EOS]", 0.0)] + [
+        (piece, -float(i)) for i, piece in enumerate(
+            ["\u2581", "\u2581a", "\u2581red", "\u2581apple", "cat", "s", "w", "i", "t", "h"]
+        )
+    ], unk_id=1))  # fmt: skip
+    built.pre_tokenizer = pre_tokenizers.Metaspace()
+    built.post_processor = processors.TemplateProcessing(
+        single="$A [EOS]", special_tokens=[("[EOS]", 2)]
+    )
+    return built
+
+
+@pytest.fixture(scope="module", params=[word_level, unigram, "left"], ids=["words", "unigram", "l"])
+def folder(request, tmp_path_factory):
+    """A folder as transformers writes it, built here."""
+    from transformers import PreTrainedTokenizerFast
+
+    left = request.param == "left"
+    path = tmp_path_factory.mktemp("tokenizer")
+    sides = dict(padding_side="left", truncation_side="left") if left else {}
+    PreTrainedTokenizerFast(
+        tokenizer_object=(word_level if left else request.param)(),
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        **sides,
+    ).save_pretrained(path)
+    return path
+
+
+PROMPTS = ["a red apple", "", "A red zebra with a CAT, red red red cats", "\U0001f9ad"]
+
+
+def test_a_folder_gives_the_ids_of_transformers(folder):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    for length in (4, 77):
+        expected = theirs(PROMPTS, padding="max_length", truncation=True, max_length=length)
+        tokens = FolderTokenizer(str(folder), length)(PROMPTS)
+        assert tokens.dtype == np.int32 and tokens.tolist() == expected["input_ids"]
+    assert FolderTokenizer(str(folder))([]).shape == (0, 77)
+    assert FolderTokenizer(str(folder)).size == len(theirs)
+
+
+def test_a_folder_says_what_it_cuts_and_does_not_know(folder):
+    whole, short = FolderTokenizer(str(folder)), FolderTokenizer(str(folder), 5)
+    left = whole._tokenizer.truncation_side == "left"
+    words = "Whitespace" in (folder / "tokenizer.json").read_text()
+    prompt = "a red apple a red red"
+    kept, rest = len(short(["a red apple"])[0]) - (2 if words else 1), whole.overflow(prompt)
+    assert rest == "" and kept == (3 if words else 4)
+    lost = short.overflow(prompt)
+    assert lost.split() == (prompt.split()[:-kept] if left else prompt.split()[kept:])
+    assert whole.unknown("a red apple") == []
+    seal = whole.unknown("a \U0001f9ad red")
+    assert [word.strip() for word in seal] == ["\U0001f9ad"]
+
+
+def test_folders_that_cannot_be_read_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="vocabulary 'nowhere': there is no such folder"):
+        FolderTokenizer("nowhere")(["a"])
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=word_level()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="declares no padding token"):
+        FolderTokenizer(str(tmp_path))(["a"])
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=f"{tmp_path}: transformers cannot read this tokenizer"):
+        FolderTokenizer(str(tmp_path))(["a"])
+
+
+@pytest.mark.parametrize("section, expected", [
+    (dict(kind="text", vocabulary="bert"), WordPiece("bert", 9)),
+    (dict(kind="clip", vocabulary="clip"), BytePair("clip", 9, "end")),
+    (dict(kind="clip", vocabulary="clip", padding="zero"), BytePair("clip", 9, "zero")),
+    (dict(kind="clip", vocabulary="m", tokenizer="sentencepiece"), SentencePiece("m", 9)),
+    (dict(kind="text", vocabulary="d", tokenizer="folder"), FolderTokenizer("d", 9)),
+    (dict(kind="clip", vocabulary="d", tokenizer="folder"), FolderTokenizer("d", 9)),
+])  # fmt: skip
+def test_a_section_chooses_its_tokenizer(section, expected):
+    assert make_tokenizer(section, 9) == expected
+    with pytest.raises(ValueError, match="tokenizer='words': choose one of word_piece, byte_pair"):
+        make_tokenizer(section | dict(tokenizer="words"), 9)
+
+
+def test_transformers_is_imported_for_a_folder_alone():
+    code = "import sys, ldm_jax.tokenizer as t; t.BytePair()(['x']); t.WordPiece('bert', 9)(['x'])"
+    code += "; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -92,7 +92,7 @@ def sizes(*fields: str) -> dict[str, Any]:
 BERT = dict(width=32, depth=2, heads=8, head_dim=64, max_length=77)
 TEXT = {"text": dict(kind="text", vocabulary="bert", dropout=0.1, network=BERT)}
 CLASSES = dict(n_classes=1001, embed_dim=32)
-LABELS = {"class": dict(kind="class", null=1000, dropout=0.1, network=CLASSES)}
+LABELS = {"label": dict(kind="class", null=1000, dropout=0.1, network=CLASSES)}
 RESCALER = dict(kind="rescaler", n_stages=2, out_channels=3)
 SEGMENTATION = {"segmentation": array("concat", None, None, 182, network=RESCALER)}
 XL_GRID = dict(size=1024, guidance=5.0, grid=TRAILING, sampler="euler")

@@ -4,12 +4,18 @@ import json
 import shutil
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from ldm_jax.interop import diffusers
 from ldm_jax.interop.diffusers.components import Json
+from ldm_jax.interop.diffusers.tokenizers import (
+    read_tokenizer,
+    tokenizer_class,
+    write_tokenizer,
+)
 from ldm_jax.interop.diffusers.unets import unet_from, unet_to
 from ldm_jax.interop.fields import canonical_unet
-from ldm_jax.tokenizer import VOCABULARIES, BytePair
+from ldm_jax.tokenizer import VOCABULARIES, BytePair, FolderTokenizer
 from tests.interop.systems import edit, unet
 
 # The JSON of the published folders, where it says something about ours: key by key what the files
@@ -257,8 +263,7 @@ def test_a_vocabulary_of_ones_own(copied):
     tokenizer = folder / "tokenizer"
     lines = (tokenizer / "merges.txt").read_text().splitlines()[:101]
     (tokenizer / "merges.txt").write_text("\n".join(lines) + "\n")
-    with pytest.raises(ValueError, match="vocab.json: .* has id 49406, and 612 by the rule"):
-        diffusers.read(folder)
+    assert read_tokenizer(tokenizer, "CLIPTokenizer", 77)["tokenizer"] == "folder"
     ids = BytePair(str(tokenizer / "merges.txt"))._tokenizer.get_vocab()
     (tokenizer / "vocab.json").write_text(json.dumps(ids))
     section = diffusers.read(folder).config["conditioning"]["text"]
@@ -296,3 +301,56 @@ def test_rinnas_sentencepiece(copied):
     found = diffusers.read(folder)
     diffusers.write(folder / "again", found.config, found.params)
     assert (folder / "again" / "tokenizer" / "spiece.model").read_bytes() == b"not read here"
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A tokenizer of a class that is none of ours, as transformers writes it."""
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["[PAD]", "[UNK]", "[END]", "a", "red", "apple"]
+    built = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
+    built.pre_tokenizer = pre_tokenizers.Whitespace()
+    built.post_processor = processors.TemplateProcessing(
+        single="$A [END]", special_tokens=[("[END]", 2)]
+    )
+    folder = tmp_path / "tokenizer"
+    special = dict(unk_token="[UNK]", pad_token="[PAD]")
+    PreTrainedTokenizerFast(tokenizer_object=built, **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["clip", "text"])
+def test_a_tokenizer_of_another_class_is_read_by_transformers(words, kind, tmp_path):
+    from transformers import AutoTokenizer
+
+    section = read_tokenizer(words, "PreTrainedTokenizerFast", 8)
+    assert section == dict(tokenizer="folder", vocabulary=str(words))
+    tokens = FolderTokenizer(section["vocabulary"], 8)(["a red apple", "a pear"])
+    assert tokens.tolist() == [[3, 4, 5, 2, 0, 0, 0, 0], [3, 1, 2, 0, 0, 0, 0, 0]]
+    section |= dict(kind=kind)
+    assert tokenizer_class(section) == "PreTrainedTokenizerFast"
+    write_tokenizer(tmp_path / "again", section, 8)
+    again = AutoTokenizer.from_pretrained(str(tmp_path / "again"), local_files_only=True)
+    expected = again(["a red apple", "a pear"], padding="max_length", max_length=8)["input_ids"]
+    assert tokens.tolist() == expected
+
+
+@pytest.mark.parametrize("class_name", ["BertTokenizer", "T5TokenizerFast", "CLIPTokenizer"])
+def test_files_that_ours_cannot_express_are_read_by_transformers(words, class_name):
+    """Pieces without a vocab.txt or a spiece.model, and CLIP's with a padding of their own."""
+    if class_name == "CLIPTokenizer":
+        write_tokenizer(words / "clip", dict(kind="clip", vocabulary="clip"), 77)
+        words = words / "clip"
+        edit(words / "special_tokens_map.json", pad_token="a</w>")
+        edit(words / "tokenizer_config.json", pad_token="a</w>")
+    assert read_tokenizer(words, class_name, 8)["tokenizer"] == "folder"
+
+
+def test_a_tokenizer_that_nobody_can_read_is_refused(words):
+    (words / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{words}: transformers cannot read this tokenizer"):
+        read_tokenizer(words, "PreTrainedTokenizerFast", 8)
+    shutil.rmtree(words)
+    with pytest.raises(ValueError, match="tokenizer': there is no such folder"):
+        read_tokenizer(words, "PreTrainedTokenizerFast", 8)

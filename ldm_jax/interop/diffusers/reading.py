@@ -12,13 +12,13 @@ from ldm_jax.interop.diffusers.components import (
     load,
 )
 from ldm_jax.interop.diffusers.schedulers import SCHEDULERS, diffusion_from
-from ldm_jax.interop.diffusers.tokenizers import CLASSES, read_tokenizer
+from ldm_jax.interop.diffusers.tokenizers import read_tokenizer
 from ldm_jax.interop.diffusers.unets import UNETS, unet_from
 from ldm_jax.interop.diffusers.writing import ENCODER_OF, WEIGHTS, networks
 from ldm_jax.interop.families import array, concat_sections
 from ldm_jax.interop.files import open_shards
 from ldm_jax.interop.layout import Imported, read_params, slots
-from ldm_jax.tokenizer import BytePair, WordPiece
+from ldm_jax.tokenizer import make_tokenizer
 
 AUTOENCODERS = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "LDMBertModel")
@@ -30,8 +30,8 @@ KNOWN = {
     "text_encoder": ENCODERS[:2],
     "text_encoder_2": ENCODERS[:2],
     "bert": ENCODERS[2:],
-    "tokenizer": tuple(CLASSES),
-    "tokenizer_2": tuple(CLASSES),
+    "tokenizer": (),  # any: see `read_tokenizer`
+    "tokenizer_2": (),
     "scheduler": tuple(SCHEDULERS),
 }
 # Of no part in what a prompt becomes, or what the caller brings the result of.
@@ -58,7 +58,7 @@ class _Pipeline:
                     f"{self.path}: {name}={cls!r} is no component of a latent diffusion model that "
                     f"we know: {', '.join(KNOWN)}"
                 )
-            if cls not in KNOWN[name]:
+            if KNOWN[name] and cls not in KNOWN[name]:
                 raise ValueError(
                     f"{self.path}: {name} is of class {cls!r}: known are {', '.join(KNOWN[name])}"
                 )
@@ -89,8 +89,8 @@ def _clip(pipeline: _Pipeline, component: str, xl: bool) -> dict[str, Any]:
     network = clip_from(content, projection)
     tokens = component.replace("text_encoder", "tokenizer")
     section = dict(kind="clip", dropout=0.1) | pipeline.tokenizer(tokens, network["max_length"])
-    if "tokenizer" not in section:
-        _check_vocabulary(content, BytePair(section["vocabulary"]).size, network)
+    if section.get("tokenizer") != "sentencepiece":  # which is an extra
+        _check_vocabulary(content, make_tokenizer(section, network["max_length"]).size, network)
     if xl:
         network |= dict(layer="penultimate", final_norm=False)
         zeros = pipeline.options.get("force_zeros_for_empty_prompt", True)
@@ -103,7 +103,7 @@ def _bert(pipeline: _Pipeline) -> dict[str, Any]:
     network = bert_from(content)
     section = dict(kind="text", dropout=0.1)
     section |= pipeline.tokenizer("tokenizer", network["max_length"])
-    size = WordPiece(section["vocabulary"], network["max_length"]).size
+    size = make_tokenizer(section, network["max_length"]).size
     if size != network.pop("vocab_size"):
         raise ValueError(f"{content.path}: vocab_size is not {size}, the tokenizer's")
     return section | dict(network=network)

@@ -2,19 +2,31 @@
 
 A tokenizer whose pieces are those that ship is named after them ("clip", "bert"); of another, the
 section has the path of its file. transformers writes the pieces into files of their own (merges.txt
-and vocab.json, vocab.txt) or, since version 5, into tokenizer.json; either is read.
+and vocab.json, vocab.txt) or, since version 5, into tokenizer.json; either is read. A tokenizer of
+another class, or one that ours cannot be, is left to transformers: the section has its folder.
 """
 
 import gzip
 import itertools
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ldm_jax.interop.diffusers.components import Json, load
-from ldm_jax.tokenizer import END, MERGES, START, VOCABULARIES, byte_pair_tokenizer, find
+from ldm_jax.tokenizer import (
+    END,
+    MERGES,
+    START,
+    VOCABULARIES,
+    FolderTokenizer,
+    byte_pair_tokenizer,
+    find,
+)
 
+log = logging.getLogger(__name__)
+# Those that ours can be; any other goes through transformers.
 CLASSES = {
     "CLIPTokenizer": "clip",
     "CLIPTokenizerFast": "clip",
@@ -67,16 +79,29 @@ def read_tokenizer(folder: Path, class_name: str, max_length: int) -> dict[str, 
 
     Raises:
       FileNotFoundError: the files of the tokenizer are not there.
-      ValueError: it is one that ours cannot be; says which file, and why.
+      ValueError: neither ours nor transformers can read it.
     """
     _check_length(folder, max_length)
-    kind = CLASSES[class_name]
-    if kind == "sentencepiece":
-        path = folder / "spiece.model"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing, the pieces of a {class_name}")
-        return dict(tokenizer=kind, vocabulary=str(path.absolute()))
-    return _read_clip(folder) if kind == "clip" else _read_bert(folder)
+    kind = CLASSES.get(class_name)
+    try:
+        if kind is None:
+            raise ValueError(f"{folder} is a {class_name}")
+        if kind == "sentencepiece":
+            return _read_sentencepiece(folder, class_name)
+        return _read_clip(folder) if kind == "clip" else _read_bert(folder)
+    except ValueError as error:
+        log.info("%s: its tokenizer is read by transformers", error)
+        FolderTokenizer(str(folder), max_length)([""])  # refuses what transformers cannot read
+        return dict(tokenizer="folder", vocabulary=str(folder.absolute()))
+
+
+def _read_sentencepiece(folder: Path, class_name: str) -> dict[str, Any]:
+    path = folder / "spiece.model"
+    if path.is_file():
+        return dict(tokenizer="sentencepiece", vocabulary=str(path.absolute()))
+    if (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} has its pieces in tokenizer.json, not in spiece.model")
+    raise FileNotFoundError(f"{path} is missing, the pieces of a {class_name}")
 
 
 def _read_clip(folder: Path) -> dict[str, Any]:
@@ -146,6 +171,11 @@ def _dump(path: Path, content: dict[str, Any]) -> None:
 
 def tokenizer_class(section: dict[str, Any]) -> str:
     """Of transformers, for a section of kind "clip" or "text"."""
+    if section.get("tokenizer") == "folder":
+        path = Path(section["vocabulary"]) / "tokenizer_config.json"
+        name = load(path).get("tokenizer_class", "TokenizersBackend")
+        # The name that version 4 of transformers knows, too.
+        return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
     if section["kind"] == "text":
         return "BertTokenizer"
     return "T5Tokenizer" if section.get("tokenizer") == "sentencepiece" else "CLIPTokenizer"
@@ -153,6 +183,9 @@ def tokenizer_class(section: dict[str, Any]) -> str:
 
 def write_tokenizer(folder: Path, section: dict[str, Any], max_length: int) -> None:
     """Writes the tokenizer of a section as transformers reads it. `folder` must not exist."""
+    if section.get("tokenizer") == "folder":
+        shutil.copytree(section["vocabulary"], folder)
+        return
     folder.mkdir(parents=True)
     name = tokenizer_class(section)
     config: dict[str, Any] = dict(tokenizer_class=name, model_max_length=max_length)

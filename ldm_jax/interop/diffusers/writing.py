@@ -22,7 +22,7 @@ from ldm_jax.interop.diffusers.unets import unet_to
 from ldm_jax.interop.files import write_safetensors
 from ldm_jax.interop.layout import slots, write_params
 from ldm_jax.models.clip import layer_index
-from ldm_jax.tokenizer import WordPiece
+from ldm_jax.tokenizer import make_tokenizer
 
 WEIGHTS = "diffusion_pytorch_model"
 # Section of ours → the component of a pipeline whose encoder it is.
@@ -39,7 +39,7 @@ def networks(config: dict[str, Any], stage: str) -> dict[str, tuple[str, str, di
         if section["kind"] == "clip":
             found[name] = (ENCODER_OF[name], "clip", section["network"])
         elif section["kind"] == "text":
-            size = WordPiece(section["vocabulary"], 1).size
+            size = make_tokenizer(section, 1).size
             found[name] = ("bert", "bert", section["network"] | dict(vocab_size=size))
     return found
 
