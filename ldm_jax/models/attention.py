@@ -10,9 +10,16 @@ from ldm_jax.models.layers import GroupNorm, conv, uniform_init
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Multi-head attention softmax(QKᵀ/√d)V (Vaswani et al. 2017, eq. 1), softmax in float32.
 
+    Products over (batch, heads, tokens, d): with the heads behind the tokens, as they come here
+    and as `jax.nn.dot_product_attention` leaves them, XLA takes several times as long on a CPU and
+    reads half as much again on a TPU.
+
     Args: query (B, L, heads, d); key and value (B, S, heads, d). Returns (B, L, heads, d).
     """
-    return jax.nn.dot_product_attention(query, key, value)
+    query, key, value = (jnp.swapaxes(a, 1, 2) for a in (query, key, value))
+    logits = jnp.einsum("bhld,bhsd->bhls", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1).astype(value.dtype)
+    return jnp.swapaxes(jnp.einsum("bhls,bhsd->bhld", weights, value), 1, 2)
 
 
 class Attention(nn.Module):

@@ -22,8 +22,8 @@ def test_leaves_the_users_own_choice(monkeypatch):
     assert not cpu.use_fast_cpu_kernels()
 
 
-@pytest.mark.parametrize("version", ["0.9.9", "0.99.0"])
-def test_a_jaxlib_that_may_not_know_it_is_left_alone(monkeypatch, version):
+@pytest.mark.parametrize("version", ["0.9.9", "0.11.0", "0.12.0", "0.99.0"])
+def test_a_jaxlib_that_does_not_gain_is_left_alone(monkeypatch, version):
     monkeypatch.setattr(cpu.metadata, "version", lambda name: version)
     assert not cpu.use_fast_cpu_kernels()
 
