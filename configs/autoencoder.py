@@ -16,22 +16,12 @@ and LPIPS weights: `python -m scripts.build_lpips lpips.safetensors` makes one, 
 
 import ml_collections
 
+from configs import common
+
 
 def emoji() -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict()
-    config.task = "autoencoder"
-    config.seed = 0
-    config.data = dict(
-        source="emoji",  # emoji, folder or tfds
-        path="",
-        classes=(),  # only these classes; empty: all
-        image_size=64,
-        background=(255, 255, 255),
-        held_out=0.1,
-        min_size=0,
-        on_error="skip",
-        augment=("flip", "shift", "zoom"),
-    )
+    config = ml_collections.ConfigDict(dict(task="autoencoder") | common.start())
+    config.data = common.data(augment=("flip", "shift", "zoom"))
     config.autoencoder = dict(
         kind="kl",
         ch=60,
@@ -53,28 +43,10 @@ def emoji() -> ml_collections.ConfigDict:
         disc_start=40000,
         disc_weight=0.1,
     )
-    config.optimizer = dict(
-        name="adamw",
-        lr=1.5e-3,
-        schedule="cosine",
-        lr_end=0.02,
-        warmup=200,
-        b1=0.9,
-        b2=0.99,
-        weight_decay=0.0,
-        clip=0.0,
-        multipliers=(),
+    config.optimizer = common.optimizer(
+        lr=1.5e-3, schedule="cosine", lr_end=0.02, warmup=200, b2=0.99, weight_decay=0.0
     )
-    config.train = dict(
-        steps=44000,
-        batch_size=8,
-        ema_decay=0.999,
-        log_every=100,
-        checkpoint_every=1000,
-        preview_every=1000,
-        keep=2,
-    )
-    config.mesh = dict(data=-1, fsdp=1)
+    config.train = common.train(steps=44000, batch_size=8, preview_every=1000)
     return config
 
 

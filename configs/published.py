@@ -32,6 +32,8 @@ Diffusion took 150,000 hours of an A100.
 
 import ml_collections
 
+from configs import common
+
 UNPUBLISHED = 400_000
 
 # First stages. Without a `kind` they are "kl".
@@ -144,7 +146,7 @@ def clip_l(**fields):
 def label(classes, width, *, dropout, **section):
     network = dict(n_classes=classes, embed_dim=width)
     common = dict(kind="class", null=None, dropout=dropout, network=network)
-    return {"class": common | section}
+    return {"label": common | section}
 
 
 def sizes(*fields, dropout=0.0, **section):
@@ -186,7 +188,9 @@ def sgm_sizes(dropout):
 IMAGENET_CLASS = label(1000, 1024, dropout=0.2, zero_null=True)
 TOY_CLASS = label(10, 128, dropout=0.2, zero_null=True, output="vector")
 STABLE_MASK, LDM_MASK = masked_image(4, True, 0.0, (0, 1)), masked_image(3, False, -1.0, (-1, 1))
-# What follows is the caller's to make. Inverse depth, each picture's from -1 to 1:
+# How their masks are drawn, by `mask_first`: Stable Diffusion's, LDM's.
+MASKS = {True: dict(recipe="sd512_large", whole=0.25), False: dict(recipe="ldm")}
+# Inverse depth, each picture's from -1 to 1:
 DEPTH = {"depth": array("concat", None, None, 1)}
 # A picture with the noise of a timestep below 350 of "linear" from 0.0001 to 0.02, and that number:
 UPSCALED = {"low_resolution": array("concat", None, None, 3), "noise_level": array("vector")}
@@ -197,6 +201,14 @@ RESCALER = dict(kind="rescaler", n_stages=2, out_channels=3)
 SEGMENTATION = {"segmentation": array("concat", None, None, 182, network=RESCALER)}
 TOKENS = dict(kind="transformer", vocab_size=8192, width=512, depth=16, max_length=92)
 BOXES = {"boxes": array("context", 92, network=TOKENS)}
+# How training makes them; all others lie beside the pictures, picture.NAME.npy.
+FED = {
+    "depth": {"depth": dict(factor=8)},
+    "segmentation": {"segmentation": dict(classes=182)},
+    "boxes": {"boxes": {}},
+    "low_resolution": {"low_resolution": dict(factor=4)},
+    "noise_level": {"low_resolution": dict(factor=4, noise_levels=350)},
+}
 
 
 # Noise. LDM's samplers take the first grid, SGM's the second.
@@ -233,87 +245,79 @@ def euler(steps, guidance=1.0):
     return dict(sampler="euler", steps=steps, guidance=guidance, eta=0.0)
 
 
-COMMON = dict(seed=0, mesh=dict(data=-1, fsdp=1))
-
-
 def train(batch, steps, ema):
-    every = dict(log_every=100, checkpoint_every=5000, preview_every=5000, keep=2)
-    return dict(batch_size=batch, steps=steps, ema_decay=ema) | every
+    every = dict(checkpoint_every=5000, preview_every=5000)
+    return common.train(batch_size=batch, steps=steps, ema_decay=ema, **every)
 
 
-def adam(lr, warmup=0, b1=0.9, b2=0.999, weight_decay=0.01, frozen=()):
-    rate = dict(name="adamw", lr=lr, schedule="constant", lr_end=0.01, warmup=warmup)
-    rules = tuple((f"^{network}/", 0.0) for network in frozen)
-    return rate | dict(b1=b1, b2=b2, weight_decay=weight_decay, clip=0.0, multipliers=rules)
-
-
-def pictures(size):
-    where = dict(source="folder", path="", classes=(), image_size=size, held_out=0.01)
-    return where | dict(background=(255, 255, 255), min_size=0, on_error="skip", augment=())
+def pictures(size, **fields):
+    return common.data(source="folder", image_size=size, held_out=0.01, **fields)
 
 
 def autoencoder(fields, batch, steps, layers, loss):
     """The config of a first stage; without EMA, as the originals."""
     # `logvar_init` is of the posterior. The originals start it at 0; LPIPS needs a file.
     loss = dict(logvar_init=0.0, lpips="", perceptual_weight=1.0) | loss
-    return COMMON | dict(
+    return common.start() | dict(
         task="autoencoder",
         data=pictures(256),
         autoencoder=fields,
         discriminator=dict(ndf=64, n_layers=layers),
         loss=loss,
-        optimizer=adam(4.5e-6 * batch, b1=0.5, b2=0.9, weight_decay=0.0),
+        optimizer=common.optimizer(lr=4.5e-6 * batch, b1=0.5, b2=0.9, weight_decay=0.0),
         train=train(batch, steps, ema=0.0),
     )
 
 
-OBJECTIVE = dict(
-    loss="l2",
-    huber_delta=0.1,
-    weighting="simple",
-    weighting_parameter=5.0,
-    draw="uniform",
-    draw_mean=0.0,
-    draw_std=1.0,
-    offset_noise=0.0,
-    input_perturbation=0.0,
-    simple_weight=1.0,
-    vlb_weight=0.0,
-    learn_logvar=False,
-    logvar_init=0.0,
-)
+def fed(conditioning):
+    """The sections of `data.conditions` that make what a model is told."""
+    made = {}
+    for name, section in conditioning.items():
+        match section["kind"]:
+            case "sizes":
+                made["sizes"] = {}
+            case "masked_image":
+                made["mask"] = MASKS[section["mask_first"]]
+            case "array":
+                made |= FED.get(name, {name: dict(kind="array")})
+    return made
 
 
 def model(
     first_stage, unet, conditioning, noise, sampling, *, lr, batch, steps=UNPUBLISHED, **more
 ):
-    """The config of a diffusion model; `more` holds size, warmup, ema and frozen, and, by section,
+    """The config of a diffusion model; `more` holds size, warmup, ema, trainable, and, by section,
     fields that differ from what the rest makes."""
-    more = dict(size=256, warmup=0, ema=0.9999, frozen=()) | more
+    more = dict(size=256, warmup=0, ema=0.9999, trainable=common.ALL) | more
     prompts = PROMPTS if {"text", "text_2"} & conditioning.keys() else ()
-    config = COMMON | dict(
+    config = common.start() | dict(
         task="diffusion",
         first_stage="",
-        data=pictures(more.pop("size")),
+        latents="step",
+        text_states="step",
+        trainable=more.pop("trainable"),
+        data=pictures(more.pop("size"), conditions=fed(conditioning)),
         autoencoder=dict(kind="kl", scale_factor=1.0) | FIRST_STAGES[first_stage],
         unet=unet,
         conditioning=conditioning,
         diffusion=noise,
-        objective=OBJECTIVE,
-        optimizer=adam(lr, more.pop("warmup"), frozen=more.pop("frozen")),
+        objective=common.objective(),
+        optimizer=common.optimizer(lr=lr, warmup=more.pop("warmup")),
         train=train(batch, steps, more.pop("ema")),
         sampling=dict(prompts=prompts, labels=()) | sampling,
     )
     return config | {section: config[section] | fields for section, fields in more.items()}
 
 
+# Their text encoders are CLIP's, and stay as they are.
+UNET = ("^unet/",)
 L1 = dict(objective=dict(loss="l1"))
 INPAINTING = L1 | dict(warmup=1000, optimizer=dict(schedule="cosine", lr_end=0.001))
-SD = dict(size=512, warmup=10_000, frozen=("text",), batch=2048)
-SD_768, XL = SD | dict(size=768), SD | dict(size=1024, frozen=("text", "text_2"))
+SD = dict(size=512, warmup=10_000, trainable=UNET, batch=2048)
+SD_768, XL = SD | dict(size=768), SD | dict(size=1024, trainable=UNET)
 SGM_RUN = dict(warmup=10_000, ema=0.0, lr=1e-4, batch=64)
 EDM = dict(ema=0.0, lr=1e-4, batch=512, objective=EDM_OBJECTIVE)
-MNIST = EDM | dict(size=28, data=dict(source="tfds", path="mnist"))
+MNIST = EDM | dict(size=28, data=dict(source="tfds", path="mnist"), autoencoder=dict(in_channels=1))
 CIFAR = EDM | dict(size=32, data=dict(source="tfds", path="cifar10"))
 # fmt: off
 MODELS = {

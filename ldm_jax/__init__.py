@@ -12,8 +12,8 @@ from ldm_jax.version import __version__  # noqa: E402
 __all__ = ["FirstStage", "Pipeline", "__version__", "load", "train"]
 
 
-def train(config, workdir):
+def train(config, workdir, dry_run=False):
     """Trains `config` in `workdir`, or goes on there: see `ldm_jax.training.loop.train`."""
     from ldm_jax.training.loop import train as run  # what only sampling users never wait for
 
-    return run(config, workdir)
+    return run(config, workdir, dry_run=dry_run)

@@ -28,7 +28,8 @@ class Conditioning:
 
 class Embedder(Protocol):
     """`name` is its key in parameters and in the config's `conditioning`; `network` is None for
-    what has no parameters; `needs` are the entries of a batch that `prepare` reads. `guided` says
+    what has no parameters of its own (an attribute `parameters` names the network whose it takes);
+    `needs` are the entries of a batch that `prepare` reads. `guided` says
     whether guidance leads away from its null value, or both sides of guidance are told the same."""
 
     name: str
@@ -60,7 +61,7 @@ def embed(
         rngs = None if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, i)}
         parts.append(
             embedder(
-                params.get(embedder.name),
+                params.get(getattr(embedder, "parameters", embedder.name)),
                 inputs[embedder.name],
                 deterministic=dropout_key is None,
                 rngs=rngs,
@@ -81,8 +82,14 @@ def drop_conditions(embedders: tuple[Embedder, ...], inputs: Inputs, keys: jax.A
     """
     dropped = dict(inputs)
     for i, embedder in enumerate(embedders):
+        if not embedder.dropout:
+            continue
         value = inputs[embedder.name]
         uniform = jax.vmap(lambda key, i=i: jax.random.uniform(jax.random.fold_in(key, i)))(keys)
-        gone = (uniform < embedder.dropout).reshape(-1, *[1] * (value.ndim - 1))
-        dropped[embedder.name] = jnp.where(gone, embedder.null(1), value)
+        gone = uniform < embedder.dropout
+        dropped[embedder.name] = jax.tree.map(
+            lambda v, null, gone=gone: jnp.where(gone.reshape(-1, *[1] * (v.ndim - 1)), null, v),
+            value,
+            embedder.null(1),
+        )
     return dropped

@@ -1,7 +1,6 @@
 """The kinds of conditions, by the `kind` of a config's sections `conditioning.<name>`."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,10 +9,17 @@ import numpy as np
 from flax import linen as nn
 
 from ldm_jax.conditioning import Conditioning, Embedder
+from ldm_jax.models.build import Autoencoder
 from ldm_jax.models.clip import CLIPText
 from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler, concat_timestep_embedding
 from ldm_jax.models.text import TextTransformer
-from ldm_jax.tokenizer import BytePair, SentencePiece, WordPiece
+from ldm_jax.tokenizer import (
+    BytePair,
+    FolderTokenizer,
+    SentencePiece,
+    WordPiece,
+    make_tokenizer,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +28,7 @@ class TextEmbedder:
 
     name: str
     network: TextTransformer
-    tokenizer: WordPiece
+    tokenizer: WordPiece | FolderTokenizer
     dropout: float
     needs = ("caption",)
     guided = True
@@ -49,7 +55,7 @@ class ClipEmbedder:
 
     name: str
     network: CLIPText
-    tokenizer: BytePair | SentencePiece
+    tokenizer: BytePair | SentencePiece | FolderTokenizer
     dropout: float
     context: bool = True
     pooled: bool = False
@@ -158,7 +164,8 @@ class SizeEmbedder:
 class ArrayEmbedder:
     """An array that the caller brings, or tokens or a map through a network → `output`.
 
-    `shape` is one example's, None for sides that may be any.
+    `shape` is one example's, None for sides that may be any. A map may be given as whole numbers
+    without its channels, the class of each pixel: it becomes one-hot on the device.
     """
 
     name: str
@@ -180,7 +187,13 @@ class ArrayEmbedder:
 
     def prepare(self, batch: dict[str, Any]) -> np.ndarray:
         """batch[name]; raises ValueError for another shape."""
-        array = np.asarray(batch[self.name], self.dtype)
+        array = np.asarray(batch[self.name])
+        classes = array.ndim == len(self.shape) and np.issubdtype(array.dtype, np.integer)
+        if classes and self.output == "concat":
+            if not self.dropout:
+                return array.astype(np.int32)
+            array = np.eye(self.shape[-1], dtype=np.float32)[array]
+        array = array.astype(self.dtype)
         given, expected = array.shape[1:], self.shape
         fits = len(given) == len(expected) and all(
             side in (None, size) for side, size in zip(expected, given, strict=True)
@@ -195,6 +208,8 @@ class ArrayEmbedder:
         return np.zeros((count, *(n or side for n in self.shape)), self.dtype)
 
     def __call__(self, params, raw, **dropout) -> Conditioning:
+        if self.output == "concat" and raw.ndim == len(self.shape):
+            raw = jax.nn.one_hot(raw, self.shape[-1])
         if self.network is not None:
             dropout = dropout if isinstance(self.network, TextTransformer) else {}
             raw = self.network.apply({"params": params}, raw, **dropout)
@@ -205,71 +220,71 @@ class ArrayEmbedder:
 class MaskedImageEmbedder:
     """A mask, 1 where to draw, and the latents of the picture without that part → concat.
 
-    `hole` is the pixels' value there, in [−1, 1]; the mask is scaled to `mask_range`. Stable
-    Diffusion puts the mask first, LDM last and with −1 for "keep" and for the hole.
+    The latents are `autoencoder`'s, whose parameters it is called with. `hole` is the pixels' value
+    where the mask is, in [−1, 1]; the mask is scaled to `mask_range`. Stable Diffusion puts the
+    mask first, LDM last and with −1 for "keep" and for the hole.
     """
 
     name: str
-    channels: int
+    autoencoder: Autoencoder
     mask_first: bool
     hole: float
     mask_range: tuple[float, float]
     dropout: float
     network = None
+    needs = ("mask", "image")
     guided = False
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    def build(self, images: np.ndarray, mask: np.ndarray, encode: Callable) -> np.ndarray:
-        """The raw input (B, h, w, 1 + c) from images in [0, 1] and a mask (B, H, W, 1) of 0, 1."""
-        masked = np.where(mask > 0.5, (self.hole + 1.0) / 2.0, images)
-        latents = np.asarray(encode(masked))
-        factor = mask.shape[1] // latents.shape[1]
-        low, high = self.mask_range
-        cells = low + (high - low) * mask[:, ::factor, ::factor]
-        return np.concatenate(
-            [cells, latents] if self.mask_first else [latents, cells], axis=-1, dtype=np.float32
-        )
+    def parameters(self) -> str:
+        """Whose parameters `__call__` takes."""
+        return "autoencoder"
 
     def prepare(self, batch: dict[str, Any]) -> np.ndarray:
-        """batch[name], what `build` made."""
-        return np.asarray(batch[self.name], np.float32)
+        """float32 (B, H, W, 1 + C): batch["mask"] of 0 and 1, and batch["image"], uint8 or float in
+        [0, 1], brought to [−1, 1], with the hole in it."""
+        mask, image = np.asarray(batch["mask"], np.float32), np.asarray(batch["image"])
+        image = image / 127.5 - 1.0 if image.dtype == np.uint8 else image * 2.0 - 1.0
+        masked = np.where(mask > 0.5, self.hole, image)
+        return np.concatenate([mask, masked], axis=-1, dtype=np.float32)
 
     def null(self, count: int) -> np.ndarray:
-        """Zeros, one latent wide."""
-        return np.zeros((count, 1, 1, 1 + self.channels), np.float32)
+        """All of it to draw, one latent wide."""
+        side, channels = self.autoencoder.downsampling, self.autoencoder.in_channels
+        mask = np.ones((count, side, side, 1), np.float32)
+        return np.concatenate([mask, np.full((count, side, side, channels), self.hole)], axis=-1)
 
     def __call__(self, params, raw, **_) -> Conditioning:
-        return Conditioning(concat=raw)
+        mask, image = raw[..., :1], raw[..., 1:]
+        latents = self.autoencoder.apply({"params": params}, image, method="encode")
+        factor = image.shape[1] // latents.shape[1]
+        low, high = self.mask_range
+        cells = low + (high - low) * mask[:, ::factor, ::factor]
+        parts = (cells, latents) if self.mask_first else (latents, cells)
+        return Conditioning(concat=jnp.concatenate(parts, axis=-1))
 
 
-def _text(name: str, section: dict[str, Any], dtype: Any) -> TextEmbedder:
+def _text(name: str, section: dict[str, Any], dtype: Any, _: Autoencoder) -> TextEmbedder:
     network = dict(section["network"])
-    tokenizer = WordPiece(section["vocabulary"], network["max_length"])
+    tokenizer = make_tokenizer(section, network["max_length"])
     network = TextTransformer(vocab_size=tokenizer.size, dtype=dtype, **network)
     return TextEmbedder(name, network, tokenizer, section["dropout"])
 
 
-def _clip(name: str, section: dict[str, Any], dtype: Any) -> ClipEmbedder:
+def _clip(name: str, section: dict[str, Any], dtype: Any, _: Autoencoder) -> ClipEmbedder:
     network = CLIPText(**section["network"], dtype=dtype)
-    if section.get("tokenizer", "byte_pair") == "sentencepiece":
-        tokenizer = SentencePiece(section["vocabulary"], network.max_length)
-    else:
-        padding = section.get("padding", "end")
-        tokenizer = BytePair(section["vocabulary"], network.max_length, padding)
+    tokenizer = make_tokenizer(section, network.max_length)
     options = {k: section[k] for k in ("context", "pooled", "zero_null") if k in section}
     return ClipEmbedder(name, network, tokenizer, section["dropout"], **options)
 
 
-def _class(name: str, section: dict[str, Any], dtype: Any) -> LabelEmbedder:
+def _class(name: str, section: dict[str, Any], dtype: Any, _: Autoencoder) -> LabelEmbedder:
     network = ClassEmbedder(**section["network"], dtype=dtype)
     options = {k: section[k] for k in ("output", "zero_null") if k in section}
     return LabelEmbedder(name, network, section.get("null"), section["dropout"], **options)
 
 
-def _sizes(name: str, section: dict[str, Any], dtype: Any) -> SizeEmbedder:
+def _sizes(name: str, section: dict[str, Any], dtype: Any, _: Autoencoder) -> SizeEmbedder:
     unknown = [field for field in section["fields"] if field not in SIZES]
     if unknown:
         raise ValueError(
@@ -278,7 +293,7 @@ def _sizes(name: str, section: dict[str, Any], dtype: Any) -> SizeEmbedder:
     return SizeEmbedder(name, tuple(section["fields"]), section["dropout"])
 
 
-def _array(name: str, section: dict[str, Any], dtype: Any) -> ArrayEmbedder:
+def _array(name: str, section: dict[str, Any], dtype: Any, _: Autoencoder) -> ArrayEmbedder:
     network = None
     if section.get("network"):
         fields = dict(section["network"])
@@ -289,10 +304,12 @@ def _array(name: str, section: dict[str, Any], dtype: Any) -> ArrayEmbedder:
     )
 
 
-def _masked_image(name: str, section: dict[str, Any], dtype: Any) -> MaskedImageEmbedder:
+def _masked_image(
+    name: str, section: dict[str, Any], dtype: Any, autoencoder: Autoencoder
+) -> MaskedImageEmbedder:
     return MaskedImageEmbedder(
         name,
-        section.get("channels", 4),
+        autoencoder,
         section["mask_first"],
         section["hole"],
         tuple(section["mask_range"]),
@@ -310,10 +327,13 @@ EMBEDDERS = {
 }
 
 
-def make_embedders(config: dict[str, Any], dtype: Any = None) -> tuple[Embedder, ...]:
+def make_embedders(
+    config: dict[str, Any], dtype: Any = None, autoencoder: Autoencoder | None = None
+) -> tuple[Embedder, ...]:
     """Every section of `config.conditioning`; its `kind` chooses the embedder.
 
-    `dtype` is the networks' type of arithmetic.
+    `dtype` is the networks' type of arithmetic, `autoencoder` the model's own, which masked
+    pictures go through.
     """
     for name, section in config.items():
         if section["kind"] not in EMBEDDERS:
@@ -322,5 +342,6 @@ def make_embedders(config: dict[str, Any], dtype: Any = None) -> tuple[Embedder,
                 f"{', '.join(EMBEDDERS)}"
             )
     return tuple(
-        EMBEDDERS[section["kind"]](name, section, dtype) for name, section in config.items()
+        EMBEDDERS[section["kind"]](name, section, dtype, autoencoder)
+        for name, section in config.items()
     )

@@ -99,10 +99,11 @@ class LatentDiffusion:
         `dtype` is their type of arithmetic; None: that of the parameters and inputs.
         """
         diffusion = config["diffusion"]
+        autoencoder = make_autoencoder(config["autoencoder"], dtype)
         return cls(
             unet=UNet(**tuples(config["unet"]), dtype=dtype),
-            autoencoder=make_autoencoder(config["autoencoder"], dtype),
-            embedders=make_embedders(config["conditioning"], dtype),
+            autoencoder=autoencoder,
+            embedders=make_embedders(config["conditioning"], dtype, autoencoder),
             schedule=make_schedule(**diffusion["schedule"]),
             parameterization=diffusion["parameterization"],
             spacing=diffusion["spacing"],
@@ -130,7 +131,13 @@ class LatentDiffusion:
                 inputs = jnp.maximum(nulls[embedder.name], 0)
                 variables = embedder.network.init(jax.random.fold_in(embed_key, i), inputs)
                 params[embedder.name] = variables["params"]
-        condition = embed(self.embedders, params, nulls)
+        if any(hasattr(embedder, "parameters") for embedder in self.embedders):
+            side = self.autoencoder.downsampling
+            images = jnp.zeros((1, side, side, self.autoencoder.in_channels))
+            first_stage = self.autoencoder.init(key, images).get("params", {})
+        else:
+            first_stage = None
+        condition = embed(self.embedders, params | {"autoencoder": first_stage}, nulls)
         x = beside(jnp.zeros((1, *latent_shape)), condition)
         variables = self.unet.init(unet_key, x, jnp.zeros(1), condition.context, y=condition.vector)
         params["unet"] = variables["params"]

@@ -1,7 +1,6 @@
 """`load(path)`: from anybody's file to something that draws."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -9,7 +8,6 @@ from ldm_jax.first_stage import FirstStage
 from ldm_jax.interop.opening import open_any
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.build import make_autoencoder
-from ldm_jax.models.tiny_autoencoder import TinyAutoencoder
 from ldm_jax.pipeline import Pipeline
 
 
@@ -46,7 +44,7 @@ def load(
 def _replaced(config, params, other_config, other_params, path):
     """A model with another's autoencoder; the scale of the latents stays."""
     mine, its = config["autoencoder"], other_config["autoencoder"]
-    channels, others = (_latent_channels(section) for section in (mine, its))
+    channels, others = (make_autoencoder(section).embed_dim for section in (mine, its))
     if channels != others:
         raise ValueError(
             f"autoencoder={path} has latents of {others} channels, the model of {channels}"
@@ -55,8 +53,3 @@ def _replaced(config, params, other_config, other_params, path):
         its = its | {"scale_factor": mine["scale_factor"]}
     params = params | {"autoencoder": other_params["autoencoder"]}
     return config | {"autoencoder": its}, params
-
-
-def _latent_channels(section: dict[str, Any]) -> int:
-    model = make_autoencoder(section)
-    return model.latent_channels if isinstance(model, TinyAutoencoder) else model.embed_dim

@@ -15,7 +15,17 @@ from ldm_jax.diffusion.noise import example_keys
 from ldm_jax.diffusion.samplers import DDIM_INVERSE
 from ldm_jax.embedders import MaskedImageEmbedder
 from ldm_jax.first_stage import FirstStage
-from ldm_jax.inputs import NEGATIVE_SIZES, inputs_for, nulls_for, requests, told_sizes
+from ldm_jax.inputs import (
+    NEGATIVE_SIZES,
+    check_finite,
+    check_guidance,
+    check_side,
+    inputs_for,
+    nulls_for,
+    parts,
+    requests,
+    told_sizes,
+)
 from ldm_jax.interop.lora import Lora, merge, read_lora
 from ldm_jax.interop.opening import export
 from ldm_jax.latent_diffusion import Edit, LatentDiffusion
@@ -51,6 +61,17 @@ class Pipeline:
     def schedule(self):
         return self.model.schedule
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes in the order of their labels; () if they have but numbers."""
+        return tuple(self.config.get("classes", ()))
+
+    @property
+    def multiple(self) -> int:
+        """Pixels of which the sides of a picture are multiples."""
+        # The UNet halves the latents between its levels, and must come back to the same size.
+        return self.autoencoder.downsampling * 2 ** (len(self.unet.channel_mult) - 1)
+
     @functools.cached_property
     def first_stage(self) -> FirstStage:
         """The autoencoder alone."""
@@ -63,7 +84,7 @@ class Pipeline:
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str = "",
         *,
-        labels: int | Sequence[int] | None = None,
+        labels: int | str | Sequence[int | str] | None = None,
         image: np.ndarray | None = None,
         mask: np.ndarray | None = None,
         strength: float | None = None,
@@ -87,6 +108,7 @@ class Pipeline:
         width: int | None = None,
         tile: int | None = None,
         latents: np.ndarray | None = None,
+        batch: int | None = None,
         progress: Callable[[int, np.ndarray], None] | None = None,
     ) -> np.ndarray:
         """Draws `n` pictures of each prompt, or of each label, or, without condition, `n`.
@@ -97,7 +119,7 @@ class Pipeline:
         Args:
           prompt: one or several; what goes past the model's text length is cut, with a warning.
           negative_prompt: what guidance leads away from; "" is the unconditional model.
-          labels: of a class-conditional model, one or several.
+          labels: of a class-conditional model, one or several, by number or by name.
           image: one to change, (H, W, 3), or one for each picture, uint8 or float in [0, 1]. Its
             size becomes that of the result.
           mask: with `image`, (H, W) or one each, true, 1 or 255 where it is to be drawn anew; the
@@ -127,8 +149,10 @@ class Pipeline:
           tile: in pixels; larger pictures are drawn in overlapping tiles of this side. For sizes
             that the model was not trained on.
           latents: unit Gaussian starting noise (B, h, w, c) in place of the seed's.
+          batch: pictures that are drawn at a time, which bounds the memory; None: all. The last
+            ones are filled up to as many.
           progress: called with the number of finished steps and the latents predicted at the
-            last, (B, h, w, c), from inside the running program.
+            last, (B, h, w, c), from inside the running program; with `batch`, for each in turn.
 
         Returns:
           float32 (B, H, W, 3) in [0, 1], B = n · number of prompts.
@@ -137,12 +161,18 @@ class Pipeline:
           ValueError: an argument is out of its range; says what is allowed.
         """
         embedders = self.model.embedders
-        groups = requests(embedders, prompt, labels, n, compose)
+        groups = requests(embedders, prompt, labels, n, compose, self.classes)
         count = max((len(values) for values in groups[0].values()), default=n)
 
         guidance = self.config["sampling"]["guidance"] if guidance is None else guidance
-        self._check_guidance(guidance, weak)
-        shape, skip, edit, known = self._start(count, image, mask, strength, steps, height, width)
+        check_finite(guidance=guidance, guidance_interval=guidance_interval, threshold=threshold)
+        check_finite(guidance_rescale=guidance_rescale, compose=compose, eta=eta, churn=churn)
+        check_finite(strength=strength, latents=latents)
+        check_finite(**(conditions or {}))
+        check_guidance(self.model, guidance, None if weak is None else weak.model)
+        shape, skip, edit, known = self._starts(
+            parts(count, batch), image, mask, strength, steps, height, width
+        )
         side = self.autoencoder.downsampling * np.array(shape[:2])
         told = told_sizes(count, side, sizes) | known | (conditions or {})
         inputs = [inputs_for(embedders, group | told, count) for group in groups]
@@ -169,23 +199,30 @@ class Pipeline:
             run = run._replace(
                 start=run.start._replace(alpha=0.0 * alpha, sigma=np.hypot(alpha, sigma))
             )
-        images = _generate(
-            self.model,
-            self._weights,
-            inputs,
-            nulls,
-            example_keys(jax.random.key(seed), count),
-            run,
-            edit,
-            latents=latents,
-            latent_shape=shape,
-            sampler=sampler,
-            tile=self._tile(tile, shape),
-            weak=None if weak is None else weak._weights,
-            weak_model=None if weak is None else weak.model,
-            callback=progress,
-        )
-        images = np.asarray(images, np.float32)
+        each = (inputs, nulls, example_keys(jax.random.key(seed), count), edit, latents)
+        drawn = []
+        for rows in parts(count, batch):
+            inputs, nulls, keys, edit, latents = jax.tree.map(lambda v, rows=rows: v[rows], each)
+            images = _generate(
+                self.model,
+                self._weights,
+                inputs,
+                nulls,
+                keys,
+                run,
+                edit,
+                latents=latents,
+                latent_shape=shape,
+                sampler=sampler,
+                tile=self._tile(tile, shape),
+                weak=None if weak is None else weak._weights,
+                weak_model=None if weak is None else weak.model,
+                callback=progress,
+            )
+            drawn.append(np.asarray(images, np.float32))
+            if progress is not None:
+                jax.effects_barrier()  # its last report comes ahead of the next batch's first
+        images = np.concatenate(drawn)[:count]
         if mask is not None:
             image, mask = as_images(image, count), as_mask(mask, np.shape(image)[-3:-1], count)
             images = np.where(mask > 0.0, images, image)
@@ -203,7 +240,7 @@ class Pipeline:
         images: np.ndarray,
         prompt: str | Sequence[str] | None = None,
         steps: int = 50,
-        labels: int | Sequence[int] | None = None,
+        labels: int | str | Sequence[int | str] | None = None,
     ) -> np.ndarray:
         """Starting noise that draws these pictures again (DDIM inversion, Song et al. 2021, §4.3).
 
@@ -212,7 +249,7 @@ class Pipeline:
         """
         images = as_images(images)
         count = len(images)
-        (group,) = requests(self.model.embedders, prompt, labels)
+        (group,) = requests(self.model.embedders, prompt, labels, classes=self.classes)
         told = group | told_sizes(count, images.shape[1:3])
         inputs = inputs_for(self.model.embedders, told, count)
         levels = self.model.levels(steps)
@@ -242,11 +279,13 @@ class Pipeline:
         Raises:
           ValueError: the file holds none, or one for another model.
         """
+        check_finite(scale=scale)
         lora = jax.device_put(read_lora(path, self.config))
         return dataclasses.replace(self, loras=(*self.loras, (lora, scale)))
 
     def with_scales(self, *scales: float) -> "Pipeline":
         """This pipeline with other scales of its LoRAs, one for each."""
+        check_finite(scales=scales)
         if len(scales) != len(self.loras):
             raise ValueError(f"{len(scales)} scales for {len(self.loras)} LoRAs")
         loras = tuple((lora, s) for (lora, _), s in zip(self.loras, scales, strict=True))
@@ -268,30 +307,22 @@ class Pipeline:
         """
         export(path, self.config, self.merged().params, dtype, layout)
 
-    def _check_guidance(self, guidance: Any, weak: "Pipeline | None") -> None:
-        guided = [e for e in self.model.embedders if e.guided]
-        undropped = [e.name for e in guided if not e.dropout]
-        if np.any(np.asarray(guidance) != 1.0) and weak is None and not guided:
-            raise ValueError(
-                f"guidance={np.max(guidance):g}, but this model has no condition to be guided by; "
-                "use guidance=1"
-            )
-        if np.any(np.asarray(guidance) != 1.0) and undropped and weak is None:
-            raise ValueError(
-                f"guidance={np.max(guidance):g}, but this model was trained without dropping its "
-                f"condition (conditioning.{undropped[0]}.dropout is 0), so it knows no "
-                "unconditional prediction to lead away from; use guidance=1"
-            )
-        if weak is not None:
-            mine, its = (
-                (m.latent_channels, m.parameterization, tuple(e.name for e in m.embedders))
-                for m in (self.model, weak.model)
-            )
-            if mine != its:
-                raise ValueError(
-                    "weak: a model of other latents, parameterization or conditions cannot guide "
-                    f"this one: {its} there, {mine} here"
-                )
+    def _starts(self, rows, image, mask, *more):
+        """`_start` of the pictures of each part, one part after another, for it encodes."""
+        count = 1 + max(int(part[-1]) for part in rows)
+        if image is None:
+            return self._start(count, None, mask, *more)
+        image = as_images(image, count)
+        mask = None if mask is None else as_mask(mask, image.shape[1:3], count)
+        each = [
+            self._start(len(part), image[part], None if mask is None else mask[part], *more)
+            for part in rows
+        ]
+        shape, skip, _, _ = each[0]
+        edit, known = jax.tree.map(
+            lambda *v: np.concatenate(v)[:count], *(start[2:] for start in each)
+        )
+        return shape, skip, edit, known
 
     def _start(self, count, image, mask, strength, steps, height, width):
         """Of a call's arguments: the latents' shape, steps to skip or None, edit or None, and what
@@ -311,8 +342,7 @@ class Pipeline:
         strength = (0.8 if mask is None else 1.0) if strength is None else strength
         skip = skipped_steps(steps, strength)
         if inpainting:
-            mask = as_mask(mask, size, count)
-            known = {e.name: e.build(image, mask, self.encode) for e in inpainting}
+            known = {"mask": as_mask(mask, size, count), "image": image}
             if strength == 1.0:
                 return shape, None, None, known
             return shape, skip, Edit(self.encode(image), None), known
@@ -327,18 +357,16 @@ class Pipeline:
         """The side of a tile in latents, 0 where none is asked for or the picture is no larger."""
         if tile is None:
             return 0
-        side, _, _ = self._latent_shape(tile, None)
+        check_side("tile", tile, self.multiple)
+        side = tile // self.autoencoder.downsampling
         return side if side < max(shape[:2]) else 0
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         factor, size = self.autoencoder.downsampling, self.config["image_size"]
-        # The UNet halves the latents between its levels, and must come back to the same size.
-        multiple = factor * 2 ** (len(self.unet.channel_mult) - 1)
-        sides = (height or size, width or size)
-        for name, side in zip(("height", "width"), sides, strict=True):
-            if side % multiple or side < multiple:
-                raise ValueError(f"{name}={side}: this model draws multiples of {multiple} pixels")
-        return sides[0] // factor, sides[1] // factor, self.model.latent_channels
+        height, width = (size if side is None else side for side in (height, width))
+        check_side("height", height, self.multiple)
+        check_side("width", width, self.multiple)
+        return height // factor, width // factor, self.model.latent_channels
 
     @property
     def _weights(self) -> Weights:

@@ -111,11 +111,16 @@ def test_sizes_change_the_picture_and_misnamed_ones_are_refused(xl):
 def test_an_inpainting_model_is_told_the_mask_and_what_it_leaves(inpainting):
     embedder = inpainting.model.embedders[1]
     mask = MASK[None, ..., None].astype(np.float32)
-    told = embedder.build(PICTURE[None], mask, inpainting.encode)
+    raw = embedder.prepare({"mask": mask, "image": PICTURE[None]})
+    told = np.asarray(embedder(inpainting.params["autoencoder"], raw).concat)
     assert told.shape == (1, 8, 8, 5)
     np.testing.assert_array_equal(told[0, :, :, 0], np.repeat([0, 1], 4)[None].repeat(8, 0))
     grey = np.where(MASK[..., None], 0.5, PICTURE)
     np.testing.assert_allclose(told[..., 1:], inpainting.encode(grey), atol=1e-5)
+    # Training says the same of pictures as bytes.
+    bytes_ = np.uint8(np.round(PICTURE * 255))[None]
+    same = embedder.prepare({"mask": mask, "image": bytes_})
+    np.testing.assert_allclose(same, raw, atol=1 / 255)
 
     drawn = inpainting("a cat", image=PICTURE, mask=MASK, steps=2)
     np.testing.assert_array_equal(drawn[0][~MASK], PICTURE[~MASK])

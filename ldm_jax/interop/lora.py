@@ -91,7 +91,7 @@ def read_lora(
     """
     if "unet" not in config:
         raise ValueError(f"{path}: a LoRA is for a model with a UNet, and this one has none")
-    path = _weights(Path(path))
+    path = _weights(Path(path).expanduser())
     state = open_state(path)
     for method, pattern in OTHER_METHODS.items():
         key = next((key for key in state if re.search(pattern, key)), None)

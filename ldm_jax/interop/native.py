@@ -1,14 +1,17 @@
 """Our own file: one `.safetensors` that says what it holds.
 
-Tensors are named by their path ("unet/conv_in/kernel"); the header carries the configuration that
-builds the networks, and vocabularies that do not ship, so a file needs nothing beside it.
+Tensors are named by their path ("unet/input_blocks_0_0/kernel"); the header carries the
+configuration that builds the networks, and vocabularies that do not ship, so a file needs nothing
+beside it.
 """
 
 import base64
 import hashlib
+import io
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,9 +38,9 @@ def save_model(
     flat = flatten_dict(jax.device_get(params), sep="/")
     tensors = {name: np.asarray(value, jnp.dtype(dtype)) for name, value in flat.items()}
     files = {
-        section["vocabulary"]: base64.b64encode(Path(section["vocabulary"]).read_bytes()).decode()
+        section["vocabulary"]: base64.b64encode(_packed(Path(section["vocabulary"]))).decode()
         for section in _vocabularies(config)
-        if Path(section["vocabulary"]).is_file()
+        if Path(section["vocabulary"]).is_file() or section.get("tokenizer") == "folder"
     }
     metadata = {"format": FORMAT, "version": __version__, "config": json.dumps(config)}
     write_safetensors(path, tensors, metadata | {"files": json.dumps(files)})
@@ -55,9 +58,15 @@ def read_model(state: Tensors, dtype: Any = "float32") -> tuple[dict[str, Any], 
     for section in _vocabularies(config):
         if section["vocabulary"] in files:
             content = base64.b64decode(files[section["vocabulary"]])
-            section["vocabulary"] = str(_unpacked(Path(section["vocabulary"]).name, content))
+            path = _unpacked(Path(section["vocabulary"]).name, content)
+            section["vocabulary"] = str(path)
+            if section.get("tokenizer") == "folder":
+                section["vocabulary"] = str(path.with_name(f"{path.name}.files"))
+                with zipfile.ZipFile(path) as file:
+                    file.extractall(section["vocabulary"])
     params = {name: np.asarray(state[name], jnp.dtype(dtype)) for name in state}
-    return config, unflatten_dict(params, sep="/")
+    # No tensor says that a network without parameters is there: pixels in place of latents.
+    return config, {"autoencoder": {}} | unflatten_dict(params, sep="/")
 
 
 def exported_file(workdir: Path) -> Path:
@@ -81,6 +90,18 @@ def exported_file(workdir: Path) -> Path:
 
 def _vocabularies(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     return (s for s in config.get("conditioning", {}).values() if "vocabulary" in s)
+
+
+def _packed(path: Path) -> bytes:
+    """The content of a file, or the files of a folder as a zip."""
+    if path.is_file():
+        return path.read_bytes()
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        for part in sorted(p for p in path.rglob("*") if p.is_file()):
+            # Without its date, so that the same folder is the same file.
+            file.writestr(zipfile.ZipInfo(str(part.relative_to(path))), part.read_bytes())
+    return packed.getvalue()
 
 
 def _unpacked(name: str, content: bytes) -> Path:

@@ -63,7 +63,7 @@ def read_any(
       FileNotFoundError: there is nothing, or a part is missing.
       ValueError: what is there is damaged, or no model of a kind that we know.
     """
-    path = Path(path) if str(path) else native.SHIPPED
+    path = Path(path).expanduser() if str(path) else native.SHIPPED
     if not path.exists():
         raise FileNotFoundError(f"no model at {path}: there is no such file or folder")
     return _folder(path, dtype) if path.is_dir() else _file(path, dtype, ema)
@@ -108,5 +108,6 @@ def export(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: choose one of {', '.join(LAYOUTS)}")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
     LAYOUTS[layout](path, config, params, dtype)

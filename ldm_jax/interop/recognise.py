@@ -140,7 +140,7 @@ def _class(shapes: Shapes) -> Conditioner:
     # ImageNet's thousand, and one that stands for none (cin256-v2).
     null = 1000 if classes == 1001 else None
     section = dict(kind="class", null=null, dropout=0.0 if null is None else 0.1, network=network)
-    return "class", section, Part("class", network, "compvis", shapes.prefix)
+    return "label", section, Part("class", network, "compvis", shapes.prefix)
 
 
 def _rescaler(shapes: Shapes) -> Conditioner:

@@ -102,6 +102,14 @@ class TinyAutoencoder(nn.Module):
     def downsampling(self) -> int:
         return 2 ** (len(self.encoder_blocks) - 1)
 
+    embed_dim = property(lambda self: self.latent_channels)
+    scale_factor = 1.0  # its latents are scaled already
+
+    def moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The latents as mean of a posterior without any width."""
+        latents = self.encode(x)
+        return latents, jnp.full_like(latents, -jnp.inf)
+
     def encode(self, x: jax.Array) -> jax.Array:
         """Latents, float32, of images (B, H, W, in_channels)."""
         check_channels(x, "TinyAutoencoder with in_channels", self.in_channels)

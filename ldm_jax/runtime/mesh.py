@@ -50,9 +50,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     return jax.tree.map(rule, state)
 
 
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of a batch → global arrays split over the mesh."""
+def put_batch(mesh: Mesh, batch: Any) -> Any:
+    """This process's rows of a batch, a tree of arrays → global arrays split over the mesh."""
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
-    }
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

@@ -26,7 +26,10 @@ from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.lpips import lpips
 from ldm_jax.models.vq import VQModel
 from ldm_jax.pictures import image_grid, to_float, to_uint8
-from ldm_jax.training.batches import training_batches
+from ldm_jax.training.batches import Prepare, training_loader
+from ldm_jax.training.state import Params
+from ldm_jax.training.summary import first_pictures, log_summary
+from ldm_jax.training.trainable import like, merge, split
 from ldm_jax.training.workdir import config_dict
 
 log = logging.getLogger(__name__)
@@ -48,15 +51,17 @@ class AutoencoderTask:
     """See `ldm_jax.training.state.Task`. `perceptual` are LPIPS parameters, or None for without."""
 
     config: Any
+    frozen: Params
+    loaded: Params
     source: Any
     held_out: Any
     perceptual: dict[str, jax.Array] | None
 
     ema_networks = ("autoencoder",)
 
-    @property
-    def networks(self) -> tuple[str, ...]:
-        return ("autoencoder", "discriminator")
+    def replace(self, **fields: Any) -> "AutoencoderTask":
+        """This task with other `fields`."""
+        return dataclasses.replace(self, **fields)
 
     @property
     def model(self) -> Autoencoder:
@@ -66,7 +71,11 @@ class AutoencoderTask:
     def discriminator(self) -> PatchDiscriminator:
         return PatchDiscriminator(**self.config.discriminator)
 
-    def init(self, key):
+    def init(self, key, loaded):
+        return split(merge(self.fresh(key), loaded), self.config.trainable)[0]
+
+    def fresh(self, key: jax.Array) -> Params:
+        """Random parameters of both networks."""
         size = self.config.data.image_size
         images = jnp.zeros((1, size, size, self.model.in_channels))
         model_key, discriminator_key = jax.random.split(key)
@@ -90,7 +99,8 @@ class AutoencoderTask:
         """
         return step >= self.config.loss.disc_start
 
-    def gradients(self, params, batch, key, phase):
+    def gradients(self, params, frozen, batch, key, phase):
+        trained, params = params, merge(frozen, params)
         loss_config, model = self.config.loss, self.model
         x = to_float(batch["image"])
         batch_size, pixels = x.shape[0], x[0].size
@@ -147,7 +157,7 @@ class AutoencoderTask:
         (grads,) = backward((to_features, jnp.ones_like(cost)))
         # `forward` stops before the last layer, so its own gradient for it is zero.
         grads = {"autoencoder": {**grads, "conv_out": layer_grads}, "discriminator": d_grads}
-        return grads, metrics
+        return like(grads, trained), metrics
 
     def _adversarial(self, discriminator, x, x_hat):
         """Gradient of the generator's loss to the image, the discriminator's own, metrics."""
@@ -168,23 +178,36 @@ class AutoencoderTask:
         return g_to_image, d_grads, {"g_loss": g_loss, "d_loss": d_loss} | logits
 
     def batches(self, start):
-        for step, batch in training_batches(self.config, self.source, start):
+        prepare = Prepare(self.config.data.augment, ())
+        loader = training_loader(self.config, self.source, prepare, ("image",))
+        for step, batch in loader.iterate(start):
             yield step, {"image": batch["image"]}
 
+    def summary(self):
+        log_summary(self.source, self.held_out)
+
+    def first_batch_picture(self, start):
+        prepare = Prepare(self.config.data.augment, ())
+        return first_pictures(self.config, self.source, prepare, start)
+
     def evaluate(self, ema):
-        return reconstruction_quality(lambda x: self._reconstruct(ema, x), self.held_out)
+        if not len(self.held_out):
+            return {}
+        whole = merge(self.frozen, ema)
+        return reconstruction_quality(lambda x: self._reconstruct(whole, x), self.held_out)
 
     def preview(self, ema):
         """Held-out pictures, each row above its reconstructions."""
-        images = next(batches_once(self.held_out, 32))["image"]
-        pairs = np.stack([images, to_uint8(self._reconstruct(ema, images))])
+        source = self.held_out if len(self.held_out) else self.source
+        images = next(batches_once(source, 32, entries=("image",)))["image"]
+        pairs = np.stack([images, to_uint8(self._reconstruct(merge(self.frozen, ema), images))])
         rows = pairs.reshape(2, 2, 16, *images.shape[1:]).swapaxes(0, 1)
         return image_grid(rows.reshape(64, *images.shape[1:]), columns=16)
 
     def export(self, ema):
         """Measures `scale_factor`: 1/std over all latents of all training pictures (LDM, §G)."""
-        count = total = square = 0.0
-        for batch in batches_once(self.source, 32):
+        ema, count, total, square = merge(self.frozen, ema), 0.0, 0.0, 0.0
+        for batch in batches_once(self.source, 32, entries=("image",)):
             mean, logvar = (
                 np.float64(a[batch["valid"]]) for a in self._moments(ema, batch["image"])
             )

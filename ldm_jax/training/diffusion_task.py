@@ -1,74 +1,50 @@
-"""Stage 2: the denoiser and its text encoder, on latents that are encoded once and cached."""
+"""Stage 2: the denoiser and its conditions, on latents of a frozen autoencoder."""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.data.loader import batches_once
-from ldm_jax.diffusion.noise import example_keys, per_example
-from ldm_jax.inputs import inputs_for, nulls_for, requests, told_sizes
+from ldm_jax.conditioning import Embedder
+from ldm_jax.data.conditions import Condition
+from ldm_jax.data.loader import Batch, batches_once
+from ldm_jax.diffusion.noise import example_keys
+from ldm_jax.inputs import nulls_for, told_sizes
 from ldm_jax.latent_diffusion import LatentDiffusion
-from ldm_jax.models.build import Autoencoder
-from ldm_jax.pictures import image_grid, to_float, to_uint8
-from ldm_jax.training.batches import training_batches
+from ldm_jax.pictures import image_grid, to_uint8
+from ldm_jax.training.batches import Prepare, training_loader
+from ldm_jax.training.latents import LatentSource, moments, sample_latents
+from ldm_jax.training.state import Params
+from ldm_jax.training.summary import first_pictures, log_summary
+from ldm_jax.training.trainable import merge, split
 
-PICTURE_AUGMENTS = ("flip", "zoom", "shift", "color", "background")
-UNCONDITIONAL_PREVIEWS = 5  # columns of the sample grid
+UNASKED_PREVIEWS = 5  # columns of the sample grid, where the config names no prompts or labels
+HELD_OUT_BATCH = 64
 HELD_OUT_DRAWS = 8  # noise and timesteps per held-out picture: one draw is too noisy to compare
-
-
-class LatentSource(Sequence):
-    """A source whose pictures are replaced by their posterior's moments, (h, w, 2c) float32.
-
-    Everything else of an example stays, so captions can still be augmented.
-    """
-
-    def __init__(self, source: Any, autoencoder: Autoencoder, params: dict[str, Any]):
-        @jax.jit
-        def moments(params, images):
-            mean, logvar = autoencoder.apply({"params": params}, to_float(images), method="moments")
-            return jnp.concatenate([mean, logvar], axis=-1)
-
-        encoded = [
-            np.asarray(moments(params, batch["image"]))[batch["valid"]]
-            for batch in batches_once(source, 32)
-        ]
-        self.moments = np.concatenate(encoded)
-        pixels = ("image", "rgba", "background")
-        self._rest = [
-            {k: v for k, v in source[i].items() if k not in pixels} for i in range(len(source))
-        ]
-
-    def __len__(self) -> int:
-        return len(self._rest)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rest[index] | {"image": self.moments[index]}
+KEPT = ("task", "autoencoder", "unet", "conditioning", "diffusion", "sampling")
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionTask:
     """See `ldm_jax.training.state.Task`.
 
-    `resolved` is the config as plain values with the first stage's fields in it, what an exported
-    model carries; `first_stage` are the frozen autoencoder's parameters.
+    `embedders` are those of training, `model.embedders` or what stands for them. `resolved` is the
+    config as plain values, completed by the model that training starts from, what an exported
+    model carries. `frozen` has the autoencoder's parameters, too.
     """
 
     config: Any
     resolved: dict[str, Any]
     model: LatentDiffusion
-    first_stage: dict[str, Any]
-    source: LatentSource
-    held_out: LatentSource
-
-    @property
-    def networks(self) -> tuple[str, ...]:
-        return self.model.trainable
+    embedders: tuple[Embedder, ...]
+    frozen: Params
+    loaded: Params
+    source: Any
+    held_out: Any
+    conditions: tuple[Condition, ...]
 
     @property
     def ema_networks(self) -> tuple[str, ...]:
@@ -76,90 +52,133 @@ class DiffusionTask:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        height, width, channels = self.source.moments.shape[1:]
-        return height, width, channels // 2
+        side = self.config.data.image_size // self.model.autoencoder.downsampling
+        return side, side, self.model.latent_channels
 
-    def init(self, key):
-        return self.model.init(key, self.latent_shape)
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """What a batch of the loader holds: the latents' moments, or the pictures that they are
+        made of, and what the embedders need."""
+        pixels = "moments" if isinstance(self.source, LatentSource) else "image"
+        needs = (entry for embedder in self.model.embedders for entry in embedder.needs)
+        return tuple(dict.fromkeys((pixels, *needs)))
+
+    def init(self, key, loaded):
+        fresh = self.model.init(key, self.latent_shape)
+        return split(merge(fresh, loaded), self.config.trainable)[0]
 
     def phase(self, step):
         del step
 
-    def gradients(self, params, batch, key, phase):
+    def gradients(self, params, frozen, batch, key, phase):
         del phase
-        latents = self._sample_latents(batch["moments"], jax.random.fold_in(key, 0))
+        latents = self._latents(frozen, batch, jax.random.fold_in(key, 0))
+        inputs = {e.name: batch[e.name] for e in self.embedders}
 
         def loss(params):
-            inputs = {e.name: batch[e.name] for e in self.model.embedders}
-            return jnp.mean(self.model.loss(params, latents, inputs, jax.random.fold_in(key, 1)))
+            whole = merge(frozen, params)
+            return jnp.mean(self._model.loss(whole, latents, inputs, jax.random.fold_in(key, 1)))
 
         value, grads = jax.value_and_grad(loss)(params)
         return grads, {"loss": value}
 
     def batches(self, start):
-        for step, batch in training_batches(self.config, self.source, start):
-            yield step, {"moments": batch["image"]} | self._inputs(batch)
+        prepare = Prepare(self.config.data.augment, self.conditions)
+        if isinstance(self.source, LatentSource):
+            _ = self.source.moments  # before the loader's threads ask for them
+        loader = training_loader(self.config, self.source, prepare, self.entries)
+        for step, batch in loader.iterate(start):
+            yield step, self._batch(batch)
+
+    def summary(self):
+        log_summary(self.source, self.held_out, self.model.embedders)
+
+    def first_batch_picture(self, start):
+        prepare = Prepare(self.config.data.augment, self.conditions)
+        return first_pictures(self.config, self.source, prepare, start)
 
     def evaluate(self, ema):
         """The loss on held-out pictures, at fixed noise and timesteps, without any dropout."""
         losses, key = [], jax.random.key(self.config.seed)
-        for i, batch in enumerate(batches_once(self.held_out, 64)):
+        size = min(HELD_OUT_BATCH, self.config.train.batch_size)
+        for i, batch in enumerate(self._in_order(self.held_out, size)):
             for draw in range(HELD_OUT_DRAWS):
                 draw_key = jax.random.fold_in(key, i * HELD_OUT_DRAWS + draw)
-                values = self._held_out_loss(ema, batch["image"], self._inputs(batch), draw_key)
+                values = self._held_out_loss(self.frozen, ema, self._batch(batch), draw_key)
                 losses.append(np.asarray(values)[batch["valid"]])
-        return {"loss": float(np.mean(np.concatenate(losses)))}
+        return {"loss": float(np.mean(np.concatenate(losses)))} if losses else {}
 
     def preview(self, ema):
-        """Samples of the averaged model for `config.sampling`'s prompts or labels, in two rows."""
-        settings, embedders = self.config.sampling, self.model.embedders
-        needed = {key for embedder in embedders for key in embedder.needs}
-        prompts = list(settings.prompts) if "caption" in needed else None
-        labels = list(settings.get("labels", (0,))) if "label" in needed else None
-        (told,) = requests(embedders, prompts, labels)
-        columns = max((len(values) for values in told.values()), default=UNCONDITIONAL_PREVIEWS)
+        """Samples of the averaged model in two rows.
+
+        What is asked are `sampling.prompts` or `.labels`; where there are none, and for all else
+        that the model is told, examples of the held-out pictures.
+        """
+        sampling, embedders = self.resolved["sampling"], self.model.embedders
+        asked = {"caption": list(sampling.get("prompts", ()))}
+        asked |= {"label": list(sampling.get("labels", ()))}
+        needed = {entry for embedder in embedders for entry in embedder.needs}
+        asked = {entry: values for entry, values in asked.items() if values and entry in needed}
+        columns = max(map(len, asked.values()), default=UNASKED_PREVIEWS)
         count = 2 * columns
+        batch = next(self._in_order(self.held_out or self.source, count))
+        batch |= {entry: (values * count)[:count] for entry, values in asked.items()}
         sizes = told_sizes(count, [self.config.data.image_size] * 2)
-        told = {key: values * 2 for key, values in told.items()}
-        inputs = inputs_for(embedders, told | sizes, count)
+        inputs = {e.name: e.prepare(batch | sizes) for e in embedders}
         images = self._generate(
-            {**ema, "autoencoder": self.first_stage},
+            merge(self.frozen, ema),
             inputs,
             nulls_for(embedders, inputs, "", sizes, count),
             example_keys(jax.random.key(0), count),
         )
-        return image_grid(to_uint8(images), columns)
+        return image_grid(to_uint8(np.asarray(images)[..., :3]), columns)
 
     def export(self, ema):
-        kept = ("task", "autoencoder", "unet", "conditioning", "diffusion", "sampling")
-        about = {name: self.resolved[name] for name in kept}
-        about["image_size"] = self.latent_shape[0] * self.model.autoencoder.downsampling
-        return about, {**ema, "autoencoder": self.first_stage}
+        about = {name: self.resolved[name] for name in KEPT}
+        about["image_size"] = self.config.data.image_size
+        if any("label" in embedder.needs for embedder in self.model.embedders):
+            about["classes"] = list(self.source.classes)
+        return about, merge(self.frozen, ema)
 
-    def _inputs(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
-        sizes = told_sizes(len(batch["image"]), [self.config.data.image_size] * 2)
-        return {e.name: e.prepare(sizes | batch) for e in self.model.embedders}
+    def _batch(self, batch: Batch) -> dict[str, np.ndarray]:
+        """What a step takes of a batch of the loader."""
+        pixels = self.entries[0]
+        return {pixels: batch[pixels]} | {e.name: e.prepare(batch) for e in self.embedders}
 
-    def _sample_latents(self, moments: jax.Array, key: jax.Array) -> jax.Array:
-        mean, logvar = jnp.split(moments, 2, axis=-1)
-        noise = per_example(jax.random.normal, key, mean.shape)
-        return (mean + jnp.exp(0.5 * logvar) * noise) * self.model.autoencoder.scale_factor
+    @property
+    def _model(self) -> LatentDiffusion:
+        """The model as it trains."""
+        return dataclasses.replace(self.model, embedders=self.embedders)
+
+    def _latents(self, frozen: Params, batch: dict[str, Any], key: jax.Array) -> jax.Array:
+        autoencoder = self.model.autoencoder
+        made = batch.get("moments")
+        if made is None:
+            made = moments(autoencoder, frozen["autoencoder"], batch["image"])
+        return sample_latents(autoencoder, made, key)
+
+    def _in_order(self, source: Any, batch_size: int):
+        """Every picture of a source once, not augmented."""
+        return batches_once(source, batch_size, Prepare((), self.conditions), self.entries)
 
     @functools.cached_property
     def _held_out_loss(self):
         @jax.jit
-        def loss(params, moments, inputs, key):
-            latents = self._sample_latents(moments, jax.random.fold_in(key, 0))
-            key = jax.random.fold_in(key, 1)
-            return self.model.loss(params, latents, inputs, key, training=False)
+        def loss(frozen, ema, batch, key):
+            latents = self._latents(frozen, batch, jax.random.fold_in(key, 0))
+            inputs = {e.name: batch[e.name] for e in self.embedders}
+            whole, key = merge(frozen, ema), jax.random.fold_in(key, 1)
+            return self._model.loss(whole, latents, inputs, key, training=False)
 
         return loss
 
     @functools.cached_property
     def _generate(self):
-        settings = self.config.sampling
-        levels = self.model.levels(settings.steps)
-        run = self.model.plan(settings.sampler, levels, settings.guidance, eta=settings.eta)
+        sampling = self.resolved["sampling"]
+        levels = self.model.levels(sampling["steps"])
+        # Not every sampler has an eta, and 0 is the default of those that have.
+        eta = sampling["eta"] or None
+        run = self.model.plan(sampling["sampler"], levels, sampling["guidance"], eta=eta)
 
         @jax.jit
         def generate(params, inputs, nulls, keys):
@@ -170,7 +189,7 @@ class DiffusionTask:
                 keys,
                 run,
                 latent_shape=self.latent_shape,
-                sampler=settings.sampler,
+                sampler=sampling["sampler"],
             )
 
         return generate

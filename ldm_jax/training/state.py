@@ -17,7 +17,8 @@ Metrics = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class State:
-    """Everything a checkpoint holds. `params` and `ema` map a network's name to its parameters.
+    """Everything a checkpoint holds. `params` and `ema` map a network's name to those of its
+    parameters that train.
 
     Random keys are not here: the key of a step is `fold_in(key(seed), step)`.
     """
@@ -29,26 +30,42 @@ class State:
 
 
 class Task(Protocol):
-    """What the loop needs of a task; all but `batches` are pure functions of their arguments."""
+    """What the loop needs of a task; all but `batches` are pure functions of their arguments.
+
+    Methods that compute or read are called outside of the main thread.
+    """
 
     ema_networks: tuple[str, ...]  # the networks averaged, evaluated and exported
+    frozen: Params  # what the networks have beside what trains, by network
+    loaded: Params  # where training starts, as far as weights give it, by network
 
-    def init(self, key: jax.Array) -> Params:
-        """Fresh trainable parameters, by network."""
+    def init(self, key: jax.Array, loaded: Params) -> Params:
+        """What trains, by network: `loaded`, and fresh parameters for the rest."""
 
     def phase(self, step: int) -> Hashable:
         """Which program a step runs; a new value compiles anew. Most tasks have but one."""
 
     def gradients(
-        self, params: Params, batch: dict[str, jax.Array], key: jax.Array, phase: Hashable
+        self,
+        params: Params,
+        frozen: Params,
+        batch: dict[str, jax.Array],
+        key: jax.Array,
+        phase: Hashable,
     ) -> tuple[Params, Metrics]:
-        """Gradients for every trainable network, and scalar metrics with at least `loss`."""
+        """Gradients for all of `params`, and scalar metrics with at least `loss`."""
+
+    def summary(self) -> None:
+        """Logs what there is to train on."""
+
+    def first_batch_picture(self, start: int) -> np.ndarray:
+        """The pictures of batch `start`: uint8 (H, W, 3)."""
 
     def batches(self, start: int):
         """Iterator of (step, host batch of this process), a function of (seed, step) alone."""
 
     def evaluate(self, ema: Params) -> dict[str, float]:
-        """Metrics on the held-out split."""
+        """Metrics on the held-out split; none if nothing is held out."""
 
     def preview(self, ema: Params) -> np.ndarray:
         """A picture of the present state: uint8 (H, W, 3)."""
@@ -57,10 +74,14 @@ class Task(Protocol):
         """(config of the networks, parameters) of a file that `ldm_jax.load` opens."""
 
 
-def init_state(task: Task, optimizer: optax.GradientTransformation, seed: int) -> State:
-    """Step 0. The average starts as a copy of the parameters."""
-    params = task.init(jax.random.fold_in(jax.random.key(seed), 0x7FFFFFFF))
-    ema = {name: jax.tree.map(jnp.copy, params[name]) for name in task.ema_networks}
+def init_state(
+    task: Task, optimizer: optax.GradientTransformation, seed: int, loaded: Params
+) -> State:
+    """Step 0. The average starts as a copy of the parameters. `loaded` is `task.loaded`."""
+    params = task.init(jax.random.fold_in(jax.random.key(seed), 0x7FFFFFFF), loaded)
+    ema = {
+        name: jax.tree.map(jnp.copy, params[name]) for name in task.ema_networks if name in params
+    }
     return State(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
 
 
@@ -70,17 +91,17 @@ def make_train_step(
     seed: int,
     ema_decay: float,
     phase: Hashable,
-) -> Callable[[State, dict[str, jax.Array], jax.Array], tuple[State, Metrics]]:
-    """The function (state, batch, step) → (state, metrics) that the loop compiles.
+) -> Callable[[State, Params, dict[str, jax.Array], jax.Array], tuple[State, Metrics]]:
+    """The function (state, frozen, batch, step) → (state, metrics) that the loop compiles.
 
     A step whose loss or gradients are not finite changes nothing, `state.step` included, and
     neither does any later one: `step` no longer matches. So the loop may look as rarely as it
     likes and still finds the last good state and the number of the first bad step.
     """
 
-    def train_step(state, batch, step):
+    def train_step(state, frozen, batch, step):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, metrics = task.gradients(state.params, batch, key, phase)
+        grads, metrics = task.gradients(state.params, frozen, batch, key, phase)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

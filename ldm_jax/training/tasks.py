@@ -1,61 +1,212 @@
 """Tasks by name: a config becomes the object that the loop drives."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import jax
 from safetensors.numpy import load_file
 
+from ldm_jax.data.conditions import check_conditions, check_files, make_conditions
 from ldm_jax.data.sources import open_source
+from ldm_jax.embedders import make_embedders
+from ldm_jax.interop.layout import Imported
 from ldm_jax.interop.opening import open_any
 from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.models.build import Autoencoder, make_autoencoder
 from ldm_jax.training.autoencoder_task import AutoencoderTask
-from ldm_jax.training.diffusion_task import PICTURE_AUGMENTS, DiffusionTask, LatentSource
-from ldm_jax.training.state import Task
+from ldm_jax.training.diffusion_task import DiffusionTask
+from ldm_jax.training.initialise import check_frozen, loaded_parameters
+from ldm_jax.training.latents import LATENTS, LatentSource
+from ldm_jax.training.state import Params, Task
+from ldm_jax.training.text_states import with_states
+from ldm_jax.training.trainable import split
 from ldm_jax.training.workdir import config_dict
 
 log = logging.getLogger(__name__)
+PICTURE_AUGMENTS = ("flip", "zoom", "shift", "color", "background")
+# Sections that a model to start from brings, where the config leaves them empty.
+OF_THE_MODEL = ("autoencoder", "unet", "conditioning", "diffusion")
 
 
-def make_task(config: Any) -> Task:
+def make_task(config: Any, index: Path | None = None) -> Task:
     """The task `config.task` names, with its data opened.
+
+    `index` is a file that keeps what was found in a folder of pictures between starts.
 
     Raises:
       ValueError: no such task, or a setting that it cannot use.
     """
     if config.task not in TASKS:
         raise ValueError(f"task={config.task!r}: choose one of {', '.join(TASKS)}")
-    return TASKS[config.task](config)
+    return TASKS[config.task](config, index)
 
 
-def _autoencoder(config: Any) -> AutoencoderTask:
+def _autoencoder(config: Any, index: Path | None) -> AutoencoderTask:
+    opened = open_any(config.init_from) if config.init_from else None
+    config = config.copy_and_resolve_references()
+    if not config.autoencoder and opened is not None:
+        config.autoencoder = opened.config["autoencoder"]
+    if config.autoencoder.get("kind") == "tiny":
+        raise ValueError(
+            "autoencoder.kind='tiny' imitates the latents of a larger autoencoder, which training "
+            "from pictures alone cannot do, and distilling one is not supported: load a trained one"
+        )
     if not config.loss.lpips:
         log.info("loss.lpips names no file: training without the perceptual term")
-    return AutoencoderTask(
+    task = AutoencoderTask(
         config=config,
-        source=open_source(config.data, "train"),
-        held_out=open_source(config.data, "held_out"),
+        frozen={},
+        loaded={},
+        source=open_source(config.data, "train", index),
+        held_out=open_source(config.data, "held_out", index),
         perceptual=load_file(config.loss.lpips) if config.loss.lpips else None,
     )
+    loaded, frozen = _start(config, opened, jax.eval_shape(task.fresh, jax.random.key(0)))
+    return task.replace(loaded=loaded, frozen=frozen)
 
 
-def _diffusion(config: Any) -> DiffusionTask:
+def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
+    if config.latents not in LATENTS:
+        raise ValueError(f"latents={config.latents!r}: choose one of {', '.join(LATENTS)}")
     pictures = [name for name in config.data.augment if name in PICTURE_AUGMENTS]
-    if pictures:
+    if pictures and config.latents == "memory":
         raise ValueError(
-            f"data.augment: {', '.join(pictures)} would change the pictures, but this task trains "
-            "on latents that are encoded once; only captions can be augmented here"
+            f"data.augment: {', '.join(pictures)} would change the pictures, but latents='memory' "
+            "encodes each once; use latents='step', or augment captions only"
         )
-    first_stage = open_any(config.first_stage)
-    resolved = config_dict(config) | {"autoencoder": first_stage.config["autoencoder"]}
+    opened = open_any(config.init_from) if config.init_from else None
+    config, resolved = _resolved(config, opened)
+    conditions = make_conditions(config.data.conditions)
+    told = make_embedders(resolved["conditioning"])
+    check_conditions(conditions, {e.name: e.needs for e in told}, config.data.source)
+    resolved["autoencoder"], first_stage = _first_stage(config, resolved, opened)
+
+    source, held_out = (open_source(config.data, split, index) for split in ("train", "held_out"))
+    for condition in (source, held_out):
+        check_files(conditions, condition)
+    _fit_labels(resolved, source.classes)
     model = LatentDiffusion.from_config(resolved)
-    params = jax.device_put(first_stage.params["autoencoder"])
-    log.info("Encoding the pictures once with %s", config.first_stage or "the shipped weights")
-    source, held_out = (
-        LatentSource(open_source(config.data, split), model.autoencoder, params)
-        for split in ("train", "held_out")
+    _check_pixels(config, model.autoencoder)
+    side = config.data.image_size // model.autoencoder.downsampling
+    shape = (side, side, model.latent_channels)
+    abstract = jax.eval_shape(lambda key: model.init(key, shape), jax.random.key(0))
+    loaded, frozen = _start(config, opened, abstract)
+    trains, _ = split(abstract, config.trainable)
+    embedders = with_states(model.embedders, config.text_states, frozen, trains)
+    params = jax.device_put(first_stage)
+    if config.latents == "memory":
+        pixels = bool(conditions) or any("image" in e.needs for e in model.embedders)
+        source, held_out = (
+            LatentSource(pictures, model.autoencoder, params, pixels)
+            for pictures in (source, held_out)
+        )
+    frozen = frozen | {"autoencoder": params}
+    return DiffusionTask(
+        config, resolved, model, embedders, frozen, loaded, source, held_out, conditions
     )
-    return DiffusionTask(config, resolved, model, params, source, held_out)
+
+
+def _start(config: Any, opened: Imported | None, abstract: Params) -> tuple[Params, Params]:
+    """(what is loaded of that which trains, what does not train)."""
+    trained, frozen = split(abstract, config.trainable)
+    if opened is None:
+        check_frozen(frozen, {})
+        return {}, {}
+    loaded = loaded_parameters(abstract, opened, config.init_from, config.init_networks)
+    check_frozen(frozen, loaded)
+    loaded, frozen = split(loaded, config.trainable)
+    return loaded, frozen
+
+
+def _resolved(config: Any, opened: Imported | None) -> tuple[Any, dict[str, Any]]:
+    """The config, and it as plain values, completed by the model that training starts from."""
+    config, resolved = config.copy_and_resolve_references(), config_dict(config)
+    for section in OF_THE_MODEL:
+        if section not in ("autoencoder", "conditioning") and not resolved.get(section):
+            if opened is None or section not in opened.config:
+                raise ValueError(f"{section} is empty: name a model to start from, init_from=PATH")
+            resolved[section] = opened.config[section]
+    if resolved.get("conditioning") is None:
+        resolved["conditioning"] = opened.config["conditioning"]
+    if opened is not None:
+        of_the_model = opened.config.get("sampling", {})
+        resolved["sampling"] = of_the_model | resolved["sampling"]
+    if not config.data.image_size:
+        if opened is None:
+            raise ValueError("data.image_size is 0: name a size, or a model to start from")
+        config.data.image_size = opened.config["image_size"]
+    return config, resolved
+
+
+def _first_stage(
+    config: Any, resolved: dict[str, Any], opened: Imported | None
+) -> tuple[dict[str, Any], Params]:
+    """Section and parameters of the autoencoder whose latents the model works on.
+
+    `config.first_stage` comes first; then that of the model that training starts from; then, for
+    a config that does not say which autoencoder it wants, the one that ships.
+    """
+    wanted = resolved.get("autoencoder")
+    if config.first_stage:
+        path, found = config.first_stage, open_any(config.first_stage)
+    elif wanted and wanted.get("kind") == "identity":
+        return wanted, {}
+    elif opened is not None and "autoencoder" in opened.params:
+        path, found = config.init_from, opened
+    elif not wanted:
+        path, found = "the bundled autoencoder", open_any()
+    else:
+        raise ValueError(
+            f"this model works on latents of {_latents(wanted)}: name an autoencoder that has "
+            "them, first_stage=PATH, or a whole model to start from, init_from=PATH"
+        )
+    section = found.config["autoencoder"]
+    channels = resolved["unet"]["out_channels"]
+    if make_autoencoder(section).embed_dim != channels:
+        raise ValueError(
+            f"{path} has latents of {_latents(section)}, and unet.out_channels is {channels}: name "
+            "an autoencoder of such latents, first_stage=PATH"
+        )
+    if wanted and make_autoencoder(wanted).downsampling != make_autoencoder(section).downsampling:
+        raise ValueError(
+            f"{path} has latents of {_latents(section)}, and this model wants {_latents(wanted)}"
+        )
+    return section, found.params.get("autoencoder", {})
+
+
+def _latents(section: dict[str, Any]) -> str:
+    autoencoder = make_autoencoder(section)
+    return f"{autoencoder.embed_dim} channels at 1/{autoencoder.downsampling} of the size"
+
+
+def _check_pixels(config: Any, autoencoder: Autoencoder) -> None:
+    if autoencoder.in_channels not in (1, 3):
+        raise ValueError(
+            f"the autoencoder takes pictures of {autoencoder.in_channels} channels; data sources "
+            "give three"
+        )
+    if config.data.image_size % autoencoder.downsampling:
+        raise ValueError(
+            f"data.image_size={config.data.image_size} is no multiple of the autoencoder's factor "
+            f"{autoencoder.downsampling}"
+        )
+
+
+def _fit_labels(resolved: dict[str, Any], classes: tuple[str, ...]) -> None:
+    """Sets `n_classes` of 0 to the number of classes and one for "none", and checks the others."""
+    for name, section in resolved["conditioning"].items():
+        if section["kind"] != "class":
+            continue
+        network = section["network"]
+        if not network["n_classes"]:
+            network["n_classes"], section["null"] = len(classes) + 1, len(classes)
+        free = network["n_classes"] - (section.get("null") is not None)
+        if len(classes) > free:
+            raise ValueError(
+                f"the data has {len(classes)} classes, and conditioning.{name}.network.n_classes="
+                f"{network['n_classes']} leaves room for {free}"
+            )
 
 
 TASKS = {"autoencoder": _autoencoder, "diffusion": _diffusion}

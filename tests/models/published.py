@@ -68,8 +68,8 @@ AUTOENCODER_SIZES = {
 CLIP_L, OPENCLIP_H, BIGG = (123.060, 196), (340.388, 372), (694.660, 517)
 # The networks of `conditioning`, by section. A table of classes is classes × width.
 CONDITIONER_SIZES = {
-    "cin256": {"class": (0.512, 1)},
-    "cin256-v2": {"class": (0.512512, 1)},
+    "cin256": {"label": (0.512, 1)},
+    "cin256-v2": {"label": (0.512512, 1)},
     "text2img256": {"text": (166.59, 420)},
     "txt2img-1p4B": {"text": (542.90, 420)},
     "layout2img-openimages256": {"boxes": (54.66, 212)},
@@ -86,10 +86,10 @@ CONDITIONER_SIZES = {
     "sd2-upscaler": {"text": OPENCLIP_H},
     "sdxl-base": {"text": CLIP_L, "text_2": BIGG},
     "sdxl-refiner": {"text_2": BIGG},
-    "sgm-imagenet-f8_cond": {"class": (1.024, 1)},
+    "sgm-imagenet-f8_cond": {"label": (1.024, 1)},
     "sgm-txt2img-clipl": {"text": CLIP_L},
-    "sgm-mnist_cond": {"class": (0.00128, 1)},
-    "sgm-cifar10_cond": {"class": (0.00128, 1)},
+    "sgm-mnist_cond": {"label": (0.00128, 1)},
+    "sgm-cifar10_cond": {"label": (0.00128, 1)},
 }
 
 

@@ -44,14 +44,15 @@ def task(root, request):
 
 @pytest.fixture(scope="module")
 def setting(task):
-    params = jax.jit(task.init)(jax.random.key(0))
+    params = jax.jit(task.init)(jax.random.key(0), task.loaded)
     _, batch = next(task.batches(0))
     return params, batch, jax.random.key(1)
 
 
 @pytest.fixture(scope="module")
 def gradients(task):
-    return jax.jit(task.gradients, static_argnums=3)
+    compiled = jax.jit(task.gradients, static_argnums=4)
+    return lambda params, *rest: compiled(params, task.frozen, *rest)
 
 
 @pytest.fixture(scope="module")

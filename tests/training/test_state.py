@@ -13,15 +13,15 @@ from ldm_jax.training.state import init_state, make_train_step
 class Task:
     """Descends mean(w·x)²; the batch of step 3 holds a NaN."""
 
-    ema_networks = ("net",)
+    ema_networks, frozen, loaded = ("net",), {}, {}
 
-    def init(self, key):
+    def init(self, key, loaded):
         return {"net": {"w": jax.random.normal(key, (3,))}}
 
     def phase(self, step):
         return None
 
-    def gradients(self, params, batch, key, phase):
+    def gradients(self, params, frozen, batch, key, phase):
         loss, grads = jax.value_and_grad(
             lambda p: jnp.mean(jnp.square(batch["x"] @ p["net"]["w"] - 1.0))
         )(params)
@@ -49,11 +49,11 @@ class Kept:
 def after_five():
     task, optimizer = Task(), optax.adam(0.1)
     step_function = jax.jit(make_train_step(task, optimizer, 0, 0.9, None))
-    state, states = init_state(task, optimizer, 0), []
+    state, states = init_state(task, optimizer, 0, {}), []
     for step, batch in task.batches(0):
         if step == 5:
             return task, states
-        state, _ = step_function(state, batch, step)
+        state, _ = step_function(state, {}, batch, step)
         states.append(state)
 
 

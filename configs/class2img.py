@@ -1,0 +1,47 @@
+"""Class to image: a latent diffusion model of a class, on the bundled autoencoder.
+
+    python train.py --config=configs/class2img.py --workdir=runs/class2img
+    python sample.py --model=runs/class2img --label="food & drink" --n=8
+
+Variants, as in --config=configs/class2img.py:smoke
+
+    emoji   all 1,697 training emoji in their nine groups (default)
+    smoke   a few steps of a tiny network, for tests
+
+On your own pictures, in a folder for each class:
+
+    --config.data.source=folder --config.data.path=DIR
+
+and, unless they look like emoji, an autoencoder trained on them (configs/autoencoder.py) as
+--config.first_stage=runs/autoencoder. The classes are those of the data; the model knows their
+names.
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def emoji() -> ml_collections.ConfigDict:
+    label = dict(
+        kind="class",
+        dropout=0.1,
+        null=None,  # the label that stands for none; with n_classes of 0 the one after the last
+        network=dict(n_classes=0, embed_dim=128),  # 0: as many as the data has
+    )
+    # No labels: previews are of held-out pictures' classes.
+    return common.small_diffusion({"label": label}, dict(labels=(), guidance=2.0), context_dim=128)
+
+
+def smoke() -> ml_collections.ConfigDict:
+    return common.smoke(emoji())
+
+
+VARIANTS = {"emoji": emoji, "smoke": smoke}
+
+
+def get_config(variant: str = "emoji") -> ml_collections.ConfigDict:
+    """The config of a variant; raises ValueError that lists them."""
+    if variant not in VARIANTS:
+        raise ValueError(f"no variant {variant!r} of class2img: choose {', '.join(VARIANTS)}")
+    return VARIANTS[variant]()

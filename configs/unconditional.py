@@ -1,0 +1,39 @@
+"""Pictures of nothing in particular: a latent diffusion model without a condition.
+
+    python train.py --config=configs/unconditional.py --workdir=runs/unconditional
+    python sample.py --model=runs/unconditional --n=8
+
+Variants, as in --config=configs/unconditional.py:smoke
+
+    emoji   all 1,697 training emoji (default)
+    smoke   a few steps of a tiny network, for tests
+
+On your own pictures:
+
+    --config.data.source=folder --config.data.path=DIR
+
+and, unless they look like emoji, an autoencoder trained on them (configs/autoencoder.py) as
+--config.first_stage=runs/autoencoder.
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def emoji() -> ml_collections.ConfigDict:
+    return common.small_diffusion({}, {})
+
+
+def smoke() -> ml_collections.ConfigDict:
+    return common.smoke(emoji())
+
+
+VARIANTS = {"emoji": emoji, "smoke": smoke}
+
+
+def get_config(variant: str = "emoji") -> ml_collections.ConfigDict:
+    """The config of a variant; raises ValueError that lists them."""
+    if variant not in VARIANTS:
+        raise ValueError(f"no variant {variant!r} of unconditional: choose {', '.join(VARIANTS)}")
+    return VARIANTS[variant]()

@@ -1,0 +1,74 @@
+"""Pictures as the moments of their latents: encoded once and kept in memory, or in each step."""
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax.data.loader import batches_once
+from ldm_jax.diffusion.noise import per_example
+from ldm_jax.models.build import Autoencoder
+from ldm_jax.pictures import to_float
+
+log = logging.getLogger(__name__)
+LATENTS = ("memory", "step")
+
+
+def moments(autoencoder: Autoencoder, params: Any, images: jax.Array) -> jax.Array:
+    """Posterior mean and log-variance (B, h, w, 2c), float32, of uint8 (B, H, W, 3).
+
+    An autoencoder of one channel sees the mean of the colours.
+    """
+    x = to_float(images)
+    if autoencoder.in_channels == 1:
+        x = jnp.mean(x, axis=-1, keepdims=True)
+    return jnp.concatenate(autoencoder.apply({"params": params}, x, method="moments"), axis=-1)
+
+
+def sample_latents(autoencoder: Autoencoder, moments: jax.Array, key: jax.Array) -> jax.Array:
+    """Scaled latents (B, h, w, c) drawn from the posterior, each example's by its own key."""
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    noise = per_example(jax.random.normal, key, mean.shape)
+    return (mean + jnp.exp(0.5 * logvar) * noise) * autoencoder.scale_factor
+
+
+class LatentSource(Sequence):
+    """A source whose examples have `moments`, (h, w, 2c) float32, made once, beside the rest.
+
+    They are made at the first look at `moments`; have it before several threads read. With `pixels`
+    the pictures are read as well, for conditions that are made of them; without, an example costs
+    no decoding, and captions can still be augmented.
+    """
+
+    def __init__(self, source: Any, autoencoder: Autoencoder, params: Any, pixels: bool):
+        self._autoencoder, self._params = autoencoder, params
+        self.classes = source.classes
+        self.left_out, self.lost_captions = source.left_out, source.lost_captions
+        self.pictures, self._pixels = source, pixels
+
+    @functools.cached_property
+    def moments(self) -> np.ndarray:
+        """Of all pictures, (N, h, w, 2c); the first look encodes them."""
+        if len(self):
+            log.info("Encoding %d pictures once", len(self))
+        encode = jax.jit(lambda params, images: moments(self._autoencoder, params, images))
+        encoded = [
+            np.asarray(encode(self._params, batch["image"]))[batch["valid"]]
+            for batch in batches_once(self.pictures, 32, entries=("image",))
+        ]
+        return np.concatenate(encoded) if encoded else np.zeros(0, np.float32)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """As the source's."""
+        return self.pictures.describe(index)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rest = self.pictures[index] if self._pixels else self.pictures.describe(index)
+        return rest | {"moments": self.moments[index]}

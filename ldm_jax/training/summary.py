@@ -1,0 +1,44 @@
+"""What a run says of its data before anything compiles."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ldm_jax.conditioning import Embedder
+from ldm_jax.pictures import image_grid
+from ldm_jax.training.batches import Prepare, training_loader
+
+log = logging.getLogger(__name__)
+SHOWN = 5
+COLUMNS = 8
+
+
+def log_summary(source: Any, held_out: Any, embedders: Sequence[Embedder] = ()) -> None:
+    """Logs how many pictures and captions there are, and what of them is lost."""
+    captions = [source.describe(i)["caption"] for i in range(len(source))]
+    parts = [f"{len(source):,} pictures, {sum(map(bool, captions)):,} of them with captions"]
+    tokenizers = [e.tokenizer for e in embedders if hasattr(e, "tokenizer")]
+    for tokenizer in tokenizers[:1]:  # several read the same captions
+        distinct = dict.fromkeys(captions)
+        cut = {c for c in distinct if tokenizer.overflow(c)}
+        if cut:
+            count = sum(caption in cut for caption in captions)
+            parts.append(f"captions cut at {tokenizer.max_length} tokens: {count:,}")
+        unknown = dict.fromkeys(word for c in distinct for word in tokenizer.unknown(c))
+        if unknown:
+            some = ", ".join(repr(word) for word in list(unknown)[:SHOWN])
+            parts.append(f"words that the vocabulary lacks: {len(unknown):,} ({some})")
+    for what, reasons in (("pictures", source.left_out), ("captions", source.lost_captions)):
+        parts += [f"{what} left out: {count:,}, {reason}" for reason, count in reasons.items()]
+    log.info("Data: %s", "; ".join(parts))
+    if not len(held_out):
+        log.info("No picture is held out, so there is no held-out loss")
+
+
+def first_pictures(config: Any, source: Any, prepare: Prepare, start: int) -> np.ndarray:
+    """The pictures of batch `start` as a contact sheet, uint8 (H, W, 3)."""
+    pictures = getattr(source, "pictures", source)
+    loader = training_loader(config, pictures, prepare, ("image",))
+    return image_grid(loader.batch(start)["image"], COLUMNS)

@@ -1,0 +1,65 @@
+"""Features of frozen text encoders: computed in every step, or once for each caption."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from ldm_jax.conditioning import Conditioning, Embedder
+from ldm_jax.training.state import Params
+
+TEXT_STATES = ("step", "memory")
+BATCH = 32  # captions that are encoded together
+
+
+class CachedStates:
+    """An `Embedder` in place of a text embedder whose network does not train.
+
+    A caption is encoded when it is met first, and kept on the host, context and vector in float32:
+    240 kB each for Stable Diffusion 1. Its raw input is the `Conditioning` itself.
+    """
+
+    network, needs, guided = None, ("caption",), True
+
+    def __init__(self, embedder: Embedder, params: Any):
+        self.name, self.dropout = embedder.name, embedder.dropout
+        self._embedder, self._params, self._kept = embedder, params, {}
+        self._encode = jax.jit(lambda params, raw: embedder(params, raw, deterministic=True))
+        self._null = self.prepare({"caption": [""]})
+
+    def prepare(self, batch: dict[str, Any]) -> Conditioning:
+        """What batch["caption"] is encoded to, of (B, …)."""
+        captions = list(batch["caption"])
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
+        for start in range(0, len(new), BATCH):
+            part = new[start : start + BATCH]
+            raw = self._embedder.prepare({"caption": part + [""] * (BATCH - len(part))})
+            states = jax.device_get(self._encode(self._params, raw))
+            for i, caption in enumerate(part):
+                self._kept[caption] = jax.tree.map(lambda state, i=i: state[i].copy(), states)
+        return jax.tree.map(lambda *states: np.stack(states), *(self._kept[c] for c in captions))
+
+    def null(self, count: int) -> Conditioning:
+        """The empty caption's."""
+        return jax.tree.map(lambda state: np.repeat(state, count, axis=0), self._null)
+
+    def __call__(self, params: Any, raw: Conditioning, **_: Any) -> Conditioning:
+        return raw
+
+
+def with_states(
+    embedders: tuple[Embedder, ...], how: str, frozen: Params, trains: Params
+) -> tuple[Embedder, ...]:
+    """The embedders of training: with `how` "memory", frozen text encoders' features are kept.
+
+    Raises:
+      ValueError: no such `how`, or no text encoder is frozen.
+    """
+    if how not in TEXT_STATES:
+        raise ValueError(f"text_states={how!r}: choose one of {', '.join(TEXT_STATES)}")
+    if how == "step":
+        return embedders
+    still = [e.name for e in embedders if "caption" in e.needs and e.name not in trains]
+    if not still:
+        raise ValueError("text_states='memory' keeps what frozen text encoders say; none is frozen")
+    return tuple(CachedStates(e, frozen[e.name]) if e.name in still else e for e in embedders)

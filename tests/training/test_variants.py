@@ -1,0 +1,103 @@
+"""Every variant of every config trains, from data to a drawn picture, or says why not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ldm_jax
+from ldm_jax.training.tasks import make_task
+from tests.conftest import ROOT
+from tests.models.published import config_file
+from tests.training.variants import SIZE, names, photographs, reduced
+
+REFUSED = {"published:taesd": "autoencoder.kind='tiny' imitates the latents of a larger"}
+SHORT = ("published:taesd", "published:sgm-mnist_cond")  # `make long` has the others
+# Those that differ from another variant in numbers alone are traced, not compiled: data, one step's
+# gradients and the loss on held-out pictures, by shape.
+TRACED = tuple(
+    f"published:{name}"
+    for name in (
+        *("kl-f4", "kl-f16", "kl-f32", "sd-vae", "sdxl-vae", "sd2-upscaler-vae", "vq-f4"),
+        *("vq-f8", "vq-f8-n256", "vq-f16", "ffhq256", "lsun_beds256", "cin256", "text2img256"),
+        *("semantic_synthesis512", "sd2", "sd2-inpainting", "sd2-unclip-l", "sgm-cifar10_cond"),
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return photographs(tmp_path_factory.mktemp("photographs"))
+
+
+def drawn(model, rng):
+    """One picture of a loaded model, told whatever it takes."""
+    if isinstance(model, ldm_jax.FirstStage):
+        return model.decode(model.encode(rng.random((1, SIZE, SIZE, 3))))
+    needs = {entry for e in model.model.embedders for entry in e.needs}
+    asked = {"prompt": "a picture"} if "caption" in needs else {}
+    asked |= {"labels": 0} if "label" in needs else {}
+    if "mask" in needs:
+        asked |= {"image": rng.random((SIZE, SIZE, 3)), "mask": np.eye(SIZE, dtype=bool)}
+    side = SIZE // model.autoencoder.downsampling
+    arrays = {
+        "low_resolution": (1, side, side, 3),
+        "depth": (1, side, side, 1),
+        "image_embedding": (1, 32),
+        "neighbours": (1, 4, 32),
+    }
+    conditions = {n: rng.standard_normal(s) for n, s in arrays.items() if n in needs}
+    conditions |= {"noise_level": np.array([20])} if "noise_level" in needs else {}
+    conditions |= {"boxes": np.full((1, 92), 8191)} if "boxes" in needs else {}
+    classes = rng.integers(0, 182, (1, SIZE, SIZE))
+    conditions |= {"segmentation": np.eye(182)[classes]} if "segmentation" in needs else {}
+    return model(**asked, conditions=conditions, steps=1, guidance=1.0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in SHORT else pytest.param(n, marks=pytest.mark.long)
+        for n in names(ROOT)
+        if n not in TRACED
+    ],
+)
+def test_variant(name, pictures, tmp_path):
+    file, _, variant = name.partition(":")
+    config = config_file(ROOT / "configs" / f"{file}.py").get_config(variant)
+    config = reduced(config, pictures, tmp_path)
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name]):
+            ldm_jax.train(config, tmp_path / "run")
+        return
+    metrics = ldm_jax.train(config, tmp_path / "run")
+    assert np.isfinite(list(metrics.values())).all() and metrics
+    image = drawn(ldm_jax.load(tmp_path / "run"), np.random.default_rng(0))
+    assert image.shape[1:3] == (SIZE, SIZE) and np.isfinite(image).all()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", TRACED)
+def test_variant_by_shape(name, pictures, tmp_path):
+    config = config_file(ROOT / "configs" / "published.py").get_config(name.partition(":")[2])
+    config = reduced(config, pictures, tmp_path)
+    task, key = make_task(config), jax.random.key(0)
+    params = jax.eval_shape(task.init, key, task.loaded)
+    _, batch = next(task.batches(0))
+    for phase in {task.phase(0), task.phase(1)}:
+        grads, metrics = jax.eval_shape(
+            lambda *arguments, phase=phase: task.gradients(*arguments, phase),
+            params, task.frozen, batch, key,
+        )  # fmt: skip
+        assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
+        assert metrics["loss"].shape == ()
+
+
+def test_the_table_of_variants_has_all_of_them():
+    table = (ROOT / "docs" / "models.md").read_text().partition("## Configurations")[2]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    words = {word for row in rows for word in row.split("|")[1].replace(",", " ").split()}
+    assert {name.partition(":")[2] for name in names(ROOT)} <= words
+    refused = {name.partition(":")[2] for name in REFUSED}
+    marked = {row.split("|")[1].strip() for row in rows if row.split("|")[2].startswith(" refused")}
+    assert marked == refused
