@@ -252,7 +252,8 @@ class MaskedImageEmbedder:
         """All of it to draw, one latent wide."""
         side, channels = self.autoencoder.downsampling, self.autoencoder.in_channels
         mask = np.ones((count, side, side, 1), np.float32)
-        return np.concatenate([mask, np.full((count, side, side, channels), self.hole)], axis=-1)
+        image = np.full((count, side, side, channels), self.hole, np.float32)
+        return np.concatenate([mask, image], axis=-1)
 
     def __call__(self, params, raw, **_) -> Conditioning:
         mask, image = raw[..., :1], raw[..., 1:]

@@ -83,8 +83,8 @@ def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
     resolved["autoencoder"], first_stage = _first_stage(config, resolved, opened)
 
     source, held_out = (open_source(config.data, split, index) for split in ("train", "held_out"))
-    for condition in (source, held_out):
-        check_files(conditions, condition)
+    for pictures in (source, held_out):
+        check_files(conditions, pictures)
     _fit_labels(resolved, source.classes)
     model = LatentDiffusion.from_config(resolved)
     _check_pixels(config, model.autoencoder)
