@@ -383,7 +383,8 @@ def test_autoencoder_loss(near):
     case, key = AUTOENCODERS["KL, more attention (CompVis)"], jax.random.key(5)
     reference = Reference(case)
     config = ml_collections.ConfigDict(dict(autoencoder=case.slots[1], loss=dict(kl_weight=0.3)))
-    task = AutoencoderTask(config, frozen={}, loaded={}, source=None, held_out=None, perceptual=None)
+    unused = dict.fromkeys(("source", "held_out", "perceptual"))
+    task = AutoencoderTask(config, frozen={}, loaded={}, **unused)
     images = np.random.default_rng(6).integers(0, 256, (2, 16, 16, 3), np.uint8)
     params = {"autoencoder": reference.params, "discriminator": {}}
     ours = partial(task.gradients, phase=False)
