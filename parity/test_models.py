@@ -388,7 +388,7 @@ def test_autoencoder_loss(near):
     images = np.random.default_rng(6).integers(0, 256, (2, 16, 16, 3), np.uint8)
     params = {"autoencoder": reference.params, "discriminator": {}}
     ours = partial(task.gradients, phase=False)
-    gradients, metrics = run_once(ours, params, {"image": images}, key)
+    gradients, metrics = run_once(ours, params, {}, {"image": images}, key)
 
     x = nchw(images / np.float32(127.5) - 1)
     posterior = reference.model.encode(x)
