@@ -5,7 +5,8 @@ import os
 from absl import flags
 
 from ldm_jax.data.text_files import read_text
-from ldm_jax.diffusion.samplers import SAMPLERS
+from ldm_jax.diffusion.plan import Guidance, Sampling
+from ldm_jax.diffusion.plan import flags as option_flags
 from ldm_jax.gallery import Edit, draw, load_drawing
 from ldm_jax.pictures import FITS
 from ldm_jax.runtime.compile_cache import use_compile_cache
@@ -19,25 +20,19 @@ LABEL = flags.DEFINE_multi_string(
 )
 OUT = flags.DEFINE_string("out", "out", "Directory for the PNGs, the grid and the settings.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the parameters.")
-INTERVAL = flags.DEFINE_list(
-    "guidance_interval", None, "LOW,HIGH share of the noise with guidance."
-)
-COMPOSE = flags.DEFINE_list("compose", None, "A weight for each prompt: all make one picture.")
+_DEFINE = {float: flags.DEFINE_float, str: flags.DEFINE_string, tuple: flags.DEFINE_list}
+# Fields of Sampling and Guidance, by their flags.
+OPTIONS = [
+    _DEFINE[field.metadata["kind"]](name, None, field.metadata["help"])
+    for cls in (Sampling, Guidance)
+    for name, field in option_flags(cls).items()
+]
 # Arguments of Pipeline.__call__, by their own names.
 SETTINGS = (
-    flags.DEFINE_string("negative_prompt", "", "What to lead away from."),
+    flags.DEFINE_string("negative_prompt", None, "What to lead away from."),
     flags.DEFINE_integer("n", 1, "Pictures of each prompt."),
     flags.DEFINE_integer("batch", None, "Pictures drawn at a time; default: all. Saves memory."),
     flags.DEFINE_integer("steps", 50, "Steps of the sampler."),
-    flags.DEFINE_string("sampler", "ddim", f"One of {', '.join(SAMPLERS)}."),
-    flags.DEFINE_string("spacing", None, "Of the steps, such as trailing or karras."),
-    flags.DEFINE_float("guidance", None, "Guidance scale; the model's own by default."),
-    INTERVAL,
-    flags.DEFINE_float("guidance_rescale", 0.0, "0…1, against over-exposure."),
-    flags.DEFINE_float("threshold", None, "Percentile of dynamic thresholding, 0…1."),
-    COMPOSE,
-    flags.DEFINE_float("eta", None, "0: no noise; 1: as much as DDPM; default: the sampler's."),
-    flags.DEFINE_float("churn", None, "Noise stirred in by euler and heun."),
     flags.DEFINE_integer("seed", 0, "Picture i of a seed is always the same."),
     flags.DEFINE_integer("height", None, "Pixels, a multiple of the model's; default: as trained."),
     flags.DEFINE_integer("width", None, "Pixels, a multiple of the model's; default: as trained."),
@@ -45,7 +40,7 @@ SETTINGS = (
     flags.DEFINE_float("strength", None, "Of a change to --image, 0 (none) … 1."),
 )
 IMAGE = flags.DEFINE_string("image", "", "A picture to change.")
-MASK = flags.DEFINE_string("mask", "", "A black and white picture: where to draw --image anew.")
+MASK = flags.DEFINE_string("mask", "", "A picture, white or opaque where to draw --image anew.")
 OUTPAINT = flags.DEFINE_list("outpaint", [], "LEFT,TOP,RIGHT,BOTTOM pixels to add to --image.")
 FIT = flags.DEFINE_enum(
     "fit",
@@ -57,7 +52,6 @@ FIT = flags.DEFINE_enum(
     "resize: scaled to the neighbouring multiples that keep the proportions best.",
 )
 SOURCE = flags.DEFINE_string("source", "", "A prompt for --image as it is: invert it (DDIM).")
-WEAK = flags.DEFINE_string("weak", "", "A worse model to lead away from (autoguidance).")
 INTERPOLATE = flags.DEFINE_integer("interpolate", 0, "Pictures between this seed and the next.")
 PREVIEWS = flags.DEFINE_integer("previews", 0, "Moments of the way to show in previews.png.")
 
@@ -83,13 +77,15 @@ def main():
         if not prompts:
             raise ValueError(f"{PROMPTS_FILE.value} holds no prompt: write one a line")
     settings = {flag.name: flag.value for flag in SETTINGS} | {"labels": LABEL.value or None}
-    for flag in (INTERVAL, COMPOSE):
-        settings[flag.name] = _numbers(flag, float) or None
+    for flag in OPTIONS:
+        several = isinstance(flag.value, list)
+        settings[flag.name] = _numbers(flag, float) or None if several else flag.value
+    weak = os.path.expanduser(settings.pop("weak") or "")
     outpaint = _numbers(OUTPAINT, int)
     if not IMAGE.value and (MASK.value or outpaint or SOURCE.value):
         raise ValueError("--mask, --outpaint and --source change a picture: name it with --image")
     edit = Edit(_path(IMAGE), _path(MASK), outpaint, SOURCE.value, FIT.value)
-    model, weak = _path(MODEL), _path(WEAK)
+    model = _path(MODEL)
     grid = draw(
         load_drawing(model, DTYPE.value),
         prompts,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from ldm_jax.diffusion.grids import sampling_levels
+from ldm_jax.diffusion.grids import sampling_grid
 from ldm_jax.diffusion.noise import example_keys
 from ldm_jax.diffusion.samplers import SAMPLERS, get_sampler, make_table, sample
 from ldm_jax.diffusion.schedule import make_schedule
@@ -56,7 +56,7 @@ ADVICE = {
 def run(name: str, noise: jax.Array, evaluations: int, **options: float) -> tuple:
     """(end, levels) of a sampler that may look at the network so many times."""
     steps = max(1, evaluations // SAMPLERS[name].evaluations)
-    levels = sampling_levels(SCHEDULE, steps, "karras")
+    levels = sampling_grid(SCHEDULE, steps, "karras")
     table = make_table(name, SCHEDULE, levels, **options)
     keys = example_keys(jax.random.key(1), len(noise))
     start = noise * np.hypot(levels.alpha[0], levels.sigma[0])

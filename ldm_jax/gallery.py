@@ -12,10 +12,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm_jax.data.images import composite, read_image
+from ldm_jax.conditions.requests import label_name, parts
+from ldm_jax.data.images import composite, read_image, read_mask
 from ldm_jax.diffusion.editing import slerp
+from ldm_jax.diffusion.plan import Guidance, Sampling, flags, from_flags
 from ldm_jax.first_stage import FirstStage
-from ldm_jax.inputs import label_name, parts
 from ldm_jax.loading import load
 from ldm_jax.pictures import centre, fit_picture, image_grid, save_png, split_depth, to_uint8
 from ldm_jax.pipeline import Pipeline
@@ -43,9 +44,10 @@ def load_drawing(path: str, dtype: str = "float32") -> Pipeline:
 class Edit:
     """A picture file to change, as `sample.py` names it.
 
-    `mask` is a black and white file, white where to draw anew; `outpaint` grows the picture by
-    pixels (left, top, right, bottom) and draws those. With `source`, a prompt that describes the
-    picture, it is inverted to noise first and drawn from there, without guidance unless asked for.
+    `mask` is a file, white or opaque where to draw anew, see `read_mask`; `outpaint` grows the
+    picture by pixels (left, top, right, bottom) and draws those. With `source`, a prompt that
+    describes the picture, it is inverted to noise first and drawn from there, without guidance
+    unless asked for.
     `fit`, of `pictures.FITS`, is what happens to a picture, outpainted or not, whose sides are no
     multiples of what the model draws; after "pad", the result has the size asked for again.
     """
@@ -85,7 +87,7 @@ class Edit:
     def _read(self) -> tuple[np.ndarray, np.ndarray | None]:
         """The picture and its mask, both grown by `outpaint`."""
         image = composite(read_image(self.image), (255, 255, 255))
-        mask = read_image(self.mask)[..., 0] if self.mask else None
+        mask = read_mask(self.mask) if self.mask else None
         if mask is not None and mask.shape != image.shape[:2]:
             raise ValueError(
                 f"{self.mask} is {mask.shape[0]}×{mask.shape[1]} (height×width): a mask is as "
@@ -124,10 +126,11 @@ def draw(
     the model is. Pictures with depth (LDM3D) leave it beside them as a PNG of 16 bits.
 
     Every PNG's text chunk "ldm_jax" and `settings.json` hold what is needed to make it again.
-    `settings` are arguments of `Pipeline.__call__`; `weak_pipe` that of autoguidance, from the
-    file `weak`. `interpolate` draws so many pictures of one prompt on the way from the noise of the
-    seed to that of the next, and `interpolation.gif`. `previews` adds `previews.png`: what the
-    model predicted at so many moments, a row for each picture.
+    `settings` are the flags of `sample.py` by their names: arguments of `Pipeline.__call__`, and
+    fields of `Guidance` and `Sampling`; None is the default. `weak_pipe` is the pipeline of
+    autoguidance, from the file `weak`. `interpolate` draws so many pictures of one prompt on the
+    way from the noise of the seed to that of the next, and `interpolation.gif`. `previews` adds
+    `previews.png`: what the model predicted at so many moments, a row for each picture.
     """
     out = Path(out)
     if settings.get("guidance") is None:
@@ -141,19 +144,23 @@ def draw(
             raise ValueError("interpolation draws one prompt from noise")
         settings = settings | {"n": interpolate}
         ends = [
-            pipe.noise(settings["seed"] + i, 1, settings["height"], settings["width"])[0]
+            pipe.noise(settings["seed"] + i, 1, settings.get("height"), settings.get("width"))[0]
             for i in (0, 1)
         ]
         arguments["latents"] = np.asarray(slerp(*ends, np.linspace(0.0, 1.0, interpolate)))
     if edit is not None and edit.source and len(names) * settings["n"] != 1:
         raise ValueError("an inverted picture (--source) is drawn once, with one prompt")
-    count = settings["n"] if settings["compose"] else len(names) * settings["n"]
+    count = settings["n"] if settings.get("compose") else len(names) * settings["n"]
     batches = len(parts(count, settings.get("batch"))) if count > 0 else 1
     bar = count * settings["steps"] >= LONG_RUN
     watch = _Watch(settings["steps"], batches, previews, bar)
-    own = {name: value for name, value in settings.items() if value is not None}
+    sampling = from_flags(Sampling, settings)
+    guidance = from_flags(Guidance, settings | {"weak": weak_pipe})
+    apart = flags(Sampling).keys() | flags(Guidance).keys()
+    own = {k: v for k, v in settings.items() if v is not None and k not in apart}
+    arguments |= own | {"sampler": sampling, "guidance": guidance}
     with watch:
-        made = pipe(prompts or None, **arguments | own, weak=weak_pipe, progress=watch.callback)
+        made = pipe(prompts or None, **arguments, progress=watch.callback)
     made = made if size is None else centre(made, size, axis=1)
     images, depth = split_depth(made) if made.shape[-1] == 6 else (to_uint8(made), None)
 
@@ -162,7 +169,7 @@ def draw(
     about |= {"weak": weak} if weak else {}
     about |= {"interpolate": interpolate} if interpolate else {}
     asked = {"prompts": prompts} | ({"classes": labels} if labels else {})
-    names = [" AND ".join(names)] if settings["compose"] else names
+    names = [" AND ".join(names)] if settings.get("compose") else names
     for i, image in enumerate(images):
         prompt = names[i // settings["n"]]
         slug = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40]

@@ -11,64 +11,40 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ldm_jax.conditioning import (
+from ldm_jax.conditions.base import (
     Conditioning,
     Embedder,
     Inputs,
     drop_conditions,
     embed,
 )
+from ldm_jax.conditions.kinds import make_embedders
 from ldm_jax.diffusion.editing import keep_known, noised, tiled
-from ldm_jax.diffusion.grids import sampling_levels
 from ldm_jax.diffusion.guidance import (
     autoguidance,
     classifier_free,
     dynamic_threshold,
-    guidance_weights,
     where_guided,
 )
 from ldm_jax.diffusion.multistep import Table
 from ldm_jax.diffusion.noise import example_keys
 from ldm_jax.diffusion.objective import Objective, diffusion_loss
-from ldm_jax.diffusion.parameterization import SIGMA_DATA, Network, Prediction, make_denoiser
-from ldm_jax.diffusion.samplers import DDIM_INVERSE, get_sampler, make_table, sample
-from ldm_jax.diffusion.schedule import Level, Schedule, make_schedule
-from ldm_jax.embedders import make_embedders
+from ldm_jax.diffusion.parameterization import Network, Prediction
+from ldm_jax.diffusion.plan import GuidanceTable, Run
+from ldm_jax.diffusion.process import Diffusion
+from ldm_jax.diffusion.samplers import DDIM_INVERSE, get_sampler, sample
 from ldm_jax.models.build import Autoencoder, make_autoencoder, tuples
 from ldm_jax.models.unet import UNet
 
 Params = dict[str, Any]
 
 
-class Guidance(NamedTuple):
-    """Guidance of every step: the scale (S,), the weights of several conditions (S, K), how far to
-    rescale (S,), and where it is on at all (S,), None for everywhere."""
+class Known(NamedTuple):
+    """A picture to start from: its `latents` (B, h, w, c), and, if only part of it is to change,
+    `mask` (B, h, w, 1), 1 where it does, 0 where it stays, and between where both are blended."""
 
-    scale: np.ndarray
-    weights: np.ndarray
-    rescale: np.ndarray
-    active: np.ndarray | None
-
-
-class Run(NamedTuple):
-    """What is traced of a run of the sampler; its structure, not its numbers, decides the program.
-
-    `start` is the level of the first step, `percentile` that of dynamic thresholding, None: off.
-    """
-
-    table: Table
-    guidance: Guidance | None
-    start: Level
-    percentile: float | None
-
-
-class Edit(NamedTuple):
-    """A picture to start from: its latents `known` (B, h, w, c), and, if only part of it is to
-    change, `mask` (B, h, w, 1), 1 where it does and 0 where it stays."""
-
-    known: jax.Array
+    latents: jax.Array
     mask: jax.Array | None
 
 
@@ -79,13 +55,8 @@ class LatentDiffusion:
     unet: UNet
     autoencoder: Autoencoder
     embedders: tuple[Embedder, ...]
-    schedule: Schedule
-    parameterization: str
-    spacing: str
+    diffusion: Diffusion
     objective: Objective = Objective()
-    sigma_data: float = SIGMA_DATA
-    offset: int | None = None
-    end: str | None = None
 
     @property
     def latent_channels(self) -> int:
@@ -98,19 +69,13 @@ class LatentDiffusion:
 
         `dtype` is their type of arithmetic; None: that of the parameters and inputs.
         """
-        diffusion = config["diffusion"]
         autoencoder = make_autoencoder(config["autoencoder"], dtype)
         return cls(
             unet=UNet(**tuples(config["unet"]), dtype=dtype),
             autoencoder=autoencoder,
             embedders=make_embedders(config["conditioning"], dtype, autoencoder),
-            schedule=make_schedule(**diffusion["schedule"]),
-            parameterization=diffusion["parameterization"],
-            spacing=diffusion["spacing"],
+            diffusion=Diffusion.from_config(config["diffusion"]),
             objective=Objective(**config.get("objective", {})),
-            sigma_data=diffusion.get("sigma_data", SIGMA_DATA),
-            offset=diffusion.get("offset"),
-            end=diffusion.get("end"),
         )
 
     @property
@@ -143,7 +108,7 @@ class LatentDiffusion:
         params["unet"] = variables["params"]
         if self.objective.learn_logvar:
             params["logvar"] = {
-                "value": jnp.full(self.schedule.timesteps, self.objective.logvar_init)
+                "value": jnp.full(self.diffusion.schedule.timesteps, self.objective.logvar_init)
             }
         return params
 
@@ -180,18 +145,16 @@ class LatentDiffusion:
 
         return diffusion_loss(
             self.objective,
-            self.schedule,
-            self.parameterization,
+            self.diffusion,
             network,
             latents,
             noise_key,
             params["logvar"]["value"] if self.objective.learn_logvar else None,
-            self.sigma_data,
         )
 
     def predict(
         self, params: Params, conditions: list[Conditioning], null: Conditioning, tile: int = 0
-    ) -> Callable[[Guidance | None], Network]:
+    ) -> Callable[[GuidanceTable | None], Network]:
         """The network under guidance: `predict(guidance)(x, t)`, for any step's guidance.
 
         `guidance` None evaluates the first condition alone. With `tile`, latents larger than that
@@ -216,7 +179,7 @@ class LatentDiffusion:
 
             return tiled(parts, x, (tile, tile))
 
-        def under(guidance: Guidance | None) -> Network:
+        def under(guidance: GuidanceTable | None) -> Network:
             def plain(x, t):
                 return network(x, t, conditions[0])
 
@@ -238,7 +201,7 @@ class LatentDiffusion:
         nulls: Inputs,
         keys: jax.Array,
         run: Run,
-        edit: Edit | None = None,
+        known: Known | None = None,
         *,
         latent_shape: tuple[int, ...],
         sampler: str = "ddim",
@@ -253,7 +216,7 @@ class LatentDiffusion:
           inputs: one set of the embedders' inputs, or several to be combined by `guidance.weights`.
           keys: (B,), the examples' own.
           run: the tables of the sampler and of guidance, from `plan`.
-          edit: what to start from, and what to keep, instead of drawing from noise alone.
+          known: a picture to start from, and what to keep of it.
           latents: (B, h, w, c), unit Gaussian, in place of the starting noise drawn from `keys`.
           tile: the latents' side from which on they are worked on in tiles; 0: never.
           weak: a worse model and its parameters, to be guided away from (autoguidance).
@@ -267,22 +230,22 @@ class LatentDiffusion:
             weak_condition = embed(weak_model.embedders, weak_params, inputs[0])
             worse = weak_model.predict(weak_params, [weak_condition], weak_condition, tile)(None)
 
-        def denoise(x, level, guidance: Guidance | None = None) -> Prediction:
+        def denoise(x, level, guidance: GuidanceTable | None = None) -> Prediction:
             network = predict(guidance if weak is None else None)
             if weak is not None and guidance is not None:
                 network = autoguidance(network, worse, guidance.scale)
-            inner = make_denoiser(self.parameterization, network, self.sigma_data)
+            inner = self.diffusion.denoiser(network)
             if run.percentile is not None:
                 inner = dynamic_threshold(inner, run.percentile)
             return inner(x, level)
 
-        start, before_step = run.start, None
-        if edit is None:
-            x = latents * jnp.sqrt(start.alpha**2 + start.sigma**2)
+        before_step = None
+        if known is None:
+            x = run.start.sigma * latents
         else:
-            x = noised(edit.known, latents, start)
-            if edit.mask is not None:
-                before_step = keep_known(edit.known, edit.mask)
+            x = noised(known.latents, latents, run.start)
+            if known.mask is not None:
+                before_step = keep_known(*known)
         clean = sample(
             get_sampler(sampler),
             denoise,
@@ -293,15 +256,15 @@ class LatentDiffusion:
             before_step=before_step,
             callback=callback,
         )
-        if edit is not None and edit.mask is not None:
-            clean = edit.mask * clean + (1.0 - edit.mask) * edit.known
+        if known is not None and known.mask is not None:
+            clean = known.mask * clean + (1.0 - known.mask) * known.latents
         return self.decode(params, clean, tile)
 
     def invert(self, params: Params, inputs: Inputs, latents: jax.Array, table: Table) -> jax.Array:
         """Starting noise (B, h, w, c) from which DDIM, without guidance, draws these latents."""
         condition = embed(self.embedders, params, inputs)
         network = self.predict(params, [condition], condition)(None)
-        denoise = make_denoiser(self.parameterization, network, self.sigma_data)
+        denoise = self.diffusion.denoiser(network)
         keys = example_keys(jax.random.key(0), len(latents))
         return sample(DDIM_INVERSE, denoise, latents, table, keys)
 
@@ -317,50 +280,6 @@ class LatentDiffusion:
         else:
             images = decode(latents)
         return jnp.clip((images + 1.0) / 2.0, 0.0, 1.0)
-
-    def levels(self, steps: int, spacing: str | None = None) -> Level:
-        """The `steps` + 1 noise levels of a run; spacing None is the model's own."""
-        own = {} if spacing else {"offset": self.offset, "end": self.end}
-        return sampling_levels(self.schedule, steps, spacing or self.spacing, **own)
-
-    def plan(
-        self,
-        sampler: str,
-        levels: Level,
-        guidance: float | np.ndarray = 1.0,
-        *,
-        interval: tuple[float, float] | None = None,
-        weights: np.ndarray | None = None,
-        rescale: float = 0.0,
-        percentile: float | None = None,
-        skip: int | None = None,
-        **options: float | None,
-    ) -> Run:
-        """The tables of a run, on the host. Guidance of 1 at every step is left out altogether.
-
-        Raises:
-          ValueError: an option, a guidance or an interval out of its range.
-        """
-        if not 0.0 <= rescale <= 1.0:
-            raise ValueError(f"guidance rescale {rescale:g}: must lie in 0…1")
-        if percentile is not None and not 0.0 < percentile <= 1.0:
-            raise ValueError(f"threshold percentile {percentile:g}: must lie above 0 and up to 1")
-        steps = len(levels.t) - 1
-        longest = getattr(self.schedule, "timesteps", None) or self.schedule.sigma_max
-        scale = guidance_weights(guidance, levels, longest, interval)
-        weights = np.ones(1) if weights is None else np.asarray(weights)
-        start = Level(*(np.float32(v[skip or 0]) for v in levels))
-        table = make_table(sampler, self.schedule, levels, skip, **options)
-        on = scale != 1.0
-        if len(weights) == 1 and not on.any():
-            return Run(table, None, start, percentile)
-        steps_of = Guidance(
-            scale=np.float32(scale),
-            weights=np.tile(np.float32(weights), (steps, 1)),
-            rescale=np.full(steps, rescale, np.float32),
-            active=None if len(weights) > 1 or on.all() else on,
-        )
-        return Run(table, steps_of, start, percentile)
 
 
 def beside(x: jax.Array, condition: Conditioning) -> jax.Array:

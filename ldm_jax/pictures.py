@@ -55,21 +55,26 @@ def as_images(images: Any, count: int | None = None) -> np.ndarray:
 
 
 def as_mask(mask: Any, size: tuple[int, int], count: int) -> np.ndarray:
-    """A mask (H, W), (B, H, W) or (B, H, W, 1) of 0 and 1 (or 255, or booleans) → float32
-    (count, H, W, 1) of 0 and 1. Raises ValueError for another size, or for values between."""
+    """A mask (H, W), (B, H, W) or (B, H, W, 1) → float32 (count, H, W, 1) in [0, 1].
+
+    uint8 (of 0 and 1, or up to 255), booleans, or numbers in [0, 1].
+
+    Raises ValueError for another size or range.
+    """
     mask = np.asarray(mask)
-    shape, values = mask.shape, np.unique(mask)
+    shape = mask.shape
     mask = mask[..., 0] if mask.ndim == 4 and shape[-1] == 1 else mask
     mask = mask[None] if mask.ndim == 2 else mask
     if mask.ndim != 3 or mask.shape[1:] != tuple(size):
         raise ValueError(f"mask of shape {shape}: expected {size[0]}×{size[1]}, as the image")
-    largest = 255 if mask.dtype == np.uint8 and values[-1] > 1 else 1
-    if not set(values.tolist()) <= {0, largest}:
+    scale = 255.0 if mask.dtype == np.uint8 and mask.max() > 1 else 1.0
+    mask = mask.astype(np.float32) / scale
+    if not (mask.min() >= 0.0 and mask.max() <= 1.0):  # NaN is neither
         raise ValueError(
-            f"mask with values {values[0]} … {values[-1]}: must be binary, 0 to keep and 1 (or "
-            "255) to draw anew"
+            f"mask values {mask.min():g} … {mask.max():g}: expected uint8, or 0 (keep) … 1 (draw "
+            "anew)"
         )
-    return _each((mask > 0).astype(np.float32)[..., None], count, "mask")
+    return _each(mask[..., None], count, "mask")
 
 
 def _each(arrays: np.ndarray, count: int, name: str) -> np.ndarray:

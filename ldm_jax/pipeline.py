@@ -9,26 +9,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from ldm_jax.conditioning import Conditioning, embed
-from ldm_jax.diffusion.editing import skipped_steps
-from ldm_jax.diffusion.noise import example_keys
-from ldm_jax.diffusion.samplers import DDIM_INVERSE
-from ldm_jax.embedders import MaskedImageEmbedder
-from ldm_jax.first_stage import FirstStage
-from ldm_jax.inputs import (
-    NEGATIVE_SIZES,
-    check_finite,
+from ldm_jax.conditions.base import Conditioning, Inputs, embed
+from ldm_jax.conditions.requests import (
     check_guidance,
     check_side,
     inputs_for,
-    nulls_for,
+    negative_entries,
+    negatives_for,
+    other_entries,
     parts,
     requests,
-    told_sizes,
 )
+from ldm_jax.diffusion.editing import skipped_steps
+from ldm_jax.diffusion.noise import example_keys
+from ldm_jax.diffusion.plan import Guidance, Run, Sampling, check_finite, plan
+from ldm_jax.diffusion.samplers import DDIM_INVERSE
+from ldm_jax.first_stage import FirstStage
 from ldm_jax.interop.lora import Lora, merge, read_lora
 from ldm_jax.interop.opening import export
-from ldm_jax.latent_diffusion import Edit, LatentDiffusion
+from ldm_jax.latent_diffusion import Known, LatentDiffusion
 from ldm_jax.models.build import Autoencoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.pictures import as_images, as_mask
@@ -58,10 +57,6 @@ class Pipeline:
         return self.model.autoencoder
 
     @property
-    def schedule(self):
-        return self.model.schedule
-
-    @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes in the order of their labels; () if they have but numbers."""
         return tuple(self.config.get("classes", ()))
@@ -82,73 +77,54 @@ class Pipeline:
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] | None = None,
         *,
         labels: int | str | Sequence[int | str] | None = None,
-        image: np.ndarray | None = None,
-        mask: np.ndarray | None = None,
-        strength: float | None = None,
-        sizes: dict[str, Any] | None = None,
-        negative_sizes: dict[str, Any] | None = None,
-        conditions: dict[str, np.ndarray] | None = None,
         n: int = 1,
         steps: int = 50,
-        sampler: str = "ddim",
-        spacing: str | None = None,
-        guidance: float | Sequence[float] | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-        guidance_rescale: float = 0.0,
-        threshold: float | None = None,
-        compose: Sequence[float] | None = None,
-        weak: "Pipeline | None" = None,
-        eta: float | None = None,
-        churn: float | None = None,
+        sampler: str | Sampling | None = None,
+        guidance: float | Sequence[float] | Guidance | None = None,
         seed: int = 0,
         height: int | None = None,
         width: int | None = None,
-        tile: int | None = None,
+        image: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        strength: float | None = None,
+        conditions: dict[str, Any] | None = None,
         latents: np.ndarray | None = None,
+        tile: int | None = None,
         batch: int | None = None,
         progress: Callable[[int, np.ndarray], None] | None = None,
     ) -> np.ndarray:
         """Draws `n` pictures of each prompt, or of each label, or, without condition, `n`.
 
         Picture i (prompt by prompt) of a seed is the same whatever else is drawn with it. Shapes,
-        `steps`, `sampler` and which features are in use compile; numbers never do.
+        `steps`, the sampler and which features are in use compile; numbers never do.
 
-        Args:
+        What everybody needs
           prompt: one or several; what goes past the model's text length is cut, with a warning.
-          negative_prompt: what guidance leads away from; "" is the unconditional model.
+          negative_prompt: what guidance leads away from, one text for all pictures or one for each;
+            None: no prompt at all.
           labels: of a class-conditional model, one or several, by number or by name.
+          steps: of the whole way from noise to picture.
+          sampler: a name, or `Sampling` with its spacing and options; None takes the model's own.
+          guidance: its scale, uncond + guidance·(cond − uncond), one number or one for each step,
+            or `Guidance` with all that can be said of it; None takes the model's own scale.
+          height, width: in pixels, multiples of `multiple`; default: as trained.
+
+        The rest
           image: one to change, (H, W, 3), or one for each picture, uint8 or float in [0, 1]. Its
             size becomes that of the result.
-          mask: with `image`, (H, W) or one each, true, 1 or 255 where it is to be drawn anew; the
-            rest is returned untouched.
+          mask: with `image`, (H, W) or one each, uint8, bool or float in [0, 1]: 1 where it is to
+            be drawn anew, 0 where it is returned untouched; what lies between is blended.
           strength: of the change, 0 (none) … 1; that share of the steps is run. By default 0.8,
             with a mask 1.
-          sizes: what SDXL is told: "original_size" and "target_size" (height, width), "crop" (top,
-            left), "aesthetic_score"; by default the picture's own size, uncropped, 6.
-            `negative_sizes` is what guidance leads away from: the same, but a score of 2.5.
-          conditions: arrays of other conditions by their names in `config["conditioning"]`, one
-            (1, …) or one for each picture.
-          steps: of the whole way from noise to picture.
-          sampler, spacing: see `ldm_jax.diffusion.samplers` and `.grids`; the spacing of the
-            model by default.
-          guidance: uncond + guidance·(cond − uncond), one number or one for each step; None takes
-            the model's own.
-          guidance_interval: (low, high) share of the noise, 0…1, outside which there is none; a
-            step there costs half.
-          guidance_rescale: 0…1, against over-exposure by strong guidance (Lin et al. 2023).
-          threshold: percentile in (0, 1] of dynamic thresholding (Saharia et al. 2022); None: off.
-          compose: a weight for each prompt; all of them make one picture then.
-          weak: a worse pipeline of the same latents; guidance leads away from its opinion, in
-            place of the unconditional one (autoguidance, Karras et al. 2024).
-          eta: of samplers that draw noise, 0: none, 1: as much as DDPM; None: the sampler's own.
-          churn: of "euler" and "heun", Karras et al. 2022's S_churn.
-          height, width: in pixels, multiples of the autoencoder's factor; default: as trained.
+          conditions: of other conditions, arrays by their entries, one (1, …) or one for each
+            picture. SDXL's are "original_size" and "target_size" (height, width), "crop" (top,
+            left) and "aesthetic_score"; by default the picture's own size, uncropped, 6.
+          latents: unit Gaussian starting noise (B, h, w, c) in place of the seed's.
           tile: in pixels; larger pictures are drawn in overlapping tiles of this side. For sizes
             that the model was not trained on.
-          latents: unit Gaussian starting noise (B, h, w, c) in place of the seed's.
           batch: pictures that are drawn at a time, which bounds the memory; None: all. The last
             ones are filled up to as many.
           progress: called with the number of finished steps and the latents predicted at the
@@ -159,74 +135,66 @@ class Pipeline:
 
         Raises:
           ValueError: an argument is out of its range; says what is allowed.
+          FloatingPointError: a picture is not finite; says from which step on.
         """
+        check_finite(strength=strength, latents=latents, **conditions or {})
+        sampling = Sampling.of(sampler, self.config["sampling"])
+        asked = Guidance.of(guidance, self.config["sampling"]["guidance"])
         embedders = self.model.embedders
-        groups = requests(embedders, prompt, labels, n, compose, self.classes)
+        groups = requests(embedders, prompt, labels, n, asked.weights, self.classes)
         count = max((len(values) for values in groups[0].values()), default=n)
+        if asked.weak is None:
+            check_guidance(embedders, asked.scale)
+        else:
+            self._check_weak(asked.weak)
 
-        guidance = self.config["sampling"]["guidance"] if guidance is None else guidance
-        check_finite(guidance=guidance, guidance_interval=guidance_interval, threshold=threshold)
-        check_finite(guidance_rescale=guidance_rescale, compose=compose, eta=eta, churn=churn)
-        check_finite(strength=strength, latents=latents)
-        check_finite(**(conditions or {}))
-        check_guidance(self.model, guidance, None if weak is None else weak.model)
-        shape, skip, edit, known = self._starts(
-            parts(count, batch), image, mask, strength, steps, height, width
-        )
+        rows = parts(count, batch)
+        if image is not None:
+            image = as_images(image, count)
+            if (height, width) not in ((None, None), image.shape[1:3]):
+                size = " and ".join(map(str, image.shape[1:3]))
+                raise ValueError(f"height and width are the image's, {size}")
+            height, width = image.shape[1:3]
+            mask = None if mask is None else as_mask(mask, (height, width), count)
+        shape = self._latent_shape(height, width)
+        skip, known, pictures = self._start(image, mask, strength, steps, rows)
         side = self.autoencoder.downsampling * np.array(shape[:2])
-        told = told_sizes(count, side, sizes) | known | (conditions or {})
-        inputs = [inputs_for(embedders, group | told, count) for group in groups]
-        unlike = (sizes or {}) | NEGATIVE_SIZES | (negative_sizes or {})
-        unlike = told_sizes(count, side, unlike)
-        nulls = nulls_for(embedders, inputs[0], negative_prompt, unlike, count)
+        others = other_entries(embedders, conditions, count, side) | pictures
+        inputs = [inputs_for(embedders, group | others, count) for group in groups]
+        negatives = negative_entries(
+            embedders, negative_prompt, conditions, asked.negative, count, side
+        )
+        negatives = negatives_for(embedders, inputs[0], negatives)
         if latents is not None and latents.shape != (count, *shape):
             raise ValueError(f"latents {latents.shape}: expected {(count, *shape)}")
-        run = self.model.plan(
-            sampler,
-            self.model.levels(steps, spacing),
-            guidance,
-            interval=guidance_interval,
-            weights=compose,
-            rescale=guidance_rescale,
-            percentile=threshold,
-            skip=skip,
-            eta=eta,
-            churn=churn,
+
+        # Where all of a masked picture is drawn anew, no trace of what was there is in the noise.
+        trace = known is not None and not (skip == 0 and known.mask is not None)
+        run = plan(self.model.diffusion, steps, sampling, asked, skip=skip, trace=trace)
+        each = (inputs, negatives, example_keys(jax.random.key(seed), count), known, latents)
+        weak = asked.weak
+        draw = functools.partial(
+            _generate,
+            self.model,
+            self._weights,
+            run=run,
+            latent_shape=shape,
+            sampler=sampling.sampler,
+            tile=self._tile(tile, shape),
+            weak=None if weak is None else weak._weights,
+            weak_model=None if weak is None else weak.model,
         )
-        if skip == 0 and edit.mask is not None:
-            # All of it is drawn anew: no trace of what was there.
-            alpha, sigma = run.start.alpha, run.start.sigma
-            run = run._replace(
-                start=run.start._replace(alpha=0.0 * alpha, sigma=np.hypot(alpha, sigma))
-            )
-        each = (inputs, nulls, example_keys(jax.random.key(seed), count), edit, latents)
         drawn = []
-        for rows in parts(count, batch):
-            inputs, nulls, keys, edit, latents = jax.tree.map(lambda v, rows=rows: v[rows], each)
-            images = _generate(
-                self.model,
-                self._weights,
-                inputs,
-                nulls,
-                keys,
-                run,
-                edit,
-                latents=latents,
-                latent_shape=shape,
-                sampler=sampler,
-                tile=self._tile(tile, shape),
-                weak=None if weak is None else weak._weights,
-                weak_model=None if weak is None else weak.model,
-                callback=progress,
-            )
-            drawn.append(np.asarray(images, np.float32))
+        for part in rows:
+            arguments = jax.tree.map(lambda v, part=part: v[part], each)
+            images = np.asarray(draw(*arguments, callback=progress), np.float32)
             if progress is not None:
                 jax.effects_barrier()  # its last report comes ahead of the next batch's first
+            if not np.isfinite(images).all():
+                raise FloatingPointError(_not_finite(functools.partial(draw, *arguments), steps))
+            drawn.append(images)
         images = np.concatenate(drawn)[:count]
-        if mask is not None:
-            image, mask = as_images(image, count), as_mask(mask, np.shape(image)[-3:-1], count)
-            images = np.where(mask > 0.0, images, image)
-        return images
+        return images if mask is None else mask * images + (1.0 - mask) * image
 
     def noise(
         self, seed: int, n: int = 1, height: int | None = None, width: int | None = None
@@ -249,13 +217,15 @@ class Pipeline:
         """
         images = as_images(images)
         count = len(images)
-        (group,) = requests(self.model.embedders, prompt, labels, classes=self.classes)
-        told = group | told_sizes(count, images.shape[1:3])
-        inputs = inputs_for(self.model.embedders, told, count)
-        levels = self.model.levels(steps)
-        table = DDIM_INVERSE.coefficients(self.schedule, levels)
+        embedders, diffusion = self.model.embedders, self.model.diffusion
+        (group,) = requests(embedders, prompt, labels, classes=self.classes)
+        entries = group | other_entries(embedders, None, count, images.shape[1:3])
+        inputs = inputs_for(embedders, entries, count)
+        grid = diffusion.grid(steps, "ddim")
+        table = DDIM_INVERSE.coefficients(diffusion.schedule, grid)
         latents = _invert(self.model, self._weights, inputs, self.encode(images), table)
-        return np.asarray(latents) / np.hypot(levels.alpha[0], levels.sigma[0]).astype(np.float32)
+        spread = np.hypot(grid.here.alpha[0], grid.here.sigma[0])
+        return np.asarray(latents) / spread.astype(np.float32)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Pictures (B, H, W, C), uint8 or float [0, 1] → scaled latents (B, h, w, c)."""
@@ -266,11 +236,12 @@ class Pipeline:
         return self.first_stage.decode(latents)
 
     def embed(self, prompts: Sequence[str]) -> Conditioning:
-        """What the UNet of a text-to-image model is told of each prompt."""
+        """What the UNet of a text-to-image model gets of each prompt."""
         size, count = self.config["image_size"], len(prompts)
-        told = {"caption": list(prompts)} | told_sizes(count, (size, size))
-        inputs = inputs_for(self.model.embedders, told, count)
-        return embed(self.model.embedders, _merged(self._weights), inputs)
+        embedders = self.model.embedders
+        entries = {"caption": list(prompts)}
+        entries |= other_entries(embedders, None, count, (size, size))
+        return embed(embedders, _merged(self._weights), inputs_for(embedders, entries, count))
 
     def with_lora(self, path: str | Path, scale: float = 1.0) -> "Pipeline":
         """This pipeline with a LoRA of kohya's or peft's format, which stays a delta beside the
@@ -307,51 +278,43 @@ class Pipeline:
         """
         export(path, self.config, self.merged().params, dtype, layout)
 
-    def _starts(self, rows, image, mask, *more):
-        """`_start` of the pictures of each part, one part after another, for it encodes."""
-        count = 1 + max(int(part[-1]) for part in rows)
-        if image is None:
-            return self._start(count, None, mask, *more)
-        image = as_images(image, count)
-        mask = None if mask is None else as_mask(mask, image.shape[1:3], count)
-        each = [
-            self._start(len(part), image[part], None if mask is None else mask[part], *more)
-            for part in rows
-        ]
-        shape, skip, _, _ = each[0]
-        edit, known = jax.tree.map(
-            lambda *v: np.concatenate(v)[:count], *(start[2:] for start in each)
-        )
-        return shape, skip, edit, known
-
-    def _start(self, count, image, mask, strength, steps, height, width):
-        """Of a call's arguments: the latents' shape, steps to skip or None, edit or None, and what
-        an inpainting model is told."""
-        inpainting = [e for e in self.model.embedders if isinstance(e, MaskedImageEmbedder)]
-        if inpainting and (image is None or mask is None):
+    def _start(
+        self, image: Any, mask: Any, strength: float | None, steps: int, rows: list[np.ndarray]
+    ) -> tuple[int | None, Known | None, dict[str, Any]]:
+        """Steps to skip, or None; the latents to start from; and the entries of a batch that the
+        picture is. The picture is encoded in the parts `rows`."""
+        entries = {"mask": mask, "image": image}
+        needed = {entry for e in self.model.embedders for entry in e.needs} & entries.keys()
+        if needed and (image is None or mask is None):
             raise ValueError("this model inpaints: give it an image and a mask")
         if image is None:
             if mask is not None or strength is not None:
                 raise ValueError("mask and strength need an image to change")
-            return self._latent_shape(height, width), None, None, {}
-        image = as_images(image, count)
-        size = image.shape[1:3]
-        if (height, width) not in ((None, None), size):
-            raise ValueError(f"height and width are the image's, {size[0]} and {size[1]}")
-        shape = self._latent_shape(*size)
+            return None, None, {}
         strength = (0.8 if mask is None else 1.0) if strength is None else strength
         skip = skipped_steps(steps, strength)
-        if inpainting:
-            known = {"mask": as_mask(mask, size, count), "image": image}
-            if strength == 1.0:
-                return shape, None, None, known
-            return shape, skip, Edit(self.encode(image), None), known
-        if mask is not None:
-            # A latent is drawn anew if any of its pixels is.
-            factor = self.autoencoder.downsampling
-            cells = as_mask(mask, size, count).reshape(count, shape[0], factor, shape[1], factor, 1)
-            mask = cells.max(axis=(2, 4))
-        return shape, skip, Edit(self.encode(image), mask), {}
+        entries = {entry: entries[entry] for entry in needed}
+        if needed and strength == 1.0:
+            return None, None, entries
+        latents = np.concatenate([self.encode(image[part]) for part in rows])[: len(image)]
+        if needed or mask is None:
+            return skip, Known(latents, None), entries
+        # A latent is drawn anew as far as any of its pixels is.
+        (height, width), factor = latents.shape[1:3], self.autoencoder.downsampling
+        cells = mask.reshape(len(mask), height, factor, width, factor, 1)
+        return skip, Known(latents, cells.max(axis=(2, 4))), entries
+
+    def _check_weak(self, weak: "Pipeline") -> None:
+        """Raises ValueError for a pipeline that cannot guide this one."""
+        own, other = (
+            (m.latent_channels, m.diffusion.parameterization, tuple(e.name for e in m.embedders))
+            for m in (self.model, weak.model)
+        )
+        if own != other:
+            raise ValueError(
+                "weak: a model of other latents, parameterization or conditions cannot guide "
+                f"this one: {other} there, {own} here"
+            )
 
     def _tile(self, tile: int | None, shape: tuple[int, int, int]) -> int:
         """The side of a tile in latents, 0 where none is asked for or the picture is no larger."""
@@ -386,9 +349,37 @@ def _merged(weights: Weights) -> dict[str, Any]:
     static_argnums=0,
     static_argnames=("latent_shape", "sampler", "tile", "weak_model", "callback"),
 )
-def _generate(model: LatentDiffusion, weights: Weights, *args, weak, weak_model, **kwargs):
+def _generate(
+    model: LatentDiffusion,
+    weights: Weights,
+    inputs: list[Inputs],
+    negatives: Inputs,
+    keys: jax.Array,
+    known: Known | None,
+    latents: jax.Array | None,
+    *,
+    run: Run,
+    weak: Weights | None,
+    weak_model: LatentDiffusion | None,
+    **static,
+):
     weak = None if weak is None else (weak_model, _merged(weak))
-    return model.generate(_merged(weights), *args, weak=weak, **kwargs)
+    options = dict(known=known, latents=latents, weak=weak) | static
+    return model.generate(_merged(weights), inputs, negatives, keys, run, **options)
+
+
+def _not_finite(draw: Callable, steps: int) -> str:
+    """What to say of pictures that are not finite: draws them again and looks at every step."""
+    wrong: list[int] = []
+    draw(callback=lambda done, x0: None if np.isfinite(x0).all() else wrong.append(int(done)))
+    jax.effects_barrier()
+    if not wrong:
+        return "the autoencoder made a picture that is not finite: try dtype float32"
+    return (
+        f"step {min(wrong)} of {steps} gave numbers that are not finite: try another sampler or "
+        "spacing, less guidance, or dtype float32; from the first step on, the weights may be "
+        "damaged"
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

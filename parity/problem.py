@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from ldm.models.diffusion.ddpm import LatentDiffusion
 
+from ldm_jax.diffusion.grids import Grid, sampling_grid
+from ldm_jax.diffusion.multistep import Table
 from ldm_jax.diffusion.parameterization import make_denoiser
 from ldm_jax.diffusion.samplers import Sampler, get_sampler, make_table, sample
 from ldm_jax.diffusion.schedule import DiscreteSchedule, Level, Schedule, make_schedule
@@ -73,7 +75,13 @@ def network(kind: str, schedule: Schedule, xp) -> Callable:
 @functools.cache
 def denoiser(kind: str, schedule: Schedule) -> Callable:
     """Ours, of that network."""
-    return make_denoiser(kind, network(kind, schedule, jax.numpy))
+    return make_denoiser(kind, network(kind, schedule, jax.numpy), 0.5)
+
+
+def levels_of(schedule: Schedule, steps: int, spacing: str, shift: float = 1.0) -> Level:
+    """The S + 1 levels of a spacing, each step from one to the next; CompVis' end as they do."""
+    family = "ddim" if spacing in ("compat", "quad") else "plain"
+    return sampling_grid(schedule, steps, spacing, family=family, shift=shift).levels
 
 
 def start(dtype: np.dtype) -> np.ndarray:
@@ -103,22 +111,28 @@ def _run(sampler, denoise, x, table):
 def ours(
     sampler: str | Sampler,
     schedule: Schedule,
-    levels: Level,
+    levels: Level | Grid,
     x: np.ndarray,
     kind: str = "eps",
     denoise: Callable | None = None,
     **options: float,
 ) -> np.ndarray:
     """Our sampler's latents from x, with the network of `kind` or another denoiser."""
+    grid = levels if isinstance(levels, Grid) else Grid.chain(levels)
     if isinstance(sampler, str):
-        table = make_table(sampler, schedule, levels, **options)
+        table = make_table(sampler, schedule, grid, **options)
         sampler = get_sampler(sampler)
     else:
-        table = sampler.coefficients(schedule, levels)
+        table = sampler.coefficients(schedule, grid)
+    return finish(sampler, table, x, denoise or denoiser(kind, schedule))
+
+
+def finish(sampler: Sampler, table: Table, x: np.ndarray, denoise: Callable) -> np.ndarray:
+    """The latents at the end of a table."""
     table = jax.tree.map(lambda v: v.astype(x.dtype) if v.dtype == np.float64 else v, table)
     # Samplers that share a step share its program.
     sampler = dataclasses.replace(sampler, coefficients=None)
-    result = np.asarray(_run(sampler, denoise or denoiser(kind, schedule), x, table))
+    result = np.asarray(_run(sampler, denoise, x, table))
     assert result.dtype == x.dtype
     return result
 

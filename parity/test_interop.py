@@ -14,10 +14,10 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
     LDMBertModel,
 )
 
+from ldm_jax.conditions.tokenizer import BytePair
 from ldm_jax.interop import compvis
 from ldm_jax.interop import diffusers as folders
 from ldm_jax.interop.diffusers.tokenizers import write_tokenizer
-from ldm_jax.tokenizer import BytePair
 from tests.interop.systems import SYSTEMS, random_params, system
 from tests.interop.test_compvis import same
 from tests.interop.test_diffusers import NOT_THERE

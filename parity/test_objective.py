@@ -24,6 +24,7 @@ from ldm_jax.diffusion.objective import (
     vlb_weights,
 )
 from ldm_jax.diffusion.parameterization import target
+from ldm_jax.diffusion.process import Diffusion
 from ldm_jax.diffusion.schedule import EDMSchedule, FlowSchedule, Level, Schedule
 from parity.problem import SCHEDULE, SD, compvis
 
@@ -54,7 +55,9 @@ def ours(objective, schedule, kind, logvar=None, sigma_data=0.5, latents=LATENTS
         def network(x, t):
             return linear(matrix, x, t)
 
-        loss = diffusion_loss(objective, schedule, kind, network, latents, KEY, logvar, sigma_data)
+        loss = diffusion_loss(
+            objective, Diffusion(schedule, kind, sigma_data), network, latents, KEY, logvar
+        )
         return loss.mean(), loss
 
     arguments = (0,) if logvar is None else (0, 1)
@@ -207,7 +210,7 @@ def test_velocity(agree):
     t = torch.arange(1000)
     x0, noise = torch.tensor(np.random.default_rng(0).normal(size=(2, 1000, 2, 2, 1))).float()
     level = Level(*(v.reshape(-1, 1, 1, 1) for v in SCHEDULE.level(jnp.arange(1000))))
-    mine = target("v", x0.numpy(), noise.numpy(), level)
+    mine = target("v", x0.numpy(), noise.numpy(), level, 0.5)
     table = {"beta_schedule": "scaled_linear", "beta_start": SD["start"], "beta_end": SD["end"]}
     agree(mine, diffusers.DDPMScheduler(**table).get_velocity(x0, noise, t))
     agree(mine, compvis("v").get_v(x0, noise, t))

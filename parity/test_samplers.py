@@ -22,7 +22,6 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver.sampler import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 
-from ldm_jax.diffusion.grids import sampling_levels
 from ldm_jax.diffusion.guidance import classifier_free, dynamic_threshold
 from ldm_jax.diffusion.parameterization import make_denoiser
 from ldm_jax.diffusion.samplers import Sampler
@@ -35,6 +34,7 @@ from parity.problem import (
     STEPS,
     compvis,
     denoised,
+    levels_of,
     network,
     noises,
     ours,
@@ -96,7 +96,7 @@ def test_k_diffusion(case, steps, dtype, monkeypatch, agree):
     """Karras' σ between the ends of a table, with k-diffusion's wrapper of ε networks, which looks
     up fractional times for σ."""
     their_name, theirs, name, options = K_DIFFUSION[case]
-    levels = sampling_levels(SCHEDULE, steps, "karras")
+    levels = levels_of(SCHEDULE, steps, "karras")
     abar = torch.tensor(SCHEDULE.alphas_cumprod.astype(dtype))
     model = external.DiscreteEpsDDPMDenoiser(network("eps", SCHEDULE, torch), abar, quantize=False)
     x = start(dtype)
@@ -115,7 +115,7 @@ def edm_network(x, log_sigma, xp):
     return (denoised(x * total, 1.0, sigma, xp) - 0.25 / total * x) * total / (0.5 * sigma)
 
 
-edm_denoise = make_denoiser("edm", lambda x, t: edm_network(x, 4.0 * t, jnp))
+edm_denoise = make_denoiser("edm", lambda x, t: edm_network(x, 4.0 * t, jnp), 0.5)
 
 
 @for_steps
@@ -125,7 +125,7 @@ edm_denoise = make_denoiser("edm", lambda x, t: edm_network(x, 4.0 * t, jnp))
 def test_k_diffusion_edm(case, steps, dtype, monkeypatch, agree):
     """σ from 80 to 0.002, even in its logarithm, with k-diffusion's preconditioned network."""
     their_name, theirs, name, options = K_DIFFUSION[case]
-    levels = sampling_levels(EDM, steps, "exponential")
+    levels = levels_of(EDM, steps, "exponential")
     x = 80.0 * start(dtype)
     model = layers.Denoiser(lambda x, sigma: edm_network(x, sigma.log(), torch), sigma_data=0.5)
     expected = k_diffusion(their_name, theirs, model, x, levels.sigma, monkeypatch)
@@ -172,8 +172,8 @@ def scheduler_of(name: str, **config):
 def run(scheduler, model, x, monkeypatch, **options) -> torch.Tensor:
     """The loop of a diffusers pipeline, from x in the scheduler's own coordinates."""
     noise = noises(len(scheduler.timesteps), x.dtype)
-    # The last step of DDPM draws with a variance of 1e-20 in place of zero.
-    noise[-1] = torch.zeros(SHAPE)
+    if isinstance(scheduler, diffusers.DDPMScheduler):
+        noise[-1] = torch.zeros(SHAPE)  # its last step draws with a variance of 1e-20, not of 0
     inject(monkeypatch, sys.modules[type(scheduler).__module__], "randn_tensor", noise)
     x = torch.tensor(x)
     for t in scheduler.timesteps:
@@ -191,7 +191,7 @@ def test_diffusers(case, steps, dtype, monkeypatch, agree):
     scheduler = scheduler_of(their_name, **config)
     scheduler.set_timesteps(steps)
     kind = KIND[scheduler.config.prediction_type]
-    levels = sampling_levels(SCHEDULE, steps, "lcm" if name == "lcm" else "trailing")
+    levels = levels_of(SCHEDULE, steps, "lcm" if name == "lcm" else "trailing")
     if "noisy end" in case:
         levels = ending_noisy(levels)
     x = start(dtype)
@@ -215,8 +215,8 @@ def test_dynamic_threshold(name, steps, dtype, monkeypatch, agree):
     model, mine = network("x0", SCHEDULE, torch), network("x0", SCHEDULE, jnp)
     x = start(dtype)
     expected = run(scheduler, lambda x, t: 2.5 * model(x, t), x, monkeypatch, **theirs)
-    denoise = dynamic_threshold(make_denoiser("x0", lambda x, t: 2.5 * mine(x, t)), 0.9)
-    levels = sampling_levels(SCHEDULE, steps, "trailing")
+    denoise = dynamic_threshold(make_denoiser("x0", lambda x, t: 2.5 * mine(x, t), 0.5), 0.9)
+    levels = levels_of(SCHEDULE, steps, "trailing")
     agree(ours(name, SCHEDULE, levels, x, denoise=denoise), expected)
 
 
@@ -234,7 +234,7 @@ def test_zero_terminal_snr(eta, steps, dtype, monkeypatch, agree):
     scheduler.set_timesteps(steps)
     x = start(dtype)
     expected = run(scheduler, network("v", ZERO_SNR, torch), x, monkeypatch, eta=eta)
-    levels = sampling_levels(ZERO_SNR, steps, "trailing")
+    levels = levels_of(ZERO_SNR, steps, "trailing")
     agree(ours("ddim", ZERO_SNR, levels, x, "v", eta=eta), expected)
 
 
@@ -249,7 +249,7 @@ def test_flow_euler(shift, steps, dtype, monkeypatch, agree):
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps))
     x = start(dtype)
     expected = run(scheduler, network("flow", FLOW, torch), x, monkeypatch)
-    levels = sampling_levels(FLOW, steps, "trailing", shift)
+    levels = levels_of(FLOW, steps, "trailing", shift)
     agree(ours("flow_euler", FLOW, levels, x, "flow"), expected)
 
 
@@ -278,7 +278,7 @@ def test_ddim_inverse(steps, dtype, monkeypatch, agree):
     scheduler.set_timesteps(steps)
     x = 0.5 * start(dtype)
     expected = run(scheduler, network("eps", SCHEDULE, torch), x, monkeypatch)
-    levels = sampling_levels(SCHEDULE, steps, "trailing")
+    levels = levels_of(SCHEDULE, steps, "trailing")
     inverse = Sampler(ddim_inverse, ddim_inverse_step(refinements=0))
     agree(ours(inverse, SCHEDULE, levels, x), expected)
 
@@ -299,7 +299,7 @@ def test_compvis_ddim(kind, eta, steps, dtype, monkeypatch, agree):
     inject(monkeypatch, ddim, "noise_like", noises(steps, dtype))
     x = start(dtype)
     expected = compvis_ddim(compvis(kind), steps, x, eta=eta)
-    levels = sampling_levels(SCHEDULE, steps, "compat")
+    levels = levels_of(SCHEDULE, steps, "compat")
     agree(ours("ddim", SCHEDULE, levels, x, kind, eta=eta), expected)
 
 
@@ -309,7 +309,7 @@ def test_compvis_ddim_quad(steps, dtype, monkeypatch, agree):
     inject(monkeypatch, ddim, "noise_like", noises(steps, dtype))
     x = start(dtype)
     expected = compvis_ddim(compvis(), steps, x, "quad")
-    levels = sampling_levels(SCHEDULE, steps, "quad")
+    levels = levels_of(SCHEDULE, steps, "quad")
     agree(ours("ddim", SCHEDULE, levels, x), expected)
 
 
@@ -337,8 +337,8 @@ def test_compvis_guidance(steps, dtype, monkeypatch, agree):
     def conditional(x, t, condition):
         return mine(x, t) + condition * jnp.tanh(x)
 
-    denoise = make_denoiser("eps", classifier_free(conditional, [condition], null, scale))
-    levels = sampling_levels(SCHEDULE, steps, "compat")
+    denoise = make_denoiser("eps", classifier_free(conditional, [condition], null, scale), 0.5)
+    levels = levels_of(SCHEDULE, steps, "compat")
     agree(ours("ddim", SCHEDULE, levels, x, denoise=denoise), expected)
 
 
@@ -353,7 +353,7 @@ def test_compvis_encode(steps, dtype, agree):
     model.apply_model = lambda x, t, cond: predict(x, grid[t])
     x = 0.5 * start(dtype)
     expected, _ = sampler.encode(torch.tensor(x), None, steps)
-    levels = sampling_levels(SCHEDULE, steps, "compat")
+    levels = levels_of(SCHEDULE, steps, "compat")
     inverse = Sampler(ddim_inverse, ddim_inverse_step(refinements=0))
     agree(ours(inverse, SCHEDULE, levels, x), expected)
 
@@ -365,7 +365,7 @@ def test_compvis_plms(steps, dtype, agree):
     sampler.make_schedule(steps, verbose=False)
     x = start(dtype)
     expected, _ = sampler.plms_sampling(None, SHAPE, x_T=torch.tensor(x))
-    levels = sampling_levels(SCHEDULE, steps, "compat")
+    levels = levels_of(SCHEDULE, steps, "compat")
     agree(ours("plms", SCHEDULE, levels, x), expected)
 
 
@@ -377,7 +377,7 @@ def test_compvis_dpm_solver(kind, steps, dtype, agree):
     sampler = DPMSolverSampler(compvis(kind))
     condition = torch.zeros(SHAPE[0])  # it takes none for an answer, but not None
     expected, _ = sampler.sample(steps, SHAPE[0], SHAPE[1:], condition, x_T=torch.tensor(x))
-    levels = sampling_levels(SCHEDULE, steps, "dpm")
+    levels = levels_of(SCHEDULE, steps, "dpm")
     agree(ours("dpmpp_2m", SCHEDULE, levels, x, kind), expected)
 
 
@@ -387,5 +387,5 @@ def test_compvis_ddpm(kind, dtype, monkeypatch, agree):
     inject(monkeypatch, ddpm, "noise_like", noises(1000, dtype))
     x = start(dtype)
     expected = compvis(kind).p_sample_loop(None, SHAPE, x_T=torch.tensor(x), verbose=False)
-    levels = sampling_levels(SCHEDULE, 1000, "trailing")
+    levels = levels_of(SCHEDULE, 1000, "trailing")
     agree(ours("ddpm", SCHEDULE, levels, x, kind), expected)

@@ -22,10 +22,10 @@ from ldm.modules.diffusionmodules.util import (
     make_ddim_timesteps,
 )
 
-from ldm_jax.diffusion.grids import sampling_levels
+from ldm_jax.diffusion.grids import Grid, sampling_grid
 from ldm_jax.diffusion.samplers import make_table
 from ldm_jax.diffusion.schedule import EDMSchedule, FlowSchedule, make_schedule
-from parity.problem import SCHEDULE, SD, STEPS, compvis
+from parity.problem import SCHEDULE, SD, STEPS, compvis, levels_of
 
 pytestmark = [
     pytest.mark.usefixtures("dtype"),
@@ -79,19 +79,17 @@ def test_compvis_uniform_grid():
     for steps in range(1, 1001):
         grid = make_ddim_timesteps("uniform", steps, 1000, verbose=False)
         if grid[-1] < 1000:
-            np.testing.assert_array_equal(
-                sampling_levels(SCHEDULE, steps, "compat").t, [*grid[::-1], 0]
-            )
+            np.testing.assert_array_equal(levels_of(SCHEDULE, steps, "compat").t, [*grid[::-1], 0])
         else:
             with pytest.raises(ValueError, match="grid reaches timestep"):
-                sampling_levels(SCHEDULE, steps, "compat")
+                levels_of(SCHEDULE, steps, "compat")
 
 
 def test_compvis_quad_grid():
     """ "quad" is CompVis' grid, without the timesteps that it repeats."""
     for steps in range(1, 1001):
         grid = make_ddim_timesteps("quad", steps, 1000, verbose=False)
-        levels = sampling_levels(SCHEDULE, steps, "quad")
+        levels = levels_of(SCHEDULE, steps, "quad")
         np.testing.assert_array_equal(levels.t, [*np.unique(grid)[::-1], 0])
 
 
@@ -102,10 +100,10 @@ def test_compvis_ddim_parameters(eta, steps, agree):
     grid = make_ddim_timesteps("uniform", steps, 1000, verbose=False)
     abar = SCHEDULE.alphas_cumprod
     sigmas, here, after = make_ddim_sampling_parameters(abar, grid, eta, verbose=False)
-    levels = sampling_levels(SCHEDULE, steps, "compat")
+    levels = levels_of(SCHEDULE, steps, "compat")
     agree(levels.alpha[:-1] ** 2, here[::-1])
     agree(levels.alpha[1:] ** 2, after[::-1])
-    agree(make_table("ddim", SCHEDULE, levels, eta=eta)["noise"], sigmas[::-1])
+    agree(make_table("ddim", SCHEDULE, Grid.chain(levels), eta=eta)["noise"], sigmas[::-1])
 
 
 @for_steps
@@ -114,7 +112,7 @@ def test_compvis_dpm_grid(steps, agree):
     noise_schedule = NoiseScheduleVP("discrete", alphas_cumprod=compvis().alphas_cumprod)
     solver = DPM_Solver(None, noise_schedule)
     t = solver.get_time_steps("time_uniform", 1.0, 1.0 / 1000, steps, "cpu")
-    levels = sampling_levels(SCHEDULE, steps, "dpm")
+    levels = levels_of(SCHEDULE, steps, "dpm")
     agree(levels.t, (t - 1.0 / 1000) * 1000)
     agree(levels.alpha, noise_schedule.marginal_alpha(t))
     agree(levels.sigma, noise_schedule.marginal_std(t))
@@ -128,7 +126,7 @@ def test_k_diffusion_grids(schedule, name, agree):
     ends = {"table": SCHEDULE.at(np.array([0, 999])).ratio, "edm": (0.002, 80.0)}[schedule]
     schedule = {"table": SCHEDULE, "edm": EDMSchedule()}[schedule]
     for steps in (1, 2, *STEPS):
-        ratio = sampling_levels(schedule, steps, name).ratio
+        ratio = levels_of(schedule, steps, name).ratio
         sigmas = np.asarray(make(steps, float(ends[0]), float(ends[1])))
         agree(ratio, sigmas)
         agree(np.log(ratio[:-1]), np.log(sigmas[:-1]))
@@ -150,29 +148,17 @@ def test_k_diffusion_quantized_times():
     )
 
 
-def has_half(length: int, parts: int) -> bool:
-    """Whether a line of that length in so many equal parts is cut at a half."""
-    return any(2 * length * i % parts == 0 and 2 * length * i // parts % 2 for i in range(parts))
-
-
-COUNTS = {
-    "trailing": [n for n in range(1, 1001) if not has_half(1000, n)],
-    "linspace": [n for n in range(2, 1001) if not has_half(999, n - 1)],
-    "leading": [n for n in range(1, 1000) if 1000 % n == 0],
-}
-
-
-@pytest.mark.parametrize("spacing", COUNTS)
+@pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
 def test_diffusers_timesteps(spacing):
-    """Timesteps of DDIMScheduler by spacing; leading with the offset 1 of Stable Diffusion.
+    """Timesteps of DDIMScheduler for every count; leading with the offset 1 of Stable Diffusion.
 
-    Not reproduced: its sum of steps decides by its last bit how halves are rounded, so counts with
-    halves are left out here, and sometimes, as for 61, whether a timestep −1 is appended.
+    Not reproduced: sometimes, as for 61, it appends a timestep −1; and its 1,000 of "leading" begin
+    with a timestep 1,000, which no table has.
     """
     scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=1)
-    for steps in COUNTS[spacing]:
+    for steps in range(1, 1000 if spacing == "leading" else 1001):
         scheduler.set_timesteps(steps)
-        levels = sampling_levels(SCHEDULE, steps, spacing)
+        levels = sampling_grid(SCHEDULE, steps, spacing, family="ddim").levels
         np.testing.assert_array_equal(levels.t, [*scheduler.timesteps[:steps], 0])
         assert (levels.alpha[-1], levels.sigma[-1]) == (1.0, 0.0)
 
@@ -184,7 +170,7 @@ def test_diffusers_noise_grids(name, steps, agree):
     table = {"beta_schedule": "scaled_linear", "beta_start": SD["start"], "beta_end": SD["end"]}
     scheduler = diffusers.EulerDiscreteScheduler(**table, **{f"use_{name}_sigmas": True})
     scheduler.set_timesteps(steps)
-    levels = sampling_levels(SCHEDULE, steps, name)
+    levels = levels_of(SCHEDULE, steps, name)
     agree(levels.ratio, scheduler.sigmas)
     agree(levels.t[:-1], scheduler.timesteps)
 
@@ -194,7 +180,7 @@ def test_lcm_timesteps():
     scheduler = diffusers.LCMScheduler()
     for steps in range(1, 51):
         scheduler.set_timesteps(steps)
-        levels = sampling_levels(SCHEDULE, steps, "lcm")
+        levels = levels_of(SCHEDULE, steps, "lcm")
         np.testing.assert_array_equal(levels.t[:-1], scheduler.timesteps)
 
 
@@ -204,7 +190,7 @@ def test_flow_trailing(shift, steps, agree):
     """FlowMatchEulerDiscrete with the even σ its pipelines pass, and a shift."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps))
-    levels = sampling_levels(FlowSchedule(), steps, "trailing", shift)
+    levels = levels_of(FlowSchedule(), steps, "trailing", shift)
     agree(levels.sigma, scheduler.sigmas)
     agree(levels.t[:-1], scheduler.timesteps)
 
@@ -216,7 +202,7 @@ def test_flow_linspace(name, steps, agree):
     scheduler = getattr(diffusers, f"{name}Scheduler")()
     scheduler.set_timesteps(steps)
     stride = 2 if name == "FlowMatchHeunDiscrete" else 1  # Heun's method lists most of them twice
-    levels = sampling_levels(FlowSchedule(), steps, "linspace")
+    levels = levels_of(FlowSchedule(), steps, "linspace")
     agree(levels.sigma[:-1], scheduler.sigmas[:-1:stride])
 
 

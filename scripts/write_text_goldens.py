@@ -4,9 +4,9 @@
     PYTHONPATH=. python -m scripts.write_text_goldens
 
 tests/models/golden/clip_*.npz are small networks with random parameters, written as
-`scripts/write_goldens.py` does. tests/golden/clip_tokens.json holds the ids that transformers'
-CLIPTokenizer gives to PROMPTS, cut to 77, without padding; and the ids of OpenCLIP's where they
-differ.
+`scripts/write_goldens.py` does. tests/conditions/golden/clip_tokens.json holds the ids that
+transformers' CLIPTokenizer gives to PROMPTS, cut to 77, without padding; and the ids of OpenCLIP's
+where they differ.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 
 from scripts.write_goldens import record
 
-TOKENS = Path(__file__).parents[1] / "tests" / "golden" / "clip_tokens.json"
+TOKENS = Path(__file__).parents[1] / "tests" / "conditions" / "golden" / "clip_tokens.json"
 PROMPTS = (
     "",
     " ",

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ldm_jax.diffusion.grids import sampling_levels
+from ldm_jax.diffusion.grids import sampling_grid
 from ldm_jax.diffusion.objective import Objective
 from ldm_jax.diffusion.samplers import get_sampler
 from ldm_jax.diffusion.schedule import make_schedule
@@ -132,7 +132,7 @@ def test_parts_fit(name):
     Objective(**config.objective)
     get_sampler(config.sampling.sampler)
     schedule = make_schedule(**config.diffusion.schedule)
-    sampling_levels(schedule, config.sampling.steps, config.diffusion.spacing)
+    sampling_grid(schedule, config.sampling.steps, config.diffusion.spacing)
     learning_rate(config.optimizer, config.train.steps)
 
 

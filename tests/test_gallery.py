@@ -77,6 +77,24 @@ def test_a_mask_file_says_what_to_draw_anew(pipe, picture, tmp_path):
     assert (drawn[:, 40:] != read(picture)[:, 40:]).any()
 
 
+def test_a_soft_mask_blends(pipe, picture, tmp_path):
+    """Black pixels come back untouched, grey ones lie between the picture and what is drawn."""
+    ramp = np.zeros((64, 64), np.uint8)
+    ramp[:, 32:] = np.linspace(0, 255, 32)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    Image.fromarray(np.uint8(255 * (ramp > 0))).save(tmp_path / "hard.png")
+    images = {}
+    for name in ("ramp", "hard"):
+        edit = Edit(picture, mask=str(tmp_path / f"{name}.png"))
+        draw(pipe, ["rainbow"], SETTINGS, tmp_path / name, edit=edit)
+        images[name] = read(tmp_path / name / "0000-rainbow.png").astype(int)
+    before = read(picture).astype(int)
+    changes = {name: np.abs(image - before).mean(axis=(0, 2)) for name, image in images.items()}
+    assert changes["ramp"][:33].max() == 0.0 and changes["ramp"][56:].mean() > 5
+    near = changes["ramp"][33:40].mean()
+    assert 0.0 < near < changes["hard"][33:40].mean() / 3
+
+
 def test_a_source_prompt_inverts_the_picture_first(pipe, picture, tmp_path):
     settings = SETTINGS | {"steps": 12}
     draw(pipe, ["cat face"], settings, tmp_path, edit=Edit(picture, source="cat face"))
@@ -90,7 +108,6 @@ def test_a_source_prompt_inverts_the_picture_first(pipe, picture, tmp_path):
     (Edit("{}", outpaint=(1, 2)), {}, "outpaint 1,2: give pixels to add at left,top,right,bottom"),
     (Edit("{}", fit="squash"), {}, "fit='squash': choose one of crop, pad, resize"),
     (Edit("{}", mask="{}", source="cat"), {}, r"inverted \(--source\) whole: no mask"),
-    (Edit("{}", mask="{}"), {}, "must be binary, 0 to keep and 1"),
     (Edit("{}"), {"interpolate": 3}, "interpolation draws one prompt from noise"),
 ])  # fmt: skip
 def test_edits_that_make_no_sense_are_refused(pipe, picture, tmp_path, edit, more, message):

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.conditioning import embed
+from ldm_jax.conditions.base import embed
 from ldm_jax.diffusion.noise import example_keys
 from ldm_jax.diffusion.objective import draw_noise, draw_times
 from ldm_jax.diffusion.parameterization import target
+from ldm_jax.diffusion.plan import plan
 from ldm_jax.diffusion.schedule import Level
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.training.workdir import config_dict
@@ -64,10 +65,10 @@ def test_loss_of_a_silent_network_is_the_mean_square_of_its_target(root, kind):
     key = jax.random.key(2)
     loss = jax.jit(model.loss)(params, latents, inputs(model, ["cat"] * 6), key)
     key = jax.random.fold_in(key, 0)
-    t = draw_times(jax.random.fold_in(key, 0), 6, model.schedule)
+    t = draw_times(jax.random.fold_in(key, 0), 6, model.diffusion.schedule)
     eps = draw_noise(jax.random.fold_in(key, 1), latents.shape)
-    level = Level(*(v.reshape(-1, 1, 1, 1) for v in model.schedule.level(t)))
-    goal = target(kind, latents, eps, level)
+    level = Level(*(v.reshape(-1, 1, 1, 1) for v in model.diffusion.schedule.level(t)))
+    goal = target(kind, latents, eps, level, 0.5)
     np.testing.assert_allclose(loss, jnp.mean(jnp.square(goal), axis=(1, 2, 3)), rtol=1e-5)
 
 
@@ -91,11 +92,11 @@ def test_generate_is_the_textbook_loop(model, params, generate):
         [cond],
         null,
         example_keys(jax.random.key(0), 2),
-        model.plan("ddim", model.levels(steps), scale),
+        plan(model.diffusion, steps, "ddim", scale),
         latent_shape=(8, 8, 16),
         latents=noise,
     )
-    x, abar = noise, model.schedule.alphas_cumprod
+    x, abar = noise, model.diffusion.schedule.alphas_cumprod
     contexts = [embed(model.embedders, params, each).context for each in (cond, null)]
     unet = jax.jit(lambda *inputs: model.unet.apply({"params": params["unet"]}, *inputs))
     grid = [999, 799, 599, 399, 199]
@@ -114,9 +115,8 @@ def test_generate_is_the_textbook_loop(model, params, generate):
 def test_guidance_of_one_is_left_out_and_changes_nothing(model, params, generate):
     """A plan with the scale 1 evaluates the network once; forced to guide, the result is equal."""
     cond, null = inputs(model, ["cat"]), inputs(model, [""])
-    levels, keys = model.levels(3), example_keys(jax.random.key(0), 1)
-    plain = model.plan("ddim", levels, 1.0)
-    forced = model.plan("ddim", levels, 2.0)
+    keys = example_keys(jax.random.key(0), 1)
+    plain, forced = (plan(model.diffusion, 3, "ddim", scale) for scale in (1.0, 2.0))
     assert plain.guidance is None
     forced = forced._replace(guidance=forced.guidance._replace(scale=np.ones(3, np.float32)))
     a, b = (
@@ -124,19 +124,6 @@ def test_guidance_of_one_is_left_out_and_changes_nothing(model, params, generate
         for run in (plain, forced)
     )
     np.testing.assert_allclose(a, b, atol=1e-5)
-
-
-def test_guidance_is_on_everywhere_nowhere_or_by_step(model):
-    levels = model.levels(4)  # t = 999, 749, 499, 249
-
-    def active(guidance, **options):
-        run = model.plan("ddim", levels, guidance, **options)
-        return run.guidance and run.guidance.active
-
-    assert active(3.0) is None  # no choice at run time
-    assert active(3.0, interval=(0.4, 0.8)).tolist() == [False, True, True, False]
-    assert active([3.0, 1.0, 1.0, 3.0]).tolist() == [True, False, False, True]
-    assert model.plan("ddim", levels, 3.0, interval=(0.0, 0.1)).guidance is None
 
 
 def test_learned_variances_train_with_the_model(root):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import ldm_jax
+from ldm_jax.conditions.requests import label_index, label_name
 from ldm_jax.data.sources import EmojiSource
-from ldm_jax.inputs import label_index, label_name
+from ldm_jax.diffusion.plan import Guidance, Sampling
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.pipeline import Pipeline, _generate
 from tests import tiny_models
@@ -45,9 +46,10 @@ def test_a_picture_does_not_depend_on_its_company(pipe, four):
 
 def test_nothing_recompiles_for_prompt_seed_guidance_or_eta(pipe, four):
     before = _generate._cache_size()
-    pipe(["tulip", "octopus"], "blue", n=2, steps=4, seed=8, guidance=1.5, eta=0.5)
-    pipe(["tulip", "octopus"], n=2, steps=4, guidance=[1.5, 2, 3, 4], guidance_rescale=0.5)
-    pipe(["tulip", "octopus"], n=2, steps=4, spacing="karras")
+    pipe(["tulip", "octopus"], "blue", n=2, steps=4, seed=8, guidance=1.5,
+         sampler=Sampling(eta=0.5))  # fmt: skip
+    pipe(["tulip", "octopus"], n=2, steps=4, guidance=Guidance([1.5, 2, 3, 4], rescale=0.5))
+    pipe(["tulip", "octopus"], n=2, steps=4, sampler=Sampling(spacing="karras"))
     assert _generate._cache_size() == before
 
 
@@ -114,10 +116,11 @@ def test_inversion_of_what_the_model_knows_is_unit_noise(pipe):
 
 
 def test_composed_prompts_make_one_picture(pipe):
-    both = pipe(["cat face", "rainbow"], compose=[1.0, 0.0], n=2, steps=4, guidance=2.0)
+    prompts, more = ["cat face", "rainbow"], dict(n=2, steps=4)
+    both = pipe(prompts, guidance=Guidance(2.0, weights=[1.0, 0.0]), **more)
     alone = pipe("cat face", n=2, steps=4, guidance=2.0)
     np.testing.assert_allclose(both, alone, atol=1e-4)
-    mixed = pipe(["cat face", "rainbow"], compose=[0.5, 0.5], n=2, steps=4, guidance=2.0)
+    mixed = pipe(prompts, guidance=Guidance(2.0, weights=[0.5, 0.5]), **more)
     assert np.abs(mixed - alone).mean() > 0.02
 
 
@@ -131,12 +134,17 @@ def test_tiles_draw_larger_than_trained(pipe):
 def test_a_weak_model_replaces_the_null_condition(pipe):
     """Against itself autoguidance changes nothing, at any scale."""
     plain = pipe("cat face", steps=2, guidance=1.0)
-    np.testing.assert_allclose(pipe("cat face", steps=2, guidance=3.0, weak=pipe), plain, atol=1e-3)
+
+    def led(weak):
+        return pipe("cat face", steps=2, guidance=Guidance(3.0, weak=weak))
+
+    np.testing.assert_allclose(led(pipe), plain, atol=1e-3)
     worse = dataclasses.replace(pipe, params=jax.tree.map(lambda v: 0.9 * v, pipe.params))
-    assert np.abs(pipe("cat face", steps=2, guidance=3.0, weak=worse) - plain).mean() > 0.01
-    other = dataclasses.replace(pipe.model, parameterization="eps")
+    assert np.abs(led(worse) - plain).mean() > 0.01
+    diffusion = dataclasses.replace(pipe.model.diffusion, parameterization="eps")
+    other = dataclasses.replace(pipe.model, diffusion=diffusion)
     with pytest.raises(ValueError, match=r"weak: a model of other latents.*\(16, 'eps', \('text',"):
-        pipe("cat face", steps=2, weak=dataclasses.replace(pipe, model=other))
+        led(dataclasses.replace(pipe, model=other))
 
 
 def test_encode_and_decode_come_back(pipe):
@@ -184,12 +192,16 @@ def test_guidance_without_a_null_condition_is_refused(pipe):
     (dict(sampler="magic"), "sampler 'magic': choose one of ddim"),
     (dict(width=50), "width=50: this model draws multiples of 16 pixels, such as 48 or 64"),
     (dict(n=0), "at least one picture"),
-    (dict(spacing="even"), "spacing 'even': for this schedule choose trailing"),
-    (dict(sampler="unipc", eta=0.5), "sampler 'unipc' has no eta; its options: none"),
+    (dict(sampler=Sampling(spacing="even")), "spacing 'even': for this schedule choose trailing"),
     (dict(strength=0.5), "mask and strength need an image"),
     (dict(image=PICTURE, strength=1.5), "strength=1.5: must lie in 0"),
     (dict(image=PICTURE, mask=np.ones((32, 64))), r"mask of shape \(32, 64\): expected 64×64"),
-    (dict(image=PICTURE, mask=np.full((64, 64), 0.5)), "must be binary, 0 to keep and 1"),
+    (dict(image=PICTURE, mask=np.full((64, 64), 1.5)), "mask values 1.5 … 1.5: expected uint8, or"),
+    (dict(image=PICTURE, mask=np.full((64, 64), np.nan)), "mask values nan … nan: expected uint8"),
+    (dict(negative_prompt=["a", "b"]), r"negative_prompt=.*: give one text for all pictures, or a"),
+    (dict(negative_prompt=3), "negative_prompt=3: give one text for all pictures, or a list of 1"),
+    (dict(negative_prompt=[None]), "negative_prompt=.None.: give one text for all pictures"),
+    (dict(conditions={"crop": (0, 0)}), "this model takes no 'crop'; it takes none"),
     (dict(height=0), "height=0: this model draws multiples of 16 pixels, such as 16$"),
     (dict(batch=0), "batch=0: at least one picture must be drawn at a time"),
     (dict(image=PICTURE[:50]), "height=50: this model draws multiples of 16 pixels"),
@@ -198,10 +210,7 @@ def test_guidance_without_a_null_condition_is_refused(pipe):
     (dict(image=PICTURE[0]), r"image of shape \(64, 3\): expected \(H, W, C\)"),
     (dict(image=np.stack([PICTURE] * 3)), "3 of image for 1 pictures: give one, or one for each"),
     (dict(guidance=[1.0, 2.0], steps=3), r"guidance of shape \(2,\): one number, or one for 3"),
-    (dict(guidance_interval=(0.5, 2.0)), "guidance interval 0.5…2: must lie in 0…1"),
-    (dict(guidance_rescale=2.0), "guidance rescale 2: must lie in 0…1"),
-    (dict(threshold=1.5), "threshold percentile 1.5: must lie above 0"),
-    (dict(compose=[1.0, 2.0]), "compose has 2 weights for 1 prompts"),
+    (dict(guidance=Guidance(2.0, weights=[1.0, 2.0])), "2 weights of guidance .* for 1 prompts"),
     (dict(tile=20), "tile=20: this model draws multiples of 16 pixels, such as 16 or 32"),
 ])  # fmt: skip
 def test_arguments_out_of_range_are_refused(pipe, arguments, message):
@@ -213,12 +222,6 @@ def test_arguments_out_of_range_are_refused(pipe, arguments, message):
 @pytest.mark.parametrize("name, make, more", [
     ("guidance", lambda x: x, {}),
     ("guidance", lambda x: [2.0, x], dict(steps=2)),
-    ("guidance_interval", lambda x: (0.0, x), {}),
-    ("guidance_rescale", lambda x: x, {}),
-    ("threshold", lambda x: x, {}),
-    ("compose", lambda x: [x], {}),
-    ("eta", lambda x: x, {}),
-    ("churn", lambda x: x, dict(sampler="euler")),
     ("strength", lambda x: x, dict(image=PICTURE)),
     ("crop", lambda x: (x, 0), {}),
     ("latents", lambda x: np.full((1, 8, 8, 16), x), {}),
@@ -227,7 +230,7 @@ def test_arguments_out_of_range_are_refused(pipe, arguments, message):
 def test_numbers_that_are_not_finite_are_refused_by_name(pipe, name, make, more, value):
     given = {name: make(value)}
     if name in ("crop", "depth"):
-        given = {"sizes" if name == "crop" else "conditions": given}
+        given = {"conditions": given}
     with pytest.raises(ValueError, match=f"^{name}={value:g}: must be a finite number$"):
         pipe("cat face", **given, **more)
 
@@ -241,6 +244,19 @@ def test_pictures_and_scales_that_are_not_finite_are_refused(pipe):
         pipe("cat face", guidance="strong")
     with pytest.raises(ValueError, match="^scales=inf: must be a finite number"):
         pipe.with_scales(float("inf"))
+
+
+@pytest.mark.parametrize("network, message", [
+    ("unet", "step 1 of 3 gave numbers that are not finite: try another sampler or spacing"),
+    ("autoencoder", "the autoencoder made a picture that is not finite: try dtype float32"),
+])  # fmt: skip
+def test_a_picture_that_is_not_finite_is_refused(pipe, network, message):
+    broken = jax.tree.map(np.array, pipe.params[network])
+    last = broken["time_embed_2" if network == "unet" else "conv_out"]
+    last["bias"][0] = np.nan
+    broken = dataclasses.replace(pipe, params=pipe.params | {network: broken})
+    with pytest.raises(FloatingPointError, match=message):
+        broken("cat face", steps=3)
 
 
 def test_a_batch_changes_no_picture(pipe, pictures):
@@ -265,9 +281,10 @@ def test_a_batch_changes_no_picture(pipe, pictures):
 
 def test_a_batch_composes_and_reports(pipe):
     steps = []
-    drawn = pipe(["cat face", "rainbow"], compose=[1.0, 0.5], n=3, batch=2, steps=2,
+    asked = dict(guidance=Guidance(weights=[1.0, 0.5]), n=3, steps=2)
+    drawn = pipe(["cat face", "rainbow"], batch=2, **asked,
                  progress=lambda done, x0: steps.append((int(done), x0.shape[0])))  # fmt: skip
-    whole = pipe(["cat face", "rainbow"], compose=[1.0, 0.5], n=3, steps=2)
+    whole = pipe(["cat face", "rainbow"], **asked)
     np.testing.assert_allclose(drawn, whole, atol=1e-3)
     assert steps == [(1, 2), (2, 2)] * 2
 

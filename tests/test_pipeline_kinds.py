@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.inputs import inputs_for, nulls_for, requests, told_sizes
+from ldm_jax.conditions.requests import inputs_for, negatives_for, other_entries, requests
+from ldm_jax.diffusion.plan import Guidance
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.pipeline import Pipeline
 from tests import tiny_models
@@ -88,24 +89,51 @@ def test_two_text_encoders_and_sizes_stand_side_by_side(xl):
     np.testing.assert_allclose(crop[:, :128], 1.0)
 
 
-def test_no_prompt_is_zeros_where_the_model_was_trained_so(xl):
+def test_no_negative_prompt_is_zeros_where_the_model_was_trained_so(xl):
+    """As diffusers has it: an empty prompt, positive or negative, is encoded like any other."""
     embedders = xl.model.embedders
     (group,) = requests(embedders, ["", "a cat"], None)
-    inputs = inputs_for(embedders, group | told_sizes(2, (16, 16)), 2)
-    condition = [e(xl.params.get(e.name), jnp.asarray(inputs[e.name])) for e in embedders]
-    for part in condition[:2]:
-        assert np.abs(part.context[0]).max() == 0.0 and np.abs(part.context[1]).max() > 0.0
-    assert np.abs(condition[1].vector[0]).max() == 0.0
-    sizes = nulls_for(embedders, inputs, "", told_sizes(2, (8, 8)), 2)["sizes"]
-    assert sizes.tolist() == [[8, 8, 0, 0, 8, 8]] * 2
+    inputs = inputs_for(embedders, group | other_entries(embedders, None, 2, (16, 16)), 2)
+    sizes = other_entries(embedders, None, 2, (8, 8))
+
+    def embedded(inputs):
+        return [e(xl.params.get(e.name), jnp.asarray(inputs[e.name])) for e in embedders]
+
+    for part in embedded(inputs)[:2]:
+        assert (np.abs(part.context).max(axis=(1, 2)) > 0.0).all()
+    absent = negatives_for(embedders, inputs, sizes)
+    for part in embedded(absent)[:2]:
+        assert np.abs(part.context).max() == 0.0
+    assert np.abs(embedded(absent)[1].vector).max() == 0.0
+    empty = embedded(negatives_for(embedders, inputs, sizes | {"caption": ["", "a cat"]}))
+    for part, same in zip(empty[:2], embedded(inputs)[:2], strict=True):
+        np.testing.assert_array_equal(part.context, same.context)
+    assert absent["sizes"].tolist() == [[8, 8, 0, 0, 8, 8]] * 2
+
+
+def test_each_picture_has_its_own_negative_prompt(xl):
+    noise = np.repeat(xl.noise(0), 2, axis=0)
+    asked = dict(steps=2, guidance=5.0)
+    both = xl("a cat", ["a dog", "a hat"], n=2, latents=noise, **asked)
+    for i, negative in enumerate(["a dog", "a hat"]):
+        alone = xl("a cat", negative, latents=noise[:1], **asked)
+        np.testing.assert_allclose(both[i], alone[0], atol=1e-4)
+    assert np.abs(both[0] - both[1]).max() > 1e-4
 
 
 def test_sizes_change_the_picture_and_misnamed_ones_are_refused(xl):
     before = xl("a cat", steps=2)
-    after = xl("a cat", steps=2, sizes={"crop": (300, 0)})
+    after = xl("a cat", steps=2, conditions={"crop": (300, 0)})
     assert np.abs(before - after).max() > 1e-4
-    with pytest.raises(ValueError, match="sizes: 'crops' is none of original_size, crop"):
-        xl("a cat", sizes={"crops": (1, 1)})
+    away = xl("a cat", steps=2, guidance=Guidance(negative={"crop": (300, 0)}))
+    assert min(np.abs(away - before).max(), np.abs(away - after).max()) > 1e-4
+    each = xl("a cat", n=2, steps=2, conditions={"crop": [(0, 0), (300, 0)]}, latents=np.repeat(
+        xl.noise(0), 2, axis=0))  # fmt: skip
+    np.testing.assert_allclose(each, [before[0], after[0]], atol=1e-4)
+    with pytest.raises(ValueError, match="takes no 'crops'; it takes original_size, crop, target"):
+        xl("a cat", conditions={"crops": (1, 1)})
+    with pytest.raises(ValueError, match=r"crop of shape \(3,\): expected 2 numbers, or as many"):
+        xl("a cat", conditions={"crop": (1, 1, 1)})
 
 
 def test_an_inpainting_model_is_told_the_mask_and_what_it_leaves(inpainting):
@@ -165,7 +193,8 @@ def test_every_kind_trains(kind):
     """The loss reaches every network that trains."""
     config = getattr(tiny_models, kind)
     model, params = LatentDiffusion.from_config(config), tiny_models.random_params(config)
-    batch = {"caption": ["a cat", ""], "label": [3, 4]} | told_sizes(2, (16, 16))
+    batch = {"caption": ["a cat", ""], "label": [3, 4]}
+    batch |= other_entries(model.embedders, None, 2, (16, 16))
     inputs = {e.name: e.prepare(batch) for e in model.embedders}
     latents = jax.random.normal(jax.random.key(1), (2, 8, 8, 4))
 

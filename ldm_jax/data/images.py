@@ -27,6 +27,19 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         return _pixels(ImageOps.exif_transpose(file))
 
 
+def read_mask(path: str | os.PathLike) -> np.ndarray:
+    """A mask's file as uint8 (H, W), 255 where it is set: the opacity of a picture that is
+    transparent anywhere, the luminance of one that is not.
+
+    Raises:
+      Exception: as `read_image`.
+    """
+    image = read_image(path)
+    if image.shape[-1] == 4 and (image[..., 3] < 255).any():
+        return image[..., 3]
+    return np.asarray(Image.fromarray(image[..., :3]).convert("L"))
+
+
 def read_square(path: str | os.PathLike, size: int) -> tuple[np.ndarray, tuple[int, int]]:
     """The centre square of a picture file, and (height, width) of the whole file, upright.
 

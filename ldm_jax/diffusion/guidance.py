@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ldm_jax.diffusion.parameterization import Denoiser, Network, Prediction
 from ldm_jax.diffusion.schedule import Level
@@ -84,29 +83,3 @@ def dynamic_threshold(denoise: Denoiser, percentile: jax.Array, limit: float = 1
         return Prediction(x0, (x - level.alpha * x0) / level.sigma)
 
     return thresholded
-
-
-def guidance_weights(
-    scale: float | np.ndarray, levels: Level, timesteps: float, interval: tuple[float, float] | None
-) -> np.ndarray:
-    """(S,) guidance of every step: `scale`, one number or one a step, and 1 outside the interval.
-
-    The interval (low, high) is in shares of the model's time, 0 clean and 1 noise.
-
-    Raises:
-      ValueError: another number of scales than of steps, or an interval outside [0, 1].
-    """
-    steps = len(levels.t) - 1
-    weights = np.asarray(scale, np.float64)
-    if weights.ndim and weights.shape != (steps,):
-        raise ValueError(f"guidance of shape {weights.shape}: one number, or one for {steps} steps")
-    weights = np.broadcast_to(weights, (steps,))
-    if interval is None:
-        return weights
-    if len(interval) != 2:
-        raise ValueError(f"guidance interval {list(interval)}: two numbers, its low and high end")
-    low, high = interval
-    if not 0.0 <= low <= high <= 1.0:
-        raise ValueError(f"guidance interval {low:g}…{high:g}: must lie in 0…1, 0 clean, 1 noise")
-    share = levels.t[:-1] / timesteps
-    return np.where((share >= low) & (share <= high), weights, 1.0)

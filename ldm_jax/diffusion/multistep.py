@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.diffusion.grids import Grid
 from ldm_jax.diffusion.parameterization import Denoiser
 from ldm_jax.diffusion.schedule import Level, Schedule
 
@@ -36,11 +37,6 @@ def multistep(of: str) -> Callable:
         return x + c["noise"] * noise if "noise" in c else x, values[:-1]
 
     return step
-
-
-def here_and_after(levels: Level) -> tuple[Level, Level]:
-    """Where each step starts, and where it ends."""
-    return Level(*(v[:-1] for v in levels)), Level(*(v[1:] for v in levels))
 
 
 def first_order(here: Level, after: Level, sigma_to: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -80,13 +76,13 @@ def add_churn(
     return raised, {"churn_x": np.where(churned, kept, 1.0), "churn": np.where(churned, added, 0.0)}
 
 
-def ddim(schedule: Schedule, levels: Level, eta: float = 0.0) -> Table:
+def ddim(schedule: Schedule, grid: Grid, eta: float = 0.0) -> Table:
     """Denoising diffusion implicit models (Song et al. 2021, eq. 12 and 16).
 
     η = 1 is ancestral sampling: on all T timesteps the posterior of Ho et al. 2020, eq. 6–7. In σ/α
     it is k-diffusion's Euler ancestral: the same split of σ' into what is walked and what is drawn.
     """
-    here, after = here_and_after(levels)
+    here, after = grid
     drawn = (
         eta
         * after.sigma
@@ -97,29 +93,29 @@ def ddim(schedule: Schedule, levels: Level, eta: float = 0.0) -> Table:
     return {"level": here, "x": a, "b": b[:, None], "noise": drawn}
 
 
-def ddpm(schedule: Schedule, levels: Level) -> Table:
+def ddpm(schedule: Schedule, grid: Grid) -> Table:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) with the smaller variance, β̃_t."""
-    return ddim(schedule, levels, eta=1.0)
+    return ddim(schedule, grid, eta=1.0)
 
 
 def euler(
     schedule: Schedule,
-    levels: Level,
+    grid: Grid,
     churn: float = 0.0,
     churn_min: float = 0.0,
     churn_max: float = np.inf,
     churn_scale: float = 1.0,
 ) -> Table:
     """Euler's method for dy/ds = ε (Karras et al. 2022, eq. 1); without churn it equals DDIM."""
-    here, after = here_and_after(levels)
+    here, after = grid
     raised, table = add_churn(schedule, here, churn, churn_min, churn_max, churn_scale)
     a, b = first_order(raised, after, after.sigma)
     return table | {"level": raised, "x": a, "b": b[:, None]}
 
 
-def lcm(schedule: Schedule, levels: Level) -> Table:
+def lcm(schedule: Schedule, grid: Grid) -> Table:
     """Latent consistency models (Luo et al. 2023, algorithm 3): to x0, and noised afresh."""
-    here, after = here_and_after(levels)
+    here, after = grid
     scaled = here.t * LCM_TIME_SCALE
     total = scaled**2 + LCM_SIGMA_DATA**2
     skip, out = LCM_SIGMA_DATA**2 / total, scaled / np.sqrt(total)
@@ -127,10 +123,10 @@ def lcm(schedule: Schedule, levels: Level) -> Table:
     return {"level": here, "x": a, "b": b[:, None], "noise": after.sigma}
 
 
-def dpmpp_2m(schedule: Schedule, levels: Level) -> Table:
+def dpmpp_2m(schedule: Schedule, grid: Grid) -> Table:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2); first order where a long last step or the
     lack of a past asks for it."""
-    here, after = here_and_after(levels)
+    here, after = grid
     a, b = first_order(here, after, after.sigma)
     slope = b * _over_twice_r(here, after)
     return {"level": here, "x": a, "b": np.stack([b + slope, -slope], axis=1)}
@@ -147,12 +143,12 @@ def _over_twice_r(here: Level, after: Level) -> np.ndarray:
     return value
 
 
-def dpmpp_2m_sde(schedule: Schedule, levels: Level, eta: float = 1.0) -> Table:
+def dpmpp_2m_sde(schedule: Schedule, grid: Grid, eta: float = 1.0) -> Table:
     """DPM-Solver++(2M) for the reverse-time SDE, midpoint form (Lu et al. 2022b, §5; k-diffusion).
 
     η scales the noise; 0 is the ordinary differential equation.
     """
-    here, after = here_and_after(levels)
+    here, after = grid
     h = log_steps(here, after)
     before = earlier(h, 1, np.inf)
     decay = np.exp(-eta * h) if eta else np.ones_like(h)
@@ -164,12 +160,12 @@ def dpmpp_2m_sde(schedule: Schedule, levels: Level, eta: float = 1.0) -> Table:
     return {"level": here, "x": after.sigma / here.sigma * decay, "b": b, "noise": drawn}
 
 
-def dpmpp_3m_sde(schedule: Schedule, levels: Level, eta: float = 1.0) -> Table:
+def dpmpp_3m_sde(schedule: Schedule, grid: Grid, eta: float = 1.0) -> Table:
     """DPM-Solver++ of third order for the reverse-time SDE (k-diffusion's `dpmpp_3m_sde`).
 
     The first and second differences of x0 over λ enter with φ₂ and φ₃ of (1 + η)·h.
     """
-    here, after = here_and_after(levels)
+    here, after = grid
     h = log_steps(here, after)
     weights = np.zeros((len(h), 3))  # of x0, of its predecessor, and of the one before
     weights[:, 0] = -np.expm1(-(1.0 + eta) * h)
@@ -193,10 +189,10 @@ def dpmpp_3m_sde(schedule: Schedule, levels: Level, eta: float = 1.0) -> Table:
     return {"level": here, "x": a, "b": after.alpha[:, None] * weights, "noise": drawn}
 
 
-def lms(schedule: Schedule, levels: Level) -> Table:
+def lms(schedule: Schedule, grid: Grid) -> Table:
     """Linear multistep over s (k-diffusion's `lms`): each past ε weighs the integral over the step
     of its Lagrange polynomial, computed exactly."""
-    here, after = needs_signal("lms", levels)
+    here, after = needs_signal("lms", grid)
     s = np.append(here.ratio, after.ratio[-1])
     weights = np.zeros((len(here.t), LMS_ORDER))
     for i in range(len(here.t)):
@@ -210,12 +206,14 @@ def lms(schedule: Schedule, levels: Level) -> Table:
     return {"level": here, "x": after.alpha / here.alpha, "b": b}
 
 
-def plms(schedule: Schedule, levels: Level) -> Table:
+def plms(schedule: Schedule, grid: Grid) -> Table:
     """Pseudo linear multistep (Liu et al. 2022, eq. 12), Adams–Bashforth weights in DDIM's step.
 
-    As CompVis does, the first step averages ε here and at its own end (see `plms_step`).
+    As CompVis does, the first step averages ε here and where the second step starts (see
+    `plms_step`). Where it does not end there, it is, as in diffusers, a step of its own length down
+    to there.
     """
-    here, after = needs_signal("plms", levels)
+    here, after = needs_signal("plms", grid)
     weights = np.zeros((len(here.t), 4))
     adams_bashforth = (
         [1.0],
@@ -228,11 +226,15 @@ def plms(schedule: Schedule, levels: Level) -> Table:
         weights[i, : len(row)] = row
     a = after.alpha / here.alpha
     gain = after.sigma - here.sigma * a
-    # Where the first step's second look is taken: its end, or, if that is clean, where it is.
-    second = Level(*(np.where(after.sigma > 0.0, v, u) for u, v in zip(here, after, strict=True)))
-    first = np.arange(len(weights)) == 0
+    ahead = np.stack([a, gain], axis=1)
+    second = Level(*(np.append(v[1:], v[-1:]) for v in here))
+    first = (np.arange(len(weights)) == 0) & (len(weights) > 1)
+    if first[0] and second.t[0] != after.t[0]:
+        before = schedule.at(second.t[0] + here.t[0] - after.t[0])
+        a[0] = second.alpha[0] / before.alpha
+        gain[0] = second.sigma[0] - before.sigma * a[0]
     b = gain[:, None] * weights
-    return {"level": here, "x": a, "b": b, "first": first, "second": second}
+    return {"level": here, "x": a, "b": b, "first": first, "second": second, "ahead": ahead}
 
 
 def plms_step(x, history: History, c, denoise: Denoiser, noise):
@@ -241,8 +243,8 @@ def plms_step(x, history: History, c, denoise: Denoiser, noise):
     eps = denoise(x, c["level"]).eps
 
     def improved():
-        ahead = c["x"] * x + c["b"][0] * eps
-        return (ahead + c["x"] * x + c["b"][0] * denoise(ahead, c["second"]).eps) / 2.0
+        ahead = c["ahead"][0] * x + c["ahead"][1] * eps
+        return c["x"] * x + c["b"][0] * (eps + denoise(ahead, c["second"]).eps) / 2.0
 
     def combined():
         values = (eps, *history)
@@ -252,12 +254,12 @@ def plms_step(x, history: History, c, denoise: Denoiser, noise):
     return x, (eps, *history[:-1])
 
 
-def unipc(schedule: Schedule, levels: Level) -> Table:
+def unipc(schedule: Schedule, grid: Grid) -> Table:
     """Unified predictor-corrector (Zhao et al. 2023, algorithms 5–8), B(h) = e^h − 1, on x0.
 
     Every evaluation serves twice: it corrects the step that led to it, then predicts the next.
     """
-    here, after = here_and_after(levels)
+    here, after = grid
     h = log_steps(here, after)
     steps = len(h)
     predictor, corrector = np.zeros((steps, UNIPC_ORDER)), np.zeros((steps, UNIPC_ORDER + 1))
@@ -326,11 +328,11 @@ def unipc_step(x, history: History, c, denoise: Denoiser, noise):
     return ahead, (x, *values[:-1])
 
 
-def needs_signal(name: str, levels: Level) -> tuple[Level, Level]:
-    """`here_and_after`, refusing levels without signal, where ε alone does not tell x0."""
-    if levels.alpha[0] == 0.0:
+def needs_signal(name: str, grid: Grid) -> Grid:
+    """The grid; refuses one without signal at its start, where ε alone does not tell x0."""
+    if grid.here.alpha[0] == 0.0:
         raise ValueError(
             f"sampler {name!r} needs some signal at its first level, and this schedule has none "
             "there; choose ddim, dpmpp_2m, unipc or flow_heun"
         )
-    return here_and_after(levels)
+    return grid

@@ -13,13 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.diffusion.noise import per_example
-from ldm_jax.diffusion.parameterization import (
-    SIGMA_DATA,
-    Network,
-    network_inputs,
-    target,
-    x0_coefficients,
-)
+from ldm_jax.diffusion.parameterization import Network, network_inputs, target, x0_coefficients
+from ldm_jax.diffusion.process import Diffusion
 from ldm_jax.diffusion.schedule import DiscreteSchedule, Level, Schedule
 
 DRAWS = ("uniform", "stratified", "logit_normal", "log_normal")
@@ -53,13 +48,11 @@ class Objective:
 
 def diffusion_loss(
     objective: Objective,
-    schedule: Schedule,
-    kind: str,
+    diffusion: Diffusion,
     network: Network,
     latents: jax.Array,
     key: jax.Array,
     logvar: jax.Array | None = None,
-    sigma_data: float = SIGMA_DATA,
 ) -> jax.Array:
     """Per-example loss (B,) of `network(x, t)` on clean latents (B, h, w, c).
 
@@ -67,7 +60,8 @@ def diffusion_loss(
     are the trained log-variances, None where `learn_logvar` is off.
     """
     keys = [jax.random.fold_in(key, i) for i in range(3)]
-    o, count = objective, len(latents)
+    o, count, schedule = objective, len(latents), diffusion.schedule
+    kind, sigma_data = diffusion.parameterization, diffusion.sigma_data
     t = draw_times(keys[0], count, schedule, o.draw, o.draw_mean, o.draw_std)
     level = Level(*(v.reshape(count, *[1] * (latents.ndim - 1)) for v in schedule.level(t)))
     eps = draw_noise(keys[1], latents.shape, o.offset_noise)
@@ -77,7 +71,7 @@ def diffusion_loss(
     x, told = network_inputs(kind, level.alpha * latents + level.sigma * noise, level, sigma_data)
     goal = target(kind, latents, eps, level, sigma_data)
     raw = per_example_loss(o.loss, network(x, told.reshape(count)), goal, o.huber_delta)
-    weight = loss_weight(o.weighting, kind, level, o.weighting_parameter, sigma_data)
+    weight = loss_weight(o.weighting, kind, level, sigma_data, o.weighting_parameter)
     loss = weight.reshape(count) * raw
     if logvar is not None:
         loss = loss / jnp.exp(logvar[t]) + logvar[t]
@@ -163,8 +157,8 @@ def loss_weight(
     weighting: str,
     kind: str,
     level: Level,
-    parameter: float = 5.0,
-    sigma_data: float = SIGMA_DATA,
+    sigma_data: float,
+    parameter: float,
 ) -> jax.Array:
     """The factor of the squared error of the network's output, shaped like the level.
 

@@ -8,6 +8,7 @@ At a level x = α·x0 + σ·ε a network predicts, by kind,
     flow   the velocity ε − x0 of a straight path (Liu et al. 2023; Esser et al. 2024)
     edm    F with x0 = c_skip·x/α + c_out·F(c_in·x/α, ln(σ/α)/4) (Karras et al. 2022, table 1)
 
+where σ_data, `sigma_data`, is the latents' standard deviation; no other kind has a use for it.
 Every kind is affine: x0 = A·x + B·output. From that and x = α·x0 + σ·ε all else follows: ε, the
 training target, and the factor between an error of x0 and an error of the output.
 """
@@ -21,7 +22,6 @@ import jax.numpy as jnp
 from ldm_jax.diffusion.schedule import Level
 
 KINDS = ("eps", "x0", "v", "flow", "edm")
-SIGMA_DATA = 0.5  # of "edm": the standard deviation its authors scale their data to
 
 Network = Callable[[jax.Array, jax.Array], jax.Array]
 Denoiser = Callable[[jax.Array, Level], "Prediction"]
@@ -34,9 +34,7 @@ class Prediction(NamedTuple):
     eps: jax.Array
 
 
-def x0_coefficients(
-    kind: str, level: Level, sigma_data: float = SIGMA_DATA
-) -> tuple[jax.Array, jax.Array]:
+def x0_coefficients(kind: str, level: Level, sigma_data: float) -> tuple[jax.Array, jax.Array]:
     """(A, B) of x0 = A·x + B·output."""
     _, alpha, sigma = level
     if kind == "eps":
@@ -54,7 +52,7 @@ def x0_coefficients(
 
 
 def to_prediction(
-    kind: str, output: jax.Array, x: jax.Array, level: Level, sigma_data: float = SIGMA_DATA
+    kind: str, output: jax.Array, x: jax.Array, level: Level, sigma_data: float
 ) -> Prediction:
     """(x0, ε) of a network's output; the level's arrays broadcast against x.
 
@@ -73,9 +71,7 @@ def to_prediction(
     return Prediction(x0, (x - alpha * x0) / sigma)
 
 
-def target(
-    kind: str, x0: jax.Array, eps: jax.Array, level: Level, sigma_data: float = SIGMA_DATA
-) -> jax.Array:
+def target(kind: str, x0: jax.Array, eps: jax.Array, level: Level, sigma_data: float) -> jax.Array:
     """What the network should have said, the inverse of `to_prediction`."""
     _, alpha, sigma = level
     if kind == "eps":
@@ -89,7 +85,7 @@ def target(
 
 
 def network_inputs(
-    kind: str, x: jax.Array, level: Level, sigma_data: float = SIGMA_DATA
+    kind: str, x: jax.Array, level: Level, sigma_data: float
 ) -> tuple[jax.Array, jax.Array]:
     """(x, t) as the network wants them: as they are, or, for "edm", c_in·x/α and ln(σ/α)/4."""
     if kind != "edm":
@@ -98,7 +94,7 @@ def network_inputs(
     return scaled, jnp.log(level.sigma / level.alpha) / 4.0
 
 
-def make_denoiser(kind: str, network: Network, sigma_data: float = SIGMA_DATA) -> Denoiser:
+def make_denoiser(kind: str, network: Network, sigma_data: float) -> Denoiser:
     """`denoise(x, level) -> Prediction` from `network(x, t)`, x (B, …) and t (B,).
 
     The level is a scalar one, the same for the whole batch, as samplers use it.

@@ -1,6 +1,6 @@
 """Samplers: from noise to latents in one `lax.scan`.
 
-A sampler is two pure functions. `coefficients(schedule, levels, **options)` makes a table of every
+A sampler is two pure functions. `coefficients(schedule, grid, **options)` makes a table of every
 step's numbers, in float64 on the host: all mathematics of schedules, orders and η is there.
 `step(x, history, c, denoise, noise)` applies one row of it. `sample` scans any of them over a
 denoiser `denoise(x, level) -> Prediction(x0, eps)`; only the shapes, the number of steps and the
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.diffusion import multistep, two_stage
+from ldm_jax.diffusion.grids import Grid
 from ldm_jax.diffusion.multistep import Table
 from ldm_jax.diffusion.parameterization import Denoiser
 from ldm_jax.diffusion.schedule import Level, Schedule
@@ -24,12 +25,14 @@ from ldm_jax.diffusion.schedule import Level, Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A method: its table, its step, how many earlier arrays it carries, and what it costs."""
+    """A method: its table, its step, how many earlier arrays it carries, what it costs, and which
+    family of grids it takes."""
 
     coefficients: Callable[..., Table]
     step: Callable
     history: int = 0
     evaluations: int = 1
+    family: str = "plain"
 
     @property
     def options(self) -> dict[str, float]:
@@ -42,29 +45,31 @@ _x0, _eps = multistep.multistep("x0"), multistep.multistep("eps")
 _heun, _two_s = two_stage.heun_step, two_stage.dpmpp_2s_step
 
 
-def _euler_ancestral(schedule: Schedule, levels: Level, eta: float = 1.0) -> Table:
+def _euler_ancestral(schedule: Schedule, grid: Grid, eta: float = 1.0) -> Table:
     """Euler's step down, then noise up (k-diffusion): DDIM in other words."""
-    return multistep.ddim(schedule, levels, eta)
+    return multistep.ddim(schedule, grid, eta)
 
 
-def _flow_euler(schedule: Schedule, levels: Level) -> Table:
+def _flow_euler(schedule: Schedule, grid: Grid) -> Table:
     """Euler's method for dx/dt = ε − x0 on straight paths; DDIM in other words."""
-    return multistep.ddim(schedule, levels)
+    return multistep.ddim(schedule, grid)
 
 
 SAMPLERS = {
-    "ddim": Sampler(multistep.ddim, _x0),
+    "ddim": Sampler(multistep.ddim, _x0, family="ddim"),
     "ddpm": Sampler(multistep.ddpm, _x0),
-    "plms": Sampler(multistep.plms, multistep.plms_step, history=3),
-    "euler": Sampler(multistep.euler, _x0),
-    "euler_ancestral": Sampler(_euler_ancestral, _x0),
-    "heun": Sampler(two_stage.heun, _heun, evaluations=2),
-    "lms": Sampler(multistep.lms, _eps, history=3),
-    "dpmpp_2s_ancestral": Sampler(two_stage.dpmpp_2s_ancestral, _two_s, evaluations=2),
-    "dpmpp_2m": Sampler(multistep.dpmpp_2m, _x0, history=1),
-    "dpmpp_2m_sde": Sampler(multistep.dpmpp_2m_sde, _x0, history=1),
-    "dpmpp_3m_sde": Sampler(multistep.dpmpp_3m_sde, _x0, history=2),
-    "unipc": Sampler(multistep.unipc, multistep.unipc_step, history=3),
+    "plms": Sampler(multistep.plms, multistep.plms_step, history=3, family="ddim"),
+    "euler": Sampler(multistep.euler, _x0, family="euler"),
+    "euler_ancestral": Sampler(_euler_ancestral, _x0, family="euler"),
+    "heun": Sampler(two_stage.heun, _heun, evaluations=2, family="euler"),
+    "lms": Sampler(multistep.lms, _eps, history=3, family="euler"),
+    "dpmpp_2s_ancestral": Sampler(
+        two_stage.dpmpp_2s_ancestral, _two_s, evaluations=2, family="euler"
+    ),
+    "dpmpp_2m": Sampler(multistep.dpmpp_2m, _x0, history=1, family="dpm"),
+    "dpmpp_2m_sde": Sampler(multistep.dpmpp_2m_sde, _x0, history=1, family="dpm"),
+    "dpmpp_3m_sde": Sampler(multistep.dpmpp_3m_sde, _x0, history=2, family="dpm"),
+    "unipc": Sampler(multistep.unipc, multistep.unipc_step, history=3, family="dpm"),
     "lcm": Sampler(multistep.lcm, _x0),
     "flow_euler": Sampler(_flow_euler, _x0),
     "flow_heun": Sampler(two_stage.flow_heun, _heun, evaluations=2),
@@ -84,30 +89,23 @@ def get_sampler(name: str) -> Sampler:
 
 
 def make_table(
-    name: str, schedule: Schedule, levels: Level, skip: int | None = None, **options: float | None
+    name: str, schedule: Schedule, grid: Grid, skip: int | None = None, **options: float
 ) -> Table:
-    """The coefficients of a sampler on S + 1 levels; options that are None keep their defaults.
+    """The coefficients of a sampler on a grid; `options` are the sampler's.
 
     With `skip`, even 0, the table has a column "active" that turns the first steps off, and the
-    method starts, without a past, at `levels[skip]`: the shapes stay, so that another strength
+    method starts, without a past, at step `skip`: the shapes stay, so that another strength
     compiles nothing.
 
     Raises:
-      ValueError: an unknown sampler, or an option that it does not take or that is negative.
+      ValueError: an unknown sampler, or a grid that it cannot take.
     """
     sampler = get_sampler(name)
-    options = {k: v for k, v in options.items() if v is not None}
-    for option, value in options.items():
-        if option not in sampler.options:
-            takes = ", ".join(sampler.options) or "none"
-            raise ValueError(f"sampler {name!r} has no {option}; its options: {takes}")
-        if value < 0.0:
-            raise ValueError(f"{option}={value:g}: must not be negative")
-    steps = len(levels.t) - 1
+    steps = len(grid.here.t)
     if skip is None:
-        return sampler.coefficients(schedule, levels, **options)
+        return sampler.coefficients(schedule, grid, **options)
     # Nothing is left of a whole skip: its rows are those of the last step, all turned off.
-    late = Level(*(v[min(skip, steps - 1) :] for v in levels))
+    late = grid.rows(np.s_[min(skip, steps - 1) :])
     table = sampler.coefficients(schedule, late, **options)
     rows = np.maximum(np.arange(steps) - skip, 0)
     return jax.tree.map(lambda v: v[rows], table) | {"active": np.arange(steps) >= skip}

@@ -7,12 +7,12 @@ to look from a second time, and these are Euler steps.
 import jax
 import numpy as np
 
+from ldm_jax.diffusion.grids import Grid
 from ldm_jax.diffusion.multistep import (
     History,
     Table,
     add_churn,
     first_order,
-    here_and_after,
     needs_signal,
 )
 from ldm_jax.diffusion.parameterization import Denoiser
@@ -21,26 +21,26 @@ from ldm_jax.diffusion.schedule import Level, Schedule
 
 def heun(
     schedule: Schedule,
-    levels: Level,
+    grid: Grid,
     churn: float = 0.0,
     churn_min: float = 0.0,
     churn_max: float = np.inf,
     churn_scale: float = 1.0,
 ) -> Table:
     """Heun's method for dy/ds = ε, y = x/α (Karras et al. 2022, algorithms 1 and 2)."""
-    here, after = needs_signal("heun", levels)
+    here, after = needs_signal("heun", grid)
     raised, table = add_churn(schedule, here, churn, churn_min, churn_max, churn_scale)
     half = after.alpha * (after.ratio - raised.ratio) / 2.0
     return table | _heun(raised, after, after.alpha / raised.alpha, half, 0.0)
 
 
-def flow_heun(schedule: Schedule, levels: Level) -> Table:
+def flow_heun(schedule: Schedule, grid: Grid) -> Table:
     """Heun's method for du/dτ = ε − x0 with u = x/(α + σ) and τ = σ/(α + σ).
 
     On a flow schedule that is x and t; on others a change of variables that stays finite where no
     signal is left.
     """
-    here, after = here_and_after(levels)
+    here, after = grid
     scale, scale_after = here.alpha + here.sigma, after.alpha + after.sigma
     half = scale_after * (after.sigma / scale_after - here.sigma / scale) / 2.0
     return _heun(here, after, scale_after / scale, half, 1.0)
@@ -74,12 +74,12 @@ def heun_step(x, history: History, c, denoise: Denoiser, noise):
     return jax.lax.cond(c["second"], corrected, lambda: ahead), history
 
 
-def dpmpp_2s_ancestral(schedule: Schedule, levels: Level, eta: float = 1.0) -> Table:
+def dpmpp_2s_ancestral(schedule: Schedule, grid: Grid, eta: float = 1.0) -> Table:
     """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1, r = ½) down to s_down, then noise up to s'.
 
     The second look is from the level half-way in λ, s_mid = √(s·s_down).
     """
-    here, after = here_and_after(levels)
+    here, after = grid
     with np.errstate(divide="ignore"):
         shrink = after.ratio / here.ratio
     up = np.minimum(after.ratio, eta * after.ratio * np.sqrt(1.0 - shrink**2))
@@ -111,9 +111,9 @@ def dpmpp_2s_step(x, history: History, c, denoise: Denoiser, noise):
     return c["whole"][0] * x + c["whole"][1] * x0 + c["noise"] * noise, history
 
 
-def ddim_inverse(schedule: Schedule, levels: Level) -> Table:
-    """DDIM from clean latents to noise (Song et al. 2021, §4.3), on the same levels reversed."""
-    here, after = here_and_after(Level(*(v[::-1] for v in levels)))
+def ddim_inverse(schedule: Schedule, grid: Grid) -> Table:
+    """DDIM from clean latents to noise (Song et al. 2021, §4.3), on the grid of DDIM reversed."""
+    after, here = grid.rows(np.s_[::-1])
     a = after.alpha / here.alpha
     return {"level": after, "x": a, "b": after.sigma - here.sigma * a}
 

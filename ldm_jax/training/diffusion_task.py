@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.conditioning import Embedder
+from ldm_jax.conditions.base import Embedder
+from ldm_jax.conditions.kinds import SIZES
 from ldm_jax.data.conditions import Condition
 from ldm_jax.data.loader import Batch, batches_once
-from ldm_jax.diffusion.noise import example_keys
-from ldm_jax.inputs import nulls_for, told_sizes
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.pictures import image_grid, to_uint8
+from ldm_jax.pipeline import Pipeline
 from ldm_jax.training.batches import Prepare, training_loader
 from ldm_jax.training.latents import LatentSource, moments, sample_latents
 from ldm_jax.training.state import Params
@@ -111,27 +111,29 @@ class DiffusionTask:
     def preview(self, ema):
         """Samples of the averaged model in two rows.
 
-        What is asked are `sampling.prompts` or `.labels`; where there are none, and for all else
-        that the model is told, examples of the held-out pictures.
+        Their prompts or labels are `sampling.prompts` or `.labels`; where there are none, and for
+        all other conditions, those of held-out pictures.
         """
-        sampling, embedders = self.resolved["sampling"], self.model.embedders
-        asked = {"caption": list(sampling.get("prompts", ()))}
-        asked |= {"label": list(sampling.get("labels", ()))}
-        needed = {entry for embedder in embedders for entry in embedder.needs}
-        asked = {entry: values for entry, values in asked.items() if values and entry in needed}
+        sampling = self.resolved["sampling"]
+        asked = {"caption": sampling.get("prompts"), "label": sampling.get("labels")}
+        asked = {k: list(v) for k, v in asked.items() if v and k in self.entries}
         columns = max(map(len, asked.values()), default=UNASKED_PREVIEWS)
         count = 2 * columns
         batch = next(self._in_order(self.held_out or self.source, count))
         batch |= {entry: (values * count)[:count] for entry, values in asked.items()}
-        sizes = told_sizes(count, [self.config.data.image_size] * 2)
-        inputs = {e.name: e.prepare(batch | sizes) for e in embedders}
-        images = self._generate(
-            merge(self.frozen, ema),
-            inputs,
-            nulls_for(embedders, inputs, "", sizes, count),
-            example_keys(jax.random.key(0), count),
+        needed = {entry for e in self.model.embedders for entry in e.needs}
+        others = needed - SIZES.keys() - {"caption", "label", "image", "mask"}
+        given = {entry: batch[entry] for entry in needed}
+        config = self.resolved | {"image_size": self.config.data.image_size}
+        images = Pipeline(self.model, merge(self.frozen, ema), config)(
+            given.get("caption"),
+            labels=given.get("label"),
+            image=given.get("image"),
+            mask=given.get("mask"),
+            conditions={entry: given[entry] for entry in others},
+            steps=sampling["steps"],
         )
-        return image_grid(to_uint8(np.asarray(images)[..., :3]), columns)
+        return image_grid(to_uint8(images[..., :3]), columns)
 
     def export(self, ema):
         about = {name: self.resolved[name] for name in KEPT}
@@ -171,25 +173,3 @@ class DiffusionTask:
             return self._model.loss(whole, latents, inputs, key, training=False)
 
         return loss
-
-    @functools.cached_property
-    def _generate(self):
-        sampling = self.resolved["sampling"]
-        levels = self.model.levels(sampling["steps"])
-        # Not every sampler has an eta, and 0 is the default of those that have.
-        eta = sampling["eta"] or None
-        run = self.model.plan(sampling["sampler"], levels, sampling["guidance"], eta=eta)
-
-        @jax.jit
-        def generate(params, inputs, nulls, keys):
-            return self.model.generate(
-                params,
-                [inputs],
-                nulls,
-                keys,
-                run,
-                latent_shape=self.latent_shape,
-                sampler=sampling["sampler"],
-            )
-
-        return generate

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.conditioning import Embedder
+from ldm_jax.conditions.base import Embedder
 from ldm_jax.pictures import image_grid
 from ldm_jax.training.batches import Prepare, training_loader
 

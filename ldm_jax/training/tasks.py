@@ -7,9 +7,10 @@ from typing import Any
 import jax
 from safetensors.numpy import load_file
 
+from ldm_jax.conditions.kinds import make_embedders
+from ldm_jax.conditions.requests import check_guidance
 from ldm_jax.data.conditions import check_conditions, check_files, make_conditions
 from ldm_jax.data.sources import open_source
-from ldm_jax.embedders import make_embedders
 from ldm_jax.interop.layout import Imported
 from ldm_jax.interop.opening import open_any
 from ldm_jax.latent_diffusion import LatentDiffusion
@@ -78,8 +79,9 @@ def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
     opened = open_any(config.init_from) if config.init_from else None
     config, resolved = _resolved(config, opened)
     conditions = make_conditions(config.data.conditions)
-    told = make_embedders(resolved["conditioning"])
-    check_conditions(conditions, {e.name: e.needs for e in told}, config.data.source)
+    embedders = make_embedders(resolved["conditioning"])
+    check_conditions(conditions, {e.name: e.needs for e in embedders}, config.data.source)
+    check_guidance(embedders, resolved["sampling"]["guidance"])  # of the previews, and later on
     resolved["autoencoder"], first_stage = _first_stage(config, resolved, opened)
 
     source, held_out = (open_source(config.data, split, index) for split in ("train", "held_out"))

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ldm_jax.conditioning import Conditioning, Embedder
+from ldm_jax.conditions.base import Conditioning, Embedder
 from ldm_jax.training.state import Params
 
 TEXT_STATES = ("step", "memory")
@@ -25,7 +25,7 @@ class CachedStates:
         self.name, self.dropout = embedder.name, embedder.dropout
         self._embedder, self._params, self._kept = embedder, params, {}
         self._encode = jax.jit(lambda params, raw: embedder(params, raw, deterministic=True))
-        self._null = self.prepare({"caption": [""]})
+        self._null = jax.device_get(self._encode(params, embedder.null(1)))
 
     def prepare(self, batch: dict[str, Any]) -> Conditioning:
         """What batch["caption"] is encoded to, of (B, …)."""

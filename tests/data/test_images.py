@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax.data.images import fit_square, read_image, read_shape, read_square
+from ldm_jax.data.images import fit_square, read_image, read_mask, read_shape, read_square
 
 
 def photograph(width, height):
@@ -81,3 +81,39 @@ def test_sizes_from_headers_are_upright(tmp_path, file, orientation):
     shape = (40, 20) if orientation >= 5 else (20, 40)
     assert read_shape(tmp_path / file) == read_image(tmp_path / file).shape[:2] == shape
     assert read_square(tmp_path / file, 8)[1] == shape
+
+
+def _layer(mode, colour):
+    """Twice as wide as high: nothing on the left, `colour` on the right."""
+    picture = Image.new("RGBA", (8, 4), (0, 0, 0, 0))
+    picture.paste(colour, (4, 0, 8, 4))
+    return picture if mode == "RGBA" else picture.convert(mode)
+
+
+@pytest.mark.parametrize("picture, right", [
+    (_layer("L", (255, 255, 255, 255)), 255),
+    (_layer("1", (255, 255, 255, 255)), 255),
+    (_layer("RGB", (255, 255, 255, 255)), 255),
+    (_layer("RGB", (128, 128, 128, 255)), 128),
+    (_layer("RGB", (255, 0, 0, 255)), 76),  # luminance
+    (_layer("RGB", (255, 255, 255, 255)).convert("P"), 255),
+    (_layer("RGB", (255, 255, 255, 255)).convert("CMYK"), 255),
+    (_layer("RGB", (255, 255, 255, 255)).convert("RGBA"), 255),  # opaque all over
+    (_layer("RGBA", (255, 255, 255, 255)), 255),
+    (_layer("RGBA", (0, 0, 0, 255)), 255),  # black paint on a layer is paint
+    (_layer("RGBA", (255, 0, 0, 128)), 128),
+    (_layer("LA", (20, 20, 20, 200)), 200),
+], ids=lambda v: getattr(v, "mode", v))  # fmt: skip
+def test_masks_are_read_as_they_are_meant(tmp_path, picture, right):
+    path = tmp_path / ("mask.tif" if picture.mode == "CMYK" else "mask.png")
+    picture.save(path)
+    mask = read_mask(path)
+    assert mask.shape == (4, 8) and mask.dtype == np.uint8
+    assert (mask[:, :4] == 0).all() and (np.abs(mask[:, 4:].astype(int) - right) <= 1).all()
+
+
+def test_a_mask_of_sixteen_bits_is_read(tmp_path):
+    grey = np.zeros((4, 8), np.uint16)
+    grey[:, 4:] = 257 * 128
+    Image.fromarray(grey).save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png").tolist() == [[0] * 4 + [128] * 4] * 4

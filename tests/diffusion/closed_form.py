@@ -35,9 +35,9 @@ def as_network(exact, kind: str):
 
     def denoise(x, level) -> Prediction:
         def network(inputs, t):
-            return target(kind, *exact(x, level), level)
+            return target(kind, *exact(x, level), level, 0.5)
 
-        return make_denoiser(kind, network)(x, level)
+        return make_denoiser(kind, network, 0.5)(x, level)
 
     return denoise
 

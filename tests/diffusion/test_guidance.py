@@ -5,22 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.grids import sampling_levels
 from ldm_jax.diffusion.guidance import (
     autoguidance,
     classifier_free,
     dynamic_threshold,
-    guidance_weights,
     rescaled,
     where_guided,
 )
 from ldm_jax.diffusion.parameterization import Prediction
-from ldm_jax.diffusion.schedule import Level, make_schedule
+from ldm_jax.diffusion.schedule import Level
 
 X = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
 T = jnp.zeros(2)
 NULL, CAT, HAT = (jnp.full(2, value) for value in (-1.0, 2.0, 5.0))
-LEVELS = sampling_levels(make_schedule("linear"), 4, "trailing")  # t = 999, 749, 499, 249
 
 
 def network(x, t, condition):
@@ -67,23 +64,6 @@ def test_outside_the_interval_only_one_network_runs():
         step(active)
     jax.effects_barrier()
     assert calls == ["both", "one", "one"]
-
-
-def test_weights_of_every_step():
-    def weights(scale, interval=None):
-        return guidance_weights(scale, LEVELS, 1000, interval).tolist()
-
-    assert weights(3.0) == [3.0] * 4
-    assert weights([1.0, 2.0, 3.0, 4.0]) == [1.0, 2.0, 3.0, 4.0]
-    assert weights(3.0, (0.4, 0.8)) == [1.0, 3.0, 3.0, 1.0]
-    with pytest.raises(
-        ValueError, match=r"guidance of shape \(3,\): one number, or one for 4 steps"
-    ):
-        weights([1.0, 2.0, 3.0])
-    with pytest.raises(ValueError, match=r"guidance interval \[0.5\]: two numbers, its low and"):
-        weights(3.0, (0.5,))
-    with pytest.raises(ValueError, match="guidance interval 0.5…1.5: must lie in 0…1"):
-        weights(3.0, (0.5, 1.5))
 
 
 def test_dynamic_threshold_clips_to_the_percentile_and_keeps_x():

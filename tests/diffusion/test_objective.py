@@ -16,6 +16,7 @@ from ldm_jax.diffusion.objective import (
     vlb_weights,
 )
 from ldm_jax.diffusion.parameterization import target
+from ldm_jax.diffusion.process import Diffusion
 from ldm_jax.diffusion.schedule import Level, make_schedule
 from tests.diffusion.closed_form import MEANS, STDS, WEIGHTS, mixture
 
@@ -82,7 +83,7 @@ def test_unknown_loss_and_weighting_list_the_known():
     with pytest.raises(ValueError, match="loss 'l3': choose l1, l2 or huber"):
         per_example_loss("l3", np.zeros((1, 1)), np.zeros((1, 1)))
     with pytest.raises(ValueError, match="weighting 'even': choose one of simple, min_snr"):
-        loss_weight("even", "eps", LEVEL)
+        loss_weight("even", "eps", LEVEL, 0.5, 5.0)
 
 
 @pytest.mark.parametrize("weighting, kind, parameter, expected", [
@@ -103,7 +104,7 @@ def test_unknown_loss_and_weighting_list_the_known():
     ("eps", "flow", 0.0, SNR * (0.8 / 1.4) ** 2),
 ])  # fmt: skip
 def test_weights_are_those_of_their_papers(weighting, kind, parameter, expected):
-    assert loss_weight(weighting, kind, LEVEL, parameter) == pytest.approx(expected, rel=1e-5)
+    assert loss_weight(weighting, kind, LEVEL, 0.5, parameter) == pytest.approx(expected, rel=1e-5)
 
 
 def test_vlb_weights_are_the_originals():
@@ -120,7 +121,9 @@ def test_vlb_weights_are_the_originals():
 
 def loss(objective, network, kind="eps", schedule=TABLE, logvar=None, count=6):
     latents = jax.random.normal(jax.random.key(1), (count, 4, 4, 2))
-    return diffusion_loss(objective, schedule, kind, network, latents, jax.random.key(2), logvar)
+    return diffusion_loss(
+        objective, Diffusion(schedule, kind), network, latents, jax.random.key(2), logvar
+    )
 
 
 def silent(x, t):
@@ -182,9 +185,9 @@ def test_the_optimum_is_the_true_denoiser(kind, schedule, draw, weighting):
                 level, x = Level(t, jnp.ones_like(sigma), sigma), x * jnp.sqrt(sigma**2 + 0.25)
             else:
                 level = schedule.level(t)
-            return target(kind, *mixture(x, level), level) + tilt * x + shift
+            return target(kind, *mixture(x, level), level, 0.5) + tilt * x + shift
 
-        return diffusion_loss(objective, schedule, kind, network, latents, key).mean()
+        return diffusion_loss(objective, Diffusion(schedule, kind), network, latents, key).mean()
 
     slope = jax.jit(jax.grad(mean_loss, argnums=(0, 1)))(0.0, 0.0)
     steep = jax.jit(jax.grad(mean_loss, argnums=(0, 1)))(0.2, 0.2)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from ldm_jax.conditions.tokenizer import VOCABULARIES, BytePair, FolderTokenizer
 from ldm_jax.interop import diffusers
 from ldm_jax.interop.diffusers.components import Json
 from ldm_jax.interop.diffusers.tokenizers import (
@@ -15,7 +16,6 @@ from ldm_jax.interop.diffusers.tokenizers import (
 )
 from ldm_jax.interop.diffusers.unets import unet_from, unet_to
 from ldm_jax.interop.fields import canonical_unet
-from ldm_jax.tokenizer import VOCABULARIES, BytePair, FolderTokenizer
 from tests.interop.systems import edit, unet
 
 # The JSON of the published folders, where it says something about ours: key by key what the files

@@ -5,9 +5,9 @@ import shutil
 import jax
 import numpy as np
 
+from ldm_jax.conditions.tokenizer import VOCABULARIES, WordPiece
 from ldm_jax.interop.native import save_model
 from ldm_jax.interop.opening import open_any
-from ldm_jax.tokenizer import VOCABULARIES, WordPiece
 from tests.interop.systems import random_params, system
 
 

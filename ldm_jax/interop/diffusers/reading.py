@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ldm_jax.conditions.tokenizer import make_tokenizer
 from ldm_jax.interop.diffusers.components import (
     Json,
     autoencoder_from,
@@ -18,7 +19,6 @@ from ldm_jax.interop.diffusers.writing import ENCODER_OF, WEIGHTS, networks
 from ldm_jax.interop.families import array, concat_sections
 from ldm_jax.interop.files import open_shards
 from ldm_jax.interop.layout import Imported, read_params, slots
-from ldm_jax.tokenizer import make_tokenizer
 
 AUTOENCODERS = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "LDMBertModel")

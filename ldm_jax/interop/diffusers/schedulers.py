@@ -4,24 +4,24 @@ from typing import Any
 
 from ldm_jax.interop.diffusers.components import VERSION, Json
 
-# What schedulers take where the JSON is silent: spacing, and whether the last step ends in clean
-# latents. All that it says beyond noise and grid is how to sample, which is the caller's choice.
+# The sampler of each scheduler, or the nearest; and, where the JSON is silent, its spacing and
+# whether the last step ends in clean latents.
 SCHEDULERS = {
-    "DDIMScheduler": ("leading", True),
-    "DDPMScheduler": ("leading", True),
-    "PNDMScheduler": ("leading", False),
-    "LCMScheduler": ("lcm", True),
-    "DEISMultistepScheduler": ("linspace", True),
-    "DPMSolverMultistepScheduler": ("linspace", True),
-    "DPMSolverSDEScheduler": ("linspace", True),
-    "DPMSolverSinglestepScheduler": ("linspace", True),
-    "EulerAncestralDiscreteScheduler": ("linspace", True),
-    "EulerDiscreteScheduler": ("linspace", True),
-    "HeunDiscreteScheduler": ("linspace", True),
-    "KDPM2AncestralDiscreteScheduler": ("linspace", True),
-    "KDPM2DiscreteScheduler": ("linspace", True),
-    "LMSDiscreteScheduler": ("linspace", True),
-    "UniPCMultistepScheduler": ("linspace", True),
+    "DDIMScheduler": ("ddim", "leading", True),
+    "DDPMScheduler": ("ddpm", "leading", True),
+    "PNDMScheduler": ("plms", "leading", False),
+    "LCMScheduler": ("lcm", "lcm", True),
+    "DEISMultistepScheduler": ("dpmpp_2m", "linspace", True),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m", "linspace", True),
+    "DPMSolverSDEScheduler": ("dpmpp_2m_sde", "linspace", True),
+    "DPMSolverSinglestepScheduler": ("dpmpp_2m", "linspace", True),
+    "EulerAncestralDiscreteScheduler": ("euler_ancestral", "linspace", True),
+    "EulerDiscreteScheduler": ("euler", "linspace", True),
+    "HeunDiscreteScheduler": ("heun", "linspace", True),
+    "KDPM2AncestralDiscreteScheduler": ("dpmpp_2s_ancestral", "linspace", True),
+    "KDPM2DiscreteScheduler": ("heun", "linspace", True),
+    "LMSDiscreteScheduler": ("lms", "linspace", True),
+    "UniPCMultistepScheduler": ("unipc", "linspace", True),
 }
 # Whose noise is by default Stable Diffusion's, and not DDPM's.
 NARROW = ("LCM", "Heun", "KDPM2", "DPMSolverSDE")
@@ -39,7 +39,7 @@ def diffusion_from(json: Json, stable: bool) -> dict[str, Any]:
     name = json.class_name
     if name not in SCHEDULERS:
         raise json.error("_class_name", name, f"one of {', '.join(SCHEDULERS)}")
-    spacing, clean = SCHEDULERS[name]
+    _, spacing, clean = SCHEDULERS[name]
     betas = json.take("beta_schedule", "scaled_linear" if name == "LCMScheduler" else "linear")
     if betas not in BETAS:
         raise json.error("beta_schedule", betas, f"one of {', '.join(BETAS)}")
@@ -68,6 +68,16 @@ def diffusion_from(json: Json, stable: bool) -> dict[str, Any]:
     grid = dict(spacing=spacing, end="clean" if clean else "first")
     grid |= dict(offset=offset) if spacing == "leading" else {}
     return dict(schedule=schedule, parameterization=MEANINGS[meaning], sigma_data=0.5) | grid
+
+
+def sampling_from(json: Json) -> dict[str, Any]:
+    """`sampler` and, of those that have one, the `spacing` of noise, of section `sampling`."""
+    name, _, _ = SCHEDULERS.get(json.class_name, ("ddim", None, None))
+    if str(json.take("algorithm_type")).startswith("sde-"):
+        name = "dpmpp_3m_sde" if json.take("solver_order") == 3 else "dpmpp_2m_sde"
+    spacings = ("karras", "exponential")
+    given = [spacing for spacing in spacings if json.take(f"use_{spacing}_sigmas")]
+    return dict(sampler=name) | (dict(spacing=given[0]) if given else {})
 
 
 def scheduler_to(diffusion: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ldm_jax.interop.diffusers.components import Json, load
-from ldm_jax.tokenizer import (
+from ldm_jax.conditions.tokenizer import (
     END,
     MERGES,
     START,
@@ -24,6 +23,7 @@ from ldm_jax.tokenizer import (
     byte_pair_tokenizer,
     find,
 )
+from ldm_jax.interop.diffusers.components import Json, load
 
 log = logging.getLogger(__name__)
 # Those that ours can be; any other goes through transformers.

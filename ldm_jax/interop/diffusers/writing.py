@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.conditions.tokenizer import make_tokenizer
 from ldm_jax.interop.diffusers.components import (
     VERSION,
     autoencoder_to,
@@ -22,7 +23,6 @@ from ldm_jax.interop.diffusers.unets import unet_to
 from ldm_jax.interop.files import write_safetensors
 from ldm_jax.interop.layout import slots, write_params
 from ldm_jax.models.clip import layer_index
-from ldm_jax.tokenizer import make_tokenizer
 
 WEIGHTS = "diffusion_pytorch_model"
 # Section of ours → the component of a pipeline whose encoder it is.

@@ -14,8 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from ldm_jax import tokenizer
-from ldm_jax.tokenizer import BytePair, FolderTokenizer, SentencePiece, WordPiece, make_tokenizer
+from ldm_jax.conditions import tokenizer
+from ldm_jax.conditions.tokenizer import (
+    BytePair,
+    FolderTokenizer,
+    SentencePiece,
+    WordPiece,
+    make_tokenizer,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "clip_tokens.json").read_text("utf-8"))
 ROWS = {row["prompt"]: row["ids"] for row in GOLDEN["prompts"]}
@@ -308,6 +314,7 @@ def test_a_section_chooses_its_tokenizer(section, expected):
 
 
 def test_transformers_is_imported_for_a_folder_alone():
-    code = "import sys, ldm_jax.tokenizer as t; t.BytePair()(['x']); t.WordPiece('bert', 9)(['x'])"
+    code = "import sys, ldm_jax.conditions.tokenizer as t; t.BytePair()(['x'])"
+    code += "; t.WordPiece('bert', 9)(['x'])"
     code += "; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

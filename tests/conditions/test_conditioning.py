@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from ldm_jax.conditioning import drop_conditions, embed
+from ldm_jax.conditions.base import drop_conditions, embed
+from ldm_jax.conditions.kinds import make_embedders
+from ldm_jax.conditions.tokenizer import WordPiece
 from ldm_jax.diffusion.noise import example_keys
-from ldm_jax.embedders import make_embedders
-from ldm_jax.tokenizer import WordPiece
 
 SECTION = dict(
     kind="text",

@@ -8,18 +8,42 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ldm_jax.conditioning import Conditioning, Embedder
-from ldm_jax.models.build import Autoencoder
-from ldm_jax.models.clip import CLIPText
-from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler, concat_timestep_embedding
-from ldm_jax.models.text import TextTransformer
-from ldm_jax.tokenizer import (
+from ldm_jax.conditions.base import Conditioning, Embedder
+from ldm_jax.conditions.tokenizer import (
     BytePair,
     FolderTokenizer,
     SentencePiece,
     WordPiece,
     make_tokenizer,
 )
+from ldm_jax.models.build import Autoencoder
+from ldm_jax.models.clip import CLIPText
+from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler, concat_timestep_embedding
+from ldm_jax.models.text import TextTransformer
+
+# Methods that several embedders share.
+
+
+def _negative_prompts(self, raw: np.ndarray, entries: dict[str, Any]) -> np.ndarray:
+    """The negative prompts, or, without any, no prompt."""
+    return self.prepare(entries) if "caption" in entries else self.null(len(raw))
+
+
+def _cut_prompts(self, batch: dict[str, Any]) -> list[str]:
+    """A sentence for each prompt that is longer than the network's text."""
+    ends = [self.tokenizer.overflow(prompt) for prompt in dict.fromkeys(batch["caption"])]
+    length = self.tokenizer.max_length
+    return [f"a prompt is longer than {length} tokens; cut: {end!r}" for end in ends if end]
+
+
+def _same(self, raw: np.ndarray, entries: dict[str, Any]) -> np.ndarray:
+    """Guidance does not lead away from this: both sides get the same."""
+    return raw
+
+
+def _uncut(self, batch: dict[str, Any]) -> list[str]:
+    """There is no text to cut."""
+    return []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +56,7 @@ class TextEmbedder:
     dropout: float
     needs = ("caption",)
     guided = True
+    negative, cut = _negative_prompts, _cut_prompts
 
     def prepare(self, batch: dict[str, Any]) -> np.ndarray:
         """Tokens int32 (B, L) of batch["caption"]."""
@@ -62,18 +87,16 @@ class ClipEmbedder:
     zero_null: bool = False
     needs = ("caption",)
     guided = True
+    negative, cut = _negative_prompts, _cut_prompts
 
     def prepare(self, batch: dict[str, Any]) -> np.ndarray:
-        """Tokens int32 (B, L) of batch["caption"]; "" counts as no prompt."""
-        captions = list(batch["caption"])
-        tokens = self.tokenizer(captions)
-        if self.zero_null:
-            tokens[[caption == "" for caption in captions]] = -1
-        return tokens
+        """Tokens int32 (B, L) of batch["caption"]; "" is the empty prompt, not none."""
+        return self.tokenizer(list(batch["caption"]))
 
     def null(self, count: int) -> np.ndarray:
         """No prompt."""
-        return self.prepare({"caption": [""] * count})
+        empty = np.repeat(self.tokenizer([""]), count, axis=0)
+        return np.full_like(empty, -1) if self.zero_null else empty
 
     def __call__(self, params, raw, **_) -> Conditioning:
         features = self.network.apply({"params": params}, jnp.maximum(raw, 0))
@@ -101,6 +124,7 @@ class LabelEmbedder:
     zero_null: bool = False
     needs = ("label",)
     guided = True
+    cut = _uncut
 
     def prepare(self, batch: dict[str, Any]) -> np.ndarray:
         """Labels int32 (B,) of batch["label"]; raises ValueError for one out of range."""
@@ -114,6 +138,10 @@ class LabelEmbedder:
     def null(self, count: int) -> np.ndarray:
         """No label, or, where nothing stands for that and nothing is dropped, class 0."""
         return np.full(count, -1 if self.zero_null else self.null_class or 0, np.int32)
+
+    def negative(self, raw: np.ndarray, entries: dict[str, Any]) -> np.ndarray:
+        """Labels to lead away from, or, without any, none."""
+        return self.prepare(entries) if "label" in entries else self.null(len(raw))
 
     def __call__(self, params, raw, **_) -> Conditioning:
         context = self.network.apply({"params": params}, jnp.maximum(raw, 0))
@@ -142,6 +170,7 @@ class SizeEmbedder:
     dropout: float
     network = None
     guided = False
+    cut = _uncut
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -155,6 +184,10 @@ class SizeEmbedder:
     def null(self, count: int) -> np.ndarray:
         """Zeros."""
         return np.zeros((count, sum(SIZES[f] for f in self.fields)), np.float32)
+
+    def negative(self, raw: np.ndarray, entries: dict[str, Any]) -> np.ndarray:
+        """The sizes to lead away from; a batch of them has them all."""
+        return self.prepare(entries)
 
     def __call__(self, params, raw, **_) -> Conditioning:
         return Conditioning(vector=concat_timestep_embedding(raw, 256))
@@ -174,6 +207,7 @@ class ArrayEmbedder:
     output: str
     dropout: float
     guided = False
+    negative, cut = _same, _uncut
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -234,6 +268,7 @@ class MaskedImageEmbedder:
     network = None
     needs = ("mask", "image")
     guided = False
+    negative, cut = _same, _uncut
 
     @property
     def parameters(self) -> str:
@@ -241,11 +276,12 @@ class MaskedImageEmbedder:
         return "autoencoder"
 
     def prepare(self, batch: dict[str, Any]) -> np.ndarray:
-        """float32 (B, H, W, 1 + C): batch["mask"] of 0 and 1, and batch["image"], uint8 or float in
-        [0, 1], brought to [−1, 1], with the hole in it."""
+        """float32 (B, H, W, 1 + C): batch["mask"] in [0, 1], cut at ½, and batch["image"], uint8 or
+        float in [0, 1], brought to [−1, 1], with the hole in it."""
         mask, image = np.asarray(batch["mask"], np.float32), np.asarray(batch["image"])
         image = image / 127.5 - 1.0 if image.dtype == np.uint8 else image * 2.0 - 1.0
-        masked = np.where(mask > 0.5, self.hole, image)
+        mask = np.float32(mask > 0.5)
+        masked = np.where(mask > 0.0, self.hole, image)
         return np.concatenate([mask, masked], axis=-1, dtype=np.float32)
 
     def null(self, count: int) -> np.ndarray:

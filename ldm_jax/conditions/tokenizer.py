@@ -25,7 +25,7 @@ from tokenizers import (
     processors,
 )
 
-VOCABULARIES = Path(__file__).parent / "data" / "vocabulary"
+VOCABULARIES = Path(__file__).parents[1] / "data" / "vocabulary"
 START, END = "<|startoftext|>", "<|endoftext|>"
 # What CLIP uses of its file: 49,408 pieces, less 2 × 256 for single bytes and these two.
 MERGES = 48_894

@@ -29,8 +29,8 @@ class Conditioning:
 class Embedder(Protocol):
     """`name` is its key in parameters and in the config's `conditioning`; `network` is None for
     what has no parameters of its own (an attribute `parameters` names the network whose it takes);
-    `needs` are the entries of a batch that `prepare` reads. `guided` says
-    whether guidance leads away from its null value, or both sides of guidance are told the same."""
+    `needs` are the entries of a batch that `prepare` reads. `guided` says whether guidance leads
+    away from its null value, or both sides of guidance get the same."""
 
     name: str
     network: nn.Module | None
@@ -43,6 +43,13 @@ class Embedder(Protocol):
 
     def null(self, count: int) -> np.ndarray:
         """The raw input (count, …) that stands for no condition."""
+
+    def negative(self, raw: np.ndarray, entries: dict[str, Any]) -> np.ndarray:
+        """What guidance leads away from where a picture gets `raw`, (B, …); `entries` are those of
+        a batch that the caller wants to lead away from."""
+
+    def cut(self, batch: dict[str, Any]) -> list[str]:
+        """What of the batch's texts is lost, in sentences."""
 
     def __call__(self, params: Any, raw: jax.Array, **dropout: Any) -> Conditioning:
         """Runs the network. `dropout`: `deterministic` and `rngs` of networks that have some."""

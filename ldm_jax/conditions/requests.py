@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.conditioning import Embedder
-from ldm_jax.embedders import SIZES, SizeEmbedder, default_sizes
+from ldm_jax.conditions.base import Embedder
+from ldm_jax.conditions.kinds import SIZES, default_sizes
 from ldm_jax.pictures import multiples_beside
 
 log = logging.getLogger(__name__)
@@ -18,21 +18,6 @@ Embedders = tuple[Embedder, ...]
 # What guidance leads SDXL's refiner away from.
 NEGATIVE_SIZES = {"aesthetic_score": 2.5}
 FEW = 20  # classes that an error lists
-
-
-def check_finite(**arguments: Any) -> None:
-    """Raises ValueError, by name, for what is no number, or has one that is not finite; None
-    passes."""
-    for name, value in arguments.items():
-        if value is None:
-            continue
-        try:
-            numbers = np.asarray(value, np.float64)
-        except (TypeError, ValueError):
-            raise ValueError(f"{name}={value!r}: must be a number") from None
-        wrong = numbers[~np.isfinite(numbers)]
-        if wrong.size:
-            raise ValueError(f"{name}={wrong.flat[0]:g}: must be a finite number")
 
 
 def check_side(name: str, side: int, multiple: int) -> None:
@@ -46,31 +31,20 @@ def check_side(name: str, side: int, multiple: int) -> None:
         )
 
 
-def check_guidance(model: Any, guidance: Any, weak: Any = None) -> None:
-    """Raises ValueError for a `LatentDiffusion` that cannot be guided, or not by that weak one."""
-    if weak is not None:
-        mine, its = (
-            (m.latent_channels, m.parameterization, tuple(e.name for e in m.embedders))
-            for m in (model, weak)
-        )
-        if mine != its:
-            raise ValueError(
-                "weak: a model of other latents, parameterization or conditions cannot guide "
-                f"this one: {its} there, {mine} here"
-            )
+def check_guidance(embedders: Embedders, scale: Any) -> None:
+    """Raises ValueError for a guidance scale that a model with these embedders cannot follow."""
+    if np.all(np.asarray(scale) == 1.0):
         return
-    if np.all(np.asarray(guidance) == 1.0):
-        return
-    guided = [e for e in model.embedders if e.guided]
+    guided = [e for e in embedders if e.guided]
     undropped = [e.name for e in guided if not e.dropout]
     if not guided:
         raise ValueError(
-            f"guidance={np.max(guidance):g}, but this model has no condition to be guided by; "
+            f"guidance={np.max(scale):g}, but this model has no condition to be guided by; "
             "use guidance=1"
         )
     if undropped:
         raise ValueError(
-            f"guidance={np.max(guidance):g}, but this model was trained without dropping its "
+            f"guidance={np.max(scale):g}, but this model was trained without dropping its "
             f"condition (conditioning.{undropped[0]}.dropout is 0), so it knows no "
             "unconditional prediction to lead away from; use guidance=1"
         )
@@ -128,10 +102,11 @@ def requests(
     prompt: str | Sequence[str] | None,
     labels: int | str | Sequence[int | str] | None,
     n: int = 1,
-    compose: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
     classes: Sequence[str] = (),
 ) -> list[dict[str, list]]:
-    """What the pictures are of: one batch, n of each prompt; composed, one batch for each prompt.
+    """The entries "caption" and "label" of the pictures: one batch, n of each prompt; with
+    `weights`, one batch for each prompt.
 
     `classes` are the names that `labels` may use, in the order of their numbers.
 
@@ -139,40 +114,89 @@ def requests(
       ValueError: a prompt or labels that the model needs and does not get, or the reverse; an
         unknown class; nothing to draw; another number of weights than of prompts.
     """
-    needed = {key for embedder in embedders for key in embedder.needs}
-    told = {}
+    needed, entries = _needed(embedders), {}
     for key, argument, value in (("caption", "prompt", prompt), ("label", "labels", labels)):
         if (value is not None) != (key in needed):
             wants = "needs" if value is None else "takes no"
             raise ValueError(f"this model {wants} {argument}")
         if value is not None:
-            told[key] = [value] if isinstance(value, str | int | np.integer) else list(value)
-    if "label" in told:
-        told["label"] = [label_index(label, classes) for label in told["label"]]
-    counts = {len(values) for values in told.values()} or {1}
+            entries[key] = [value] if isinstance(value, str | int | np.integer) else list(value)
+    if "label" in entries:
+        entries["label"] = [label_index(label, classes) for label in entries["label"]]
+    counts = {len(values) for values in entries.values()} or {1}
     if len(counts) > 1:
-        raise ValueError(f"{len(told['caption'])} prompts for {len(told['label'])} labels")
+        raise ValueError(f"{len(entries['caption'])} prompts for {len(entries['label'])} labels")
     (count,) = counts
     if not count or n < 1:
         raise ValueError(f"{count} prompts, n={n}: at least one picture must be asked for")
-    if compose is None:
-        return [{key: [v for v in values for _ in range(n)] for key, values in told.items()}]
-    if len(compose) != count:
-        raise ValueError(f"compose has {len(compose)} weights for {count} prompts")
-    return [{key: [values[i]] * n for key, values in told.items()} for i in range(count)]
+    if weights is None:
+        return [{key: [v for v in values for _ in range(n)] for key, values in entries.items()}]
+    if len(weights) != count:
+        raise ValueError(f"{len(weights)} weights of guidance (compose) for {count} prompts")
+    return [{key: [values[i]] * n for key, values in entries.items()} for i in range(count)]
 
 
-def told_sizes(
-    count: int, side: Sequence[int], sizes: dict[str, Any] | None = None
-) -> dict[str, np.ndarray]:
-    """An entry (count, 1 or 2) for each of `SIZES`; what `sizes` leaves out is as for an uncropped
-    picture of `side` (height, width). Raises ValueError for a name that is none of `SIZES`."""
-    unknown = [name for name in sizes or {} if name not in SIZES]
-    if unknown:
-        raise ValueError(f"sizes: {unknown[0]!r} is none of {', '.join(SIZES)}")
-    own = default_sizes(*side) | (sizes or {})
-    check_finite(**own)
-    return {name: np.tile(np.float32(value), (count, 1)) for name, value in own.items()}
+def other_entries(
+    embedders: Embedders, given: dict[str, Any] | None, count: int, side: Sequence[int]
+) -> dict[str, Any]:
+    """What the caller brings beside prompts, labels and pictures, by entry; and all of `SIZES`,
+    (count, 1 or 2), by default those of an uncropped picture of `side` (height, width).
+
+    Raises ValueError for an entry that no embedder needs, and for sizes of another shape.
+    """
+    others = [e for e in _needed(embedders) if e not in ("caption", "label", "image", "mask")]
+    for name in given or {}:
+        if name not in others:
+            takes = ", ".join(others) or "none"
+            raise ValueError(f"conditions: this model takes no {name!r}; it takes {takes}")
+    return dict(given or {}) | _sizes(given or {}, count, side)
+
+
+def negative_entries(
+    embedders: Embedders,
+    prompt: str | Sequence[str] | None,
+    given: dict[str, Any] | None,
+    negative: dict[str, Any] | None,
+    count: int,
+    side: Sequence[int],
+) -> dict[str, Any]:
+    """The entries to lead away from: "caption", unless the prompt is None, and sizes, those of
+    `negative` or else those `given`, but for the score.
+
+    Raises ValueError for anything but one prompt for all pictures or one for each, for prompts of a
+    model without, and as `other_entries`.
+    """
+    other_entries(embedders, negative, count, side)
+    entries = _sizes((given or {}) | NEGATIVE_SIZES | (negative or {}), count, side)
+    if prompt is None:
+        return entries
+    prompts = [prompt] * count if isinstance(prompt, str) else prompt
+    texts = isinstance(prompts, Sequence) and all(isinstance(p, str) for p in prompts)
+    if not texts or len(prompts) != count:
+        raise ValueError(
+            f"negative_prompt={prompt!r}: give one text for all pictures, or a list of {count}, "
+            "one for each"
+        )
+    if "caption" not in _needed(embedders):
+        raise ValueError("this model takes no prompts, and so no negative_prompt")
+    return entries | {"caption": list(prompts)}
+
+
+def _sizes(given: dict[str, Any], count: int, side: Sequence[int]) -> dict[str, np.ndarray]:
+    entries = {}
+    for name, default in default_sizes(*side).items():
+        value, width = np.asarray(given.get(name, default), np.float32), SIZES[name]
+        if value.size != width and value.shape not in ((count, width), (count,) * (width == 1)):
+            raise ValueError(
+                f"conditions: {name} of shape {value.shape}: expected {width} numbers, or as many "
+                f"for each of {count} pictures"
+            )
+        entries[name] = np.broadcast_to(value.reshape(-1, width), (count, width))
+    return entries
+
+
+def _needed(embedders: Embedders) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(entry for embedder in embedders for entry in embedder.needs))
 
 
 def inputs_for(embedders: Embedders, batch: dict[str, Any], count: int) -> dict[str, np.ndarray]:
@@ -190,29 +214,17 @@ def inputs_for(embedders: Embedders, batch: dict[str, Any], count: int) -> dict[
         if len(raw) not in (1, count):
             raise ValueError(f"{len(raw)} of {embedder.name} for {count} pictures")
         inputs[embedder.name] = np.repeat(raw, count // len(raw), axis=0)
-        for prompt in dict.fromkeys(batch["caption"] if "caption" in embedder.needs else ()):
-            lost = embedder.tokenizer.overflow(prompt)
-            if lost:
-                length = embedder.tokenizer.max_length
-                log.warning("a prompt is longer than %d tokens; cut: %r", length, lost)
+        for sentence in embedder.cut(batch):
+            log.warning(sentence)
     return inputs
 
 
-def nulls_for(
-    embedders: Embedders,
-    inputs: dict[str, np.ndarray],
-    negative_prompt: str,
-    sizes: dict[str, np.ndarray],
-    count: int,
+def negatives_for(
+    embedders: Embedders, inputs: dict[str, np.ndarray], entries: dict[str, Any]
 ) -> dict[str, np.ndarray]:
-    """What guidance leads away from: `inputs`, but the negative prompt, no label, these sizes."""
-    nulls = dict(inputs)
+    """The inputs of what guidance leads away from; `entries` as `Embedder.negative` takes them."""
     for embedder in embedders:
-        if "caption" in embedder.needs:
-            raw = embedder.prepare({"caption": [negative_prompt]})
-            nulls[embedder.name] = np.repeat(raw, count, axis=0)
-        elif embedder.guided:
-            nulls[embedder.name] = embedder.null(count)
-        elif isinstance(embedder, SizeEmbedder):
-            nulls[embedder.name] = embedder.prepare(sizes)
-    return nulls
+        if "caption" in entries:
+            for sentence in embedder.cut(entries):
+                log.warning("negative_prompt: %s", sentence)
+    return {e.name: e.negative(inputs[e.name], entries) for e in embedders}

@@ -1,0 +1,279 @@
+"""What a caller asks of a run, `Guidance` and `Sampling`, and the tables that it becomes.
+
+Each field's metadata names the flag of `sample.py` that sets it and says what it does: flags and
+the tables of docs/samplers.md are made from them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ldm_jax.diffusion.multistep import Table
+from ldm_jax.diffusion.process import Diffusion
+from ldm_jax.diffusion.samplers import SAMPLERS, get_sampler, make_table
+from ldm_jax.diffusion.schedule import DiscreteSchedule, EDMSchedule, Level
+
+
+def check_finite(**arguments: Any) -> None:
+    """Raises ValueError, by name, for what is no number, or has one that is not finite; None
+    passes."""
+    for name, value in arguments.items():
+        if value is None:
+            continue
+        try:
+            numbers = np.asarray(value, np.float64)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name}={value!r}: must be a number") from None
+        wrong = numbers[~np.isfinite(numbers)]
+        if wrong.size:
+            raise ValueError(f"{name}={wrong.flat[0]:g}: must be a finite number")
+
+
+def option(default: Any, flag: str, help: str, example: str, kind: type = float) -> Any:
+    """A field with its flag's name, what it does, an example of its value, and the kind of values:
+    float, str, or tuple, numbers with commas between."""
+    about = {"flag": flag, "help": help, "example": example, "kind": kind}
+    return dataclasses.field(default=default, metadata=about)
+
+
+def flags(cls: type) -> dict[str, dataclasses.Field]:
+    """The fields of `Guidance` or `Sampling` that flags set, by flag."""
+    fields = dataclasses.fields(cls)
+    return {field.metadata["flag"]: field for field in fields if field.metadata}
+
+
+def from_flags(cls: type, values: dict[str, Any]) -> Any:
+    """A `Guidance` or `Sampling` of flags' values, by flag; those that are None are left out."""
+    given = {name: values.get(name) for name in flags(cls)}
+    return cls(**{flags(cls)[name].name: v for name, v in given.items() if v is not None})
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """How conditions guide: uncond + scale·(cond − uncond), and its variants.
+
+    Attributes:
+      scale: one number, or one for each step; 1 is the conditional model alone, at half the cost.
+        None takes the model's own.
+      interval: (low, high), shares of the model's time, 0 clean and 1 noise, outside which there is
+        no guidance (Kynkäänniemi et al. 2024).
+      rescale: 0…1, against over-exposure (Lin et al. 2023, eq. 16).
+      threshold: percentile in (0, 1] of dynamic thresholding (Saharia et al. 2022); None: off.
+      weights: one for each prompt, of which all make one picture (Liu et al. 2022, eq. 11).
+      weak: a worse pipeline of the same latents, to lead away from in place of the unconditional
+        prediction (autoguidance, Karras et al. 2024).
+      negative: values of other conditions than the prompt to lead away from, by entry, such as
+        "crop" or "aesthetic_score".
+
+    Raises:
+      ValueError: a number that is not finite or out of its range.
+    """
+
+    scale: float | Sequence[float] | None = option(
+        None, "guidance", "uncond + G·(cond − uncond); 1 is the plain model, at half the cost", "3"
+    )
+    interval: tuple[float, float] | None = option(
+        None,
+        "guidance_interval",
+        "LOW,HIGH: guidance only while the share of noise is in there; elsewhere a step costs half",
+        "0.2,0.8",
+        tuple,
+    )
+    rescale: float = option(
+        0.0, "guidance_rescale", "0…1, against over-exposure by strong guidance", "0.7"
+    )
+    threshold: float | None = option(
+        None,
+        "threshold",
+        "percentile in 0…1 of dynamic thresholding; made for pixels, it flattens latents",
+        "0.995",
+    )
+    weights: Sequence[float] | None = option(
+        None, "compose", "a weight for each prompt: all of them make one picture", "1,0.5", tuple
+    )
+    weak: Any = option(
+        None, "weak", "a worse model of the same latents to lead away from", "runs/early", str
+    )
+    negative: dict[str, Any] | None = None
+
+    def __post_init__(self):
+        check_finite(guidance=self.scale, guidance_interval=self.interval, compose=self.weights)
+        check_finite(guidance_rescale=self.rescale, threshold=self.threshold)
+        if not 0.0 <= self.rescale <= 1.0:
+            raise ValueError(f"guidance_rescale={self.rescale:g}: must lie in 0…1")
+        if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"threshold={self.threshold:g}: must lie above 0 and up to 1")
+        if self.interval is None:
+            return
+        if np.shape(self.interval) != (2,):
+            raise ValueError(f"guidance_interval={self.interval}: two numbers, low and high")
+        low, high = self.interval
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(
+                f"guidance_interval={low:g},{high:g}: must lie in 0…1, 0 clean and 1 noise"
+            )
+
+    @classmethod
+    def of(cls, asked: "Guidance | float | Sequence[float] | None", own: float) -> "Guidance":
+        """What was asked, in full; `own` is the model's own scale."""
+        asked = asked if isinstance(asked, cls) else cls(asked)
+        return dataclasses.replace(asked, scale=own) if asked.scale is None else asked
+
+    def scales(self, steps: int, share: np.ndarray) -> np.ndarray:
+        """(S,) scale of every step, 1 outside of the interval; `share` (S,) is of the noise.
+
+        Raises ValueError for another number of scales than of steps.
+        """
+        scales = np.asarray(self.scale, np.float64)
+        if scales.ndim and scales.shape != (steps,):
+            raise ValueError(
+                f"guidance of shape {scales.shape}: one number, or one for {steps} steps"
+            )
+        scales = np.broadcast_to(scales, (steps,))
+        if self.interval is None:
+            return scales
+        low, high = self.interval
+        return np.where((share >= low) & (share <= high), scales, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Which sampler, on which grid, with what options.
+
+    Attributes:
+      sampler: one of `samplers.SAMPLERS`; None: the model's own.
+      spacing: of the steps, see `grids.sampling_grid`; None: the model's own.
+      shift: of models of straight paths: more steps where there is more noise.
+      eta: of samplers that draw noise, 0: none, 1: as much as DDPM.
+      churn, churn_min, churn_max, churn_scale: of "euler" and "heun": S_churn, S_tmin, S_tmax and
+        S_noise of Karras et al. 2022, algorithm 2.
+      Options that are None are the sampler's own.
+
+    Raises:
+      ValueError: no such sampler, an option that it does not take, or a number that is not finite
+        or negative.
+    """
+
+    sampler: str | None = option(
+        None, "sampler", "the method, see above; default: the model's own", "dpmpp_2m", str
+    )
+    spacing: str | None = option(
+        None, "spacing", "the grid of its steps, see below; default: the model's own", "karras", str
+    )
+    shift: float | None = option(
+        None, "shift", "of flow models: t ← s·t/(1 + (s − 1)·t), more steps at more noise", "3"
+    )
+    eta: float | None = option(None, "eta", "0: draws no noise; 1: as much as DDPM", "1")
+    churn: float | None = option(None, "churn", "noise stirred in by euler and heun", "40")
+    churn_min: float | None = option(None, "churn_min", "σ/α from which on it is", "0.05")
+    churn_max: float | None = option(None, "churn_max", "σ/α up to which it is", "50")
+    churn_scale: float | None = option(None, "churn_scale", "its standard deviation", "1.003")
+
+    def __post_init__(self):
+        taken = {} if self.sampler is None else get_sampler(self.sampler).options
+        check_finite(shift=self.shift)
+        for name, value in self.options.items():
+            if self.sampler is not None and name not in taken:
+                raise ValueError(
+                    f"sampler {self.sampler!r} has no {name}; its options: "
+                    f"{', '.join(taken) or 'none'}"
+                )
+            if not (name == "churn_max" and value == np.inf):
+                check_finite(**{name: value})
+            if value < 0.0:
+                raise ValueError(f"{name}={value:g}: must not be negative")
+
+    @classmethod
+    def of(cls, asked: "Sampling | str | None", own: dict[str, Any]) -> "Sampling":
+        """What was asked, in full; `own` is the section `sampling` of the model's config.
+
+        The model's own η goes with its own sampler, its own spacing of noise with all that have one
+        in diffusers.
+        """
+        asked = asked if isinstance(asked, cls) else cls(asked)
+        if asked.sampler is None:
+            name, eta = own.get("sampler", "ddim"), own.get("eta") or None
+            eta = eta if asked.eta is None and "eta" in get_sampler(name).options else asked.eta
+            asked = dataclasses.replace(asked, sampler=name, eta=eta)
+        if asked.spacing is None and SAMPLERS[asked.sampler].family in ("euler", "dpm"):
+            asked = dataclasses.replace(asked, spacing=own.get("spacing"))
+        return asked
+
+    @property
+    def options(self) -> dict[str, float]:
+        """Those of the sampler that are given."""
+        names = ("eta", "churn", "churn_min", "churn_max", "churn_scale")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+class GuidanceTable(NamedTuple):
+    """Guidance of every step: the scale (S,), the weights of several conditions (S, K), how far to
+    rescale (S,), and where it is on at all (S,), None for everywhere."""
+
+    scale: np.ndarray
+    weights: np.ndarray
+    rescale: np.ndarray
+    active: np.ndarray | None
+
+
+class Run(NamedTuple):
+    """What is traced of a run of the sampler; its structure, not its numbers, decides the program.
+
+    The run starts from `start.alpha` times the known latents, if there are any, plus `start.sigma`
+    times the noise. `percentile` is that of dynamic thresholding, None: off.
+    """
+
+    table: Table
+    guidance: GuidanceTable | None
+    start: Level
+    percentile: float | None
+
+
+def plan(
+    diffusion: Diffusion,
+    steps: int,
+    sampling: Sampling | str = "ddim",
+    guidance: Guidance | float = 1.0,
+    *,
+    skip: int | None = None,
+    trace: bool = False,
+) -> Run:
+    """The tables of a run, on the host. Guidance of 1 at every step is left out altogether.
+
+    Args:
+      skip: steps that an edit leaves out at the start; even 0 makes the program of an edit.
+      trace: whether known latents are in what the run starts from, and not noise alone.
+
+    Raises:
+      ValueError: steps, a spacing, an option or a number of scales that this model does not take.
+    """
+    sampling, guidance = Sampling.of(sampling, {}), Guidance.of(guidance, 1.0)
+    schedule, family = diffusion.schedule, SAMPLERS[sampling.sampler].family
+    grid = diffusion.grid(steps, family, sampling.spacing, sampling.shift)
+    table = make_table(sampling.sampler, schedule, grid, skip, **sampling.options)
+
+    start = Level(*(np.float32(v[skip or 0]) for v in grid.levels))
+    if not trace:
+        # diffusers' schedulers of this family start these grids from σ/α times the noise, all
+        # others from noise of the variance that the noised latents have.
+        spread = family == "euler" and isinstance(schedule, DiscreteSchedule)
+        spread = spread and diffusion.time_spacing(sampling.spacing) in ("linspace", "trailing")
+        sigma = start.sigma if spread else np.hypot(start.alpha, start.sigma)
+        start = start._replace(alpha=np.float32(0.0), sigma=np.float32(sigma))
+
+    is_edm = isinstance(schedule, EDMSchedule)
+    longest = schedule.sigma_max if is_edm else schedule.timesteps
+    scale = guidance.scales(steps, grid.here.t / longest)
+    weights = np.ones(1) if guidance.weights is None else np.asarray(guidance.weights)
+    percentile, on = guidance.threshold, scale != 1.0
+    if len(weights) == 1 and not on.any():
+        return Run(table, None, start, percentile)
+    steps_of = GuidanceTable(
+        scale=np.float32(scale),
+        weights=np.tile(np.float32(weights), (steps, 1)),
+        rescale=np.full(steps, guidance.rescale, np.float32),
+        active=None if len(weights) > 1 or on.all() else on,
+    )
+    return Run(table, steps_of, start, percentile)

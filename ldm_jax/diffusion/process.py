@@ -1,0 +1,56 @@
+"""The diffusion process of a model: section `diffusion` of its config."""
+
+import dataclasses
+from typing import Any
+
+from ldm_jax.diffusion.grids import COMPVIS, NOISE, Grid, sampling_grid
+from ldm_jax.diffusion.parameterization import Denoiser, Network, make_denoiser
+from ldm_jax.diffusion.schedule import Schedule, make_schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """How latents are noised, what the network's output means, and which levels sampling visits.
+
+    Attributes:
+      schedule: in a config the arguments of `make_schedule`.
+      parameterization: one of `parameterization.KINDS`.
+      sigma_data: of the parameterization "edm".
+      spacing, offset, end: of the model's own grid, see `grids.sampling_grid`.
+    """
+
+    schedule: Schedule
+    parameterization: str
+    sigma_data: float = 0.5
+    spacing: str = "trailing"
+    offset: int = 1
+    end: str | None = None
+
+    @classmethod
+    def from_config(cls, section: dict[str, Any]) -> "Diffusion":
+        return cls(**dict(section) | dict(schedule=make_schedule(**section["schedule"])))
+
+    def denoiser(self, network: Network) -> Denoiser:
+        """`denoise(x, level) -> Prediction` from `network(x, t)`."""
+        return make_denoiser(self.parameterization, network, self.sigma_data)
+
+    def time_spacing(self, spacing: str | None) -> str:
+        """A spacing, or, where that is none of time, the model's own."""
+        return self.spacing if spacing in (None, *NOISE) else spacing
+
+    def grid(
+        self, steps: int, family: str, spacing: str | None = None, shift: float | None = None
+    ) -> Grid:
+        """The levels of a run of `steps` steps; `spacing` None is the model's own."""
+        spacing = spacing or self.spacing
+        foreign = spacing in COMPVIS and spacing != self.spacing
+        return sampling_grid(
+            self.schedule,
+            steps,
+            spacing,
+            family=family,
+            offset=self.offset,
+            end=None if foreign else self.end,
+            shift=1.0 if shift is None else shift,
+            base=self.spacing,
+        )

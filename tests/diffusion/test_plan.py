@@ -1,0 +1,126 @@
+"""What is asked of a run, and the tables that it becomes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ldm_jax.diffusion.plan import Guidance, Sampling, flags, from_flags, plan
+from ldm_jax.diffusion.process import Diffusion
+from ldm_jax.diffusion.samplers import SAMPLERS
+from ldm_jax.diffusion.schedule import make_schedule
+
+DIFFUSION = Diffusion(make_schedule("linear", 1000, 0.00085, 0.012), "eps")
+FLOW = Diffusion(make_schedule("flow"), "flow")
+
+
+def scales(guidance, steps=4):
+    run = plan(DIFFUSION, steps, "ddim", guidance)  # t = 999, 749, 499, 249
+    return None if run.guidance is None else run.guidance.scale.tolist()
+
+
+def test_guidance_of_every_step():
+    assert scales(3.0) == [3.0] * 4
+    assert scales([1.0, 2.0, 3.0, 4.0]) == [1.0, 2.0, 3.0, 4.0]
+    assert scales(Guidance(3.0, interval=(0.4, 0.8))) == [1.0, 3.0, 3.0, 1.0]
+    assert scales(Guidance(3.0, interval=(0.0, 0.1))) is None
+    assert scales(1.0) is None
+
+
+def test_guidance_is_on_everywhere_or_by_step():
+    def active(guidance):
+        return plan(DIFFUSION, 4, "ddim", guidance).guidance.active
+
+    assert active(3.0) is None  # no choice at run time
+    assert active(Guidance(3.0, interval=(0.4, 0.8))).tolist() == [False, True, True, False]
+    assert active([3.0, 1.0, 1.0, 3.0]).tolist() == [True, False, False, True]
+    assert active(Guidance([3.0, 1.0, 1.0, 3.0], weights=(1.0, 0.5))) is None
+
+
+def test_short_forms_are_the_long_ones():
+    assert Guidance.of(3.0, 7.5) == Guidance(3.0) == Guidance.of(Guidance(3.0), 7.5)
+    assert Guidance.of(None, 7.5) == Guidance(7.5) == Guidance.of(Guidance(), 7.5)
+    assert Guidance.of(Guidance(rescale=0.7), 7.5) == Guidance(7.5, rescale=0.7)
+    assert Sampling.of("heun", {}) == Sampling("heun") == Sampling.of(Sampling("heun"), {})
+
+
+def test_the_models_own_sampler_is_the_default():
+    own = dict(sampler="ddim", eta=0.7, spacing="karras")
+    assert Sampling.of(None, own) == Sampling("ddim", eta=0.7)
+    assert Sampling.of(Sampling(eta=0.2), own) == Sampling("ddim", eta=0.2)
+    assert Sampling.of("dpmpp_2m", own) == Sampling("dpmpp_2m", spacing="karras")
+    assert Sampling.of(Sampling("euler", spacing="trailing"), own).spacing == "trailing"
+    assert Sampling.of(None, dict(sampler="unipc", eta=0.0)) == Sampling("unipc")
+    with pytest.raises(ValueError, match="sampler 'unipc' has no eta"):
+        Sampling.of(Sampling(eta=0.5), dict(sampler="unipc"))
+
+
+def test_options_reach_the_table():
+    """Each option of `Sampling` changes the table of a sampler that takes it, and there is a field
+    for each option that a sampler takes."""
+    fields = {field.name for field in dataclasses.fields(Sampling)}
+    assert {option for s in SAMPLERS.values() for option in s.options} <= fields
+    asked = dict(eta=0.5, churn=40.0, churn_min=1.0, churn_max=5.0, churn_scale=1.1)
+    for name, value in asked.items():
+        sampler, more = ("ddim", {}) if name == "eta" else ("euler", {"churn": 40.0})
+        more = {} if name == "churn" else more
+        before, after = (
+            plan(DIFFUSION, 8, Sampling(sampler, **more | option)).table
+            for option in ({}, {name: value})
+        )
+        changed = before.keys() != after.keys() or any(
+            not np.array_equal(before[key], after[key])
+            for key in ("x", "noise", "churn")
+            if key in before
+        )
+        assert changed, name
+
+
+def test_shift_is_of_flow_models():
+    run = plan(FLOW, 4, Sampling("flow_euler", shift=3.0))
+    np.testing.assert_allclose(run.table["level"].sigma, [1.0, 0.9, 0.75, 0.5])
+    with pytest.raises(ValueError, match="shift=3: must be above 0, and is for flow models alone"):
+        plan(DIFFUSION, 4, Sampling("ddim", shift=3.0))
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Sampling("magic"), "sampler 'magic': choose one of ddim"),
+    (lambda: Sampling("dpmpp_2m", eta=0.5), "sampler 'dpmpp_2m' has no eta; its options: none"),
+    (lambda: Sampling("heun", eta=0.5), "sampler 'heun' has no eta; its options: churn"),
+    (lambda: Sampling("ddim", eta=-1.0), "eta=-1: must not be negative"),
+    (lambda: Sampling("euler", churn=np.nan), "churn=nan: must be a finite number"),
+    (lambda: Sampling("ddim", eta="much"), "eta='much': must be a number"),
+    (lambda: Guidance(3.0, interval=(0.5,)), r"guidance_interval=\(0.5,\): two numbers, low"),
+    (lambda: Guidance(3.0, interval=(0.5, 1.5)), "guidance_interval=0.5,1.5: must lie in 0…1"),
+    (lambda: Guidance(3.0, interval=(0.8, 0.5)), "guidance_interval=0.8,0.5: must lie in 0…1"),
+    (lambda: Guidance(rescale=2.0), "guidance_rescale=2: must lie in 0…1"),
+    (lambda: Guidance(threshold=0.0), "threshold=0: must lie above 0 and up to 1"),
+    (lambda: scales([1.0, 2.0, 3.0]), r"guidance of shape \(3,\): one number, or one for 4 steps"),
+])  # fmt: skip
+def test_what_is_out_of_range_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_flags_make_what_they_name():
+    values = dict(guidance=3.0, guidance_rescale=0.5, compose=(1.0, 2.0), weak=None, seed=3)
+    assert from_flags(Guidance, values) == Guidance(3.0, rescale=0.5, weights=(1.0, 2.0))
+    assert from_flags(Sampling, dict(sampler=None, eta=0.5)) == Sampling(None, eta=0.5)
+    names = [*flags(Guidance), *flags(Sampling)]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("sampler, spacing, sigma", [
+    ("ddim", "trailing", 1.0), ("euler", "leading", 1.0), ("dpmpp_2m", "linspace", 1.0),
+    ("euler", "trailing", DIFFUSION.schedule.sigma[999]),
+    ("lms", "linspace", DIFFUSION.schedule.sigma[999]),
+])  # fmt: skip
+def test_a_run_starts_from_noise_as_diffusers_does(sampler, spacing, sigma):
+    run = plan(DIFFUSION, 10, Sampling(sampler, spacing=spacing))
+    assert run.start.alpha == 0.0 and run.start.sigma == pytest.approx(sigma, rel=1e-6)
+
+
+def test_an_edit_starts_from_the_noised_picture():
+    run = plan(DIFFUSION, 10, "ddim", skip=4, trace=True)
+    level = DIFFUSION.schedule.at(np.array(599))
+    assert (run.start.alpha, run.start.sigma) == pytest.approx((level.alpha, level.sigma))
