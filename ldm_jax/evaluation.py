@@ -15,7 +15,7 @@ from ldm_jax.metrics.efficientnet import load_extractor
 from ldm_jax.metrics.reconstruction import reconstruction_quality
 from ldm_jax.metrics.retrieval import caption_retrieval
 from ldm_jax.models.build import make_autoencoder
-from ldm_jax.pictures import to_float, to_uint8
+from ldm_jax.pictures import to_signed, to_uint8, to_unit
 from ldm_jax.pipeline import Pipeline
 
 
@@ -42,8 +42,8 @@ def evaluate(
 
     @jax.jit
     def reconstruct(images):
-        decoded = autoencoder.apply({"params": params["autoencoder"]}, to_float(images))
-        return (decoded + 1.0) / 2.0
+        decoded = autoencoder.apply({"params": params["autoencoder"]}, to_signed(images))
+        return to_unit(decoded)
 
     metrics = reconstruction_quality(reconstruct, open_source(data, "held_out"))
     if config["task"] != "diffusion" or not count:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ldm_jax.interop.opening import export
 from ldm_jax.models.build import Autoencoder
-from ldm_jax.pictures import as_images
+from ldm_jax.pictures import as_images, to_signed, to_unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class FirstStage:
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Pictures (B, H, W, C), uint8 or float [0, 1] → scaled latents (B, h, w, c)."""
-        return np.asarray(self._encode(self.params, as_images(images) * 2.0 - 1.0))
+        return np.asarray(self._encode(self.params, to_signed(as_images(images))))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Scaled latents (B, h, w, c) → pictures (B, H, W, C), float32 [0, 1]."""
@@ -45,6 +45,6 @@ class FirstStage:
         def decode(params, latents):
             variables = {"params": params["autoencoder"]}
             images = self.autoencoder.apply(variables, latents, method="decode")
-            return jnp.clip((images + 1.0) / 2.0, 0.0, 1.0)
+            return jnp.clip(to_unit(images), 0.0, 1.0)
 
         return jax.jit(decode)

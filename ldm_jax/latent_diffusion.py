@@ -36,6 +36,7 @@ from ldm_jax.diffusion.process import Diffusion
 from ldm_jax.diffusion.samplers import DDIM_INVERSE, get_sampler, sample
 from ldm_jax.models.build import Autoencoder, make_autoencoder, tuples
 from ldm_jax.models.unet import UNet
+from ldm_jax.pictures import to_unit
 
 Params = dict[str, Any]
 
@@ -279,7 +280,7 @@ class LatentDiffusion:
             images = tiled(decode, latents, (tile, tile), scale=self.autoencoder.downsampling)
         else:
             images = decode(latents)
-        return jnp.clip((images + 1.0) / 2.0, 0.0, 1.0)
+        return jnp.clip(to_unit(images), 0.0, 1.0)
 
 
 def beside(x: jax.Array, condition: Conditioning) -> jax.Array:

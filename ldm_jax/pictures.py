@@ -7,17 +7,21 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, PngImagePlugin
 
 FITS = ("crop", "pad", "resize")
 
 
-def to_float(images: jax.Array) -> jax.Array:
-    """uint8 [0, 255] → float32 [−1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
+def to_signed(images: Any) -> Any:
+    """uint8, or float in [0, 1], → float32 in [−1, 1]; NumPy or JAX."""
+    scale = 127.5 if images.dtype == np.uint8 else 0.5
+    return images.astype(np.float32) / np.float32(scale) - 1.0
+
+
+def to_unit(images: Any) -> Any:
+    """[−1, 1] → [0, 1]; what lies outside stays outside."""
+    return (images + 1.0) / 2.0
 
 
 def to_uint8(images: Any) -> np.ndarray:

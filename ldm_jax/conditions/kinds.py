@@ -20,6 +20,7 @@ from ldm_jax.models.build import Autoencoder
 from ldm_jax.models.clip import CLIPText
 from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler, concat_timestep_embedding
 from ldm_jax.models.text import TextTransformer
+from ldm_jax.pictures import to_signed
 
 # Methods that several embedders share.
 
@@ -278,8 +279,7 @@ class MaskedImageEmbedder:
     def prepare(self, batch: dict[str, Any]) -> np.ndarray:
         """float32 (B, H, W, 1 + C): batch["mask"] in [0, 1], cut at ½, and batch["image"], uint8 or
         float in [0, 1], brought to [−1, 1], with the hole in it."""
-        mask, image = np.asarray(batch["mask"], np.float32), np.asarray(batch["image"])
-        image = image / 127.5 - 1.0 if image.dtype == np.uint8 else image * 2.0 - 1.0
+        mask, image = np.asarray(batch["mask"]), to_signed(np.asarray(batch["image"]))
         mask = np.float32(mask > 0.5)
         masked = np.where(mask > 0.0, self.hole, image)
         return np.concatenate([mask, masked], axis=-1, dtype=np.float32)

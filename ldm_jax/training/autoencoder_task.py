@@ -25,7 +25,7 @@ from ldm_jax.models.build import Autoencoder, make_autoencoder
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.lpips import lpips
 from ldm_jax.models.vq import VQModel
-from ldm_jax.pictures import image_grid, to_float, to_uint8
+from ldm_jax.pictures import image_grid, to_signed, to_uint8, to_unit
 from ldm_jax.training.batches import Prepare, training_loader
 from ldm_jax.training.state import Params
 from ldm_jax.training.summary import first_pictures, log_summary
@@ -102,7 +102,7 @@ class AutoencoderTask:
     def gradients(self, params, frozen, batch, key, phase):
         trained, params = params, merge(frozen, params)
         loss_config, model = self.config.loss, self.model
-        x = to_float(batch["image"])
+        x = to_signed(batch["image"])
         batch_size, pixels = x.shape[0], x[0].size
         layer = params["autoencoder"]["conv_out"]
 
@@ -223,8 +223,8 @@ class AutoencoderTask:
     def _reconstruct(self):
         @jax.jit
         def reconstruct(ema, images):
-            decoded = self.model.apply({"params": ema["autoencoder"]}, to_float(images))
-            return (decoded + 1.0) / 2.0
+            decoded = self.model.apply({"params": ema["autoencoder"]}, to_signed(images))
+            return to_unit(decoded)
 
         return reconstruct
 
@@ -233,6 +233,6 @@ class AutoencoderTask:
         @jax.jit
         def moments(ema, images):
             variables = {"params": ema["autoencoder"]}
-            return self.model.apply(variables, to_float(images), method="moments")
+            return self.model.apply(variables, to_signed(images), method="moments")
 
         return lambda ema, images: jax.device_get(moments(ema, images))

@@ -12,7 +12,7 @@ import numpy as np
 from ldm_jax.data.loader import batches_once
 from ldm_jax.diffusion.noise import per_example
 from ldm_jax.models.build import Autoencoder
-from ldm_jax.pictures import to_float
+from ldm_jax.pictures import to_signed
 
 log = logging.getLogger(__name__)
 LATENTS = ("memory", "step")
@@ -23,7 +23,7 @@ def moments(autoencoder: Autoencoder, params: Any, images: jax.Array) -> jax.Arr
 
     An autoencoder of one channel sees the mean of the colours.
     """
-    x = to_float(images)
+    x = to_signed(images)
     if autoencoder.in_channels == 1:
         x = jnp.mean(x, axis=-1, keepdims=True)
     return jnp.concatenate(autoencoder.apply({"params": params}, x, method="moments"), axis=-1)

@@ -10,7 +10,7 @@ import pytest
 
 from ldm_jax.diffusion.noise import per_example
 from ldm_jax.models.vq import VQModel
-from ldm_jax.pictures import to_float
+from ldm_jax.pictures import to_signed
 from ldm_jax.training.autoencoder_task import AutoencoderTask, hinge_loss, kl_divergence
 from ldm_jax.training.tasks import make_task
 
@@ -62,7 +62,7 @@ def whole(task):
 
 def reference(task: AutoencoderTask, params, batch, key, weight):
     """The whole loss in one expression, with the adversarial weight given."""
-    x = to_float(batch["image"])
+    x = to_signed(batch["image"])
 
     def loss(autoencoder):
         variables = {"params": autoencoder}
@@ -139,7 +139,7 @@ def test_scale_factor_makes_latents_of_unit_variance(task, setting):
     params, _, _ = setting
     about, exported = task.export({"autoencoder": params["autoencoder"]})
     scale = about["autoencoder"]["scale_factor"]
-    images = to_float(np.stack([task.source[i]["image"] for i in range(40)]))
+    images = to_signed(np.stack([task.source[i]["image"] for i in range(40)]))
     moments = jax.jit(functools.partial(task.model.apply, method="moments"))
     mean, logvar = moments({"params": exported["autoencoder"]}, images)
     noise = jax.random.normal(jax.random.key(2), mean.shape)
