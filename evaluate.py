@@ -14,7 +14,7 @@ from ldm_jax.runtime.console import run
 MODEL = flags.DEFINE_string("model", "", "A workdir or an exported file; empty: what ships.")
 SOURCE = flags.DEFINE_string("source", "emoji", "Pictures to compare with: emoji, folder or tfds.")
 PATH = flags.DEFINE_string("path", "", "Folder or name of that source.")
-COUNT = flags.DEFINE_integer("count", 512, "Captions to draw one picture for; 0: none.")
+COUNT = flags.DEFINE_integer("count", 512, "Captions, or labels, to draw one picture for; 0: none.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; the model's own by default.")
 STEPS = flags.DEFINE_integer("steps", 50, "DDIM steps.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the pictures.")

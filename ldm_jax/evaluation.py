@@ -7,6 +7,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
+from ldm_jax.conditions.kinds import SIZES
 from ldm_jax.data.sources import Source, open_source
 from ldm_jax.interop.opening import open_any
 from ldm_jax.loading import load
@@ -28,11 +29,11 @@ def evaluate(
     steps: int = 50,
     seed: int = 0,
 ) -> tuple[dict[str, float], np.ndarray | None]:
-    """Metrics of a model file or workdir ("": what ships) on the data it was made for.
+    """Metrics of a model file or workdir ("": the bundled one) on the data it was made for.
 
-    `psnr` and `ssim` of the autoencoder on held-out pictures of the source; for a text-to-image
-    model also what `text_to_image` measures on `count` training captions (0: skip), and its
-    pictures, uint8 (count, H, W, 3).
+    `psnr` and `ssim` of the autoencoder on held-out pictures of the source; for a model that draws
+    also what `drawn_metrics` measures on `count` training examples (0: skip), and its pictures,
+    uint8 (count, H, W, 3).
     """
     opened = open_any(model)
     config, params = opened.config, opened.params
@@ -48,13 +49,13 @@ def evaluate(
     metrics = reconstruction_quality(reconstruct, open_source(data, "held_out"))
     if config["task"] != "diffusion" or not count:
         return metrics, None
-    drawn, images = text_to_image(
+    drawn, images = drawn_metrics(
         load(model), open_source(data, "train"), count, guidance=guidance, steps=steps, seed=seed
     )
     return metrics | drawn, images
 
 
-def text_to_image(
+def drawn_metrics(
     pipe: Pipeline,
     source: Source,
     count: int,
@@ -64,34 +65,53 @@ def text_to_image(
     seed: int = 0,
     batch_size: int = 64,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Draws one picture for each of `count` captions, evenly spaced in the training `source`.
+    """Draws one picture for the caption or label of each of `count` examples, evenly spaced in the
+    training `source`, or as many of an unconditional model.
 
     Returns metrics and the pictures, uint8 (count, H, W, 3). The metrics, on EfficientNet-Lite0
-    features: caption retrieval (`ldm_jax.metrics.retrieval`), FD and KID of the drawn pictures
-    against all of `source`, and `fd_floor`, the FD of two halves of `source` itself.
+    features: FD and KID of the drawn pictures against all of `source`, `fd_floor`, the FD of two
+    halves of `source` itself, and, for captions, retrieval (`ldm_jax.metrics.retrieval`).
+
+    Raises:
+      ValueError: a model of other conditions, or of none of the source's classes.
     """
+    needed = {entry for embedder in pipe.model.embedders for entry in embedder.needs}
+    others = sorted(needed - {"caption", "label"} - SIZES.keys())
+    if others:
+        raise ValueError(
+            f"pictures are drawn from captions, labels or nothing, and this model needs {others[0]}"
+            " too: measure its autoencoder alone, --count=0"
+        )
     extract = load_extractor()  # first: it may be missing, and drawing takes minutes
     chosen = np.linspace(0, len(source) - 1, count).round().astype(int)
     examples = [source[i] for i in chosen]
     images = []
     for start in tqdm(range(0, count, batch_size), unit="batch", dynamic_ncols=True):
-        captions = [example["caption"] for example in examples[start : start + batch_size]]
-        padded = captions + [""] * (batch_size - len(captions))
-        drawn = pipe(padded, guidance=guidance, steps=steps, seed=seed + start)
-        images.append(drawn[: len(captions)])
-    pictures = to_uint8(np.concatenate(images))
+        batch = examples[start : start + batch_size]
+        batch += batch[-1:] * (batch_size - len(batch))
+        asked = {}
+        if "caption" in needed:
+            asked["prompt"] = [example["caption"] for example in batch]
+        if "label" in needed:
+            names = source.classes if pipe.classes else range(len(source.classes))
+            asked["labels"] = [names[example["label"]] for example in batch]
+        asked |= {} if asked else {"n": batch_size}
+        images.append(pipe(**asked, guidance=guidance, steps=steps, seed=seed + start))
+    pictures = to_uint8(np.concatenate(images)[:count])
 
     training = [source[i] for i in range(len(source))]
     real = extract(np.stack([example["image"] for example in training]) / 255.0)
     fake = extract(pictures / 255.0)
-    metrics = caption_retrieval(
-        fake,
-        real,
-        [example["name"] for example in training],
-        [example["label"] for example in training],
-        [example["name"] for example in examples],
-        [example["label"] for example in examples],
-    )
+    metrics = {}
+    if "caption" in needed:
+        metrics = caption_retrieval(
+            fake,
+            real,
+            [example["name"] for example in training],
+            [example["label"] for example in training],
+            [example["name"] for example in examples],
+            [example["label"] for example in examples],
+        )
     metrics |= {
         "fd": frechet_distance(fake, real),
         "fd_floor": floor(real),

@@ -5,8 +5,11 @@ import pytest
 
 import ldm_jax
 from ldm_jax.data.sources import EmojiSource
-from ldm_jax.evaluation import text_to_image
+from ldm_jax.evaluation import drawn_metrics
+from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.metrics.reconstruction import reconstruction_quality
+from ldm_jax.pipeline import Pipeline
+from tests import tiny_models
 
 
 class Few:
@@ -23,12 +26,31 @@ class Few:
         return self._source[index]
 
 
-def test_text_to_image_metrics():
-    metrics, images = text_to_image(ldm_jax.load(), Few(), 5, steps=4, batch_size=4)
+def test_metrics_of_captions():
+    metrics, images = drawn_metrics(ldm_jax.load(), Few(), 5, steps=4, batch_size=4)
     assert images.shape == (5, 64, 64, 3) and images.dtype == np.uint8
     assert set(metrics) == {"r@1", "r@5", "group", "group@5", "fd", "fd_floor", "kid"}
     assert 0 <= metrics["r@1"] <= metrics["r@5"] <= 1
     assert metrics["fd"] > 0 and metrics["fd_floor"] > 0
+
+
+@pytest.mark.parametrize("kind", ["LABELS", "UNCONDITIONAL"])
+def test_metrics_without_captions(kind):
+    config = getattr(tiny_models, kind)
+    if kind == "LABELS":
+        config = config | {"classes": list(Few().classes)}
+    model, params = LatentDiffusion.from_config(config), tiny_models.random_params(config)
+    metrics, images = drawn_metrics(
+        Pipeline(model, params, config), Few(), 3, steps=2, batch_size=2
+    )
+    assert images.shape == (3, 16, 16, 3) and set(metrics) == {"fd", "fd_floor", "kid"}
+
+
+def test_a_model_of_other_conditions_is_refused():
+    config = tiny_models.INPAINTING
+    model, params = LatentDiffusion.from_config(config), tiny_models.random_params(config)
+    with pytest.raises(ValueError, match="and this model needs image too: .*--count=0"):
+        drawn_metrics(Pipeline(model, params, config), Few(), 3)
 
 
 def test_reconstruction_quality_of_known_errors():
