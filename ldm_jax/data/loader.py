@@ -9,6 +9,7 @@ batches, so their number changes nothing either.
 """
 
 import atexit
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -122,7 +123,7 @@ class Loader:
         Raises:
           Exception: what reading raised, when the turn of its batch has come; if it cannot pass
             from a worker to this process, a ValueError, OSError or RuntimeError that says the same.
-          RuntimeError: a worker was killed.
+          ChildProcessError: a worker was killed.
         """
         batches = self._iterate(start_step, prefetch)
         _OPEN.add(batches)
@@ -130,7 +131,14 @@ class Loader:
 
     def _iterate(self, start_step: int, prefetch: int) -> Iterator[tuple[int, Batch]]:
         with closing(self._start(start_step, prefetch)) as results:
-            for step, result in enumerate(results, start_step):
+            for step in itertools.count(start_step):
+                try:
+                    result = next(results)
+                except RuntimeError as error:
+                    raise ChildProcessError(
+                        "a process that reads pictures was killed, perhaps for want of memory: "
+                        f"try fewer than data.workers={self.workers}"
+                    ) from error
                 if self.workers:
                     result = pickle.loads(result)
                 if result.error is not None:
