@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ldm_jax
+from ldm_jax.diffusion.plan import Sampling
 from ldm_jax.interop import diffusers as folders
 from tests.interop.systems import random_params, system
 
@@ -58,27 +59,60 @@ def alike(agree):
 
 
 @pytest.mark.parametrize("name, guidance, negative", [
-    ("stable-diffusion-1", 7.5, ""),
+    ("stable-diffusion-1", 7.5, None),
     ("stable-diffusion-1", 3.0, NEGATIVE),
     ("stable-diffusion-2", 5.0, NEGATIVE),
     ("stable-diffusion-2-v", 5.0, ""),
-    ("stable-diffusion-xl-base", 5.0, ""),
+    ("stable-diffusion-xl-base", 5.0, None),  # zeros
+    ("stable-diffusion-xl-base", 5.0, ""),  # the empty prompt
     ("stable-diffusion-xl-base", 5.0, NEGATIVE),
-    ("ldm-text2im-large-256", 5.0, ""),
+    ("ldm-text2im-large-256", 5.0, None),
     ("ldm3d", 7.5, NEGATIVE),
 ])  # fmt: skip
 def test_text_to_image(opened, alike, name, guidance, negative):
     ours, theirs, noise, torch_noise = opened(name)
     mine = ours(PROMPT, negative, latents=noise, steps=STEPS, guidance=guidance, **SIZE)
     arguments = dict(num_inference_steps=STEPS, guidance_scale=guidance, latents=torch_noise)
-    if negative:  # SDXL: none is not the same as the empty one
-        arguments["negative_prompt"] = negative
+    arguments |= {} if negative is None else {"negative_prompt": negative}
     # This one takes every autoencoder to be f8, as its own is.
     side = SIDE * 8 // ours.autoencoder.downsampling if "text2im" in name else SIDE
     made = theirs(PROMPT, output_type="np", height=side, width=side, **arguments)
     # Of LDM3D's six channels three: the depth of output_type="np" is rounded before it is scaled.
     pictures = made.rgb if name == "ldm3d" else made.images
     alike(mine[..., :3], pictures)
+
+
+@pytest.mark.parametrize("prompt", ["", PROMPT])
+def test_an_empty_prompt_is_encoded(opened, alike, prompt):
+    ours, theirs, noise, torch_noise = opened("stable-diffusion-xl-base")
+    mine = ours(prompt, "", latents=noise, steps=STEPS, guidance=3.0, **SIZE)
+    made = theirs(prompt, negative_prompt="", num_inference_steps=STEPS, guidance_scale=3.0,
+                  latents=torch_noise, output_type="np", **SIZE)  # fmt: skip
+    alike(mine, made.images)
+
+
+@pytest.mark.parametrize("sampler, scheduler, more", [
+    ("euler", "EulerDiscrete", {}),
+    ("euler", "EulerDiscrete", {"use_karras_sigmas": True}),
+    ("euler", "EulerDiscrete", {"timestep_spacing": "trailing"}),
+    ("heun", "HeunDiscrete", {}),
+    ("lms", "LMSDiscrete", {"timestep_spacing": "linspace"}),
+    ("dpmpp_2m", "DPMSolverMultistep", {}),
+    ("dpmpp_2m", "DPMSolverMultistep", {"use_karras_sigmas": True}),
+    ("unipc", "UniPCMultistep", {}),
+    ("plms", "PNDM", {"skip_prk_steps": True}),
+])  # fmt: skip
+def test_schedulers_of_a_pipeline(opened, alike, sampler, scheduler, more):
+    """Stable Diffusion 1 with another scheduler in place of its own, as its users set one."""
+    ours, theirs, noise, torch_noise = opened("stable-diffusion-1")
+    made = getattr(diffusers, f"{scheduler}Scheduler").from_config(theirs.scheduler.config, **more)
+    theirs.scheduler = made
+    spacing = "karras" if "use_karras_sigmas" in more else more.get("timestep_spacing")
+    mine = ours(PROMPT, latents=noise, steps=STEPS, guidance=5.0, **SIZE,
+                sampler=Sampling(sampler, spacing=spacing))  # fmt: skip
+    images = theirs(PROMPT, num_inference_steps=STEPS, guidance_scale=5.0, latents=torch_noise,
+                    output_type="np", **SIZE).images  # fmt: skip
+    alike(mine, images)
 
 
 def test_refiner_from_a_picture(opened, alike, monkeypatch):
