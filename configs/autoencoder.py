@@ -67,10 +67,4 @@ def smoke() -> ml_collections.ConfigDict:
 
 
 VARIANTS = {"emoji": emoji, "vq": vq, "smoke": smoke}
-
-
-def get_config(variant: str = "emoji") -> ml_collections.ConfigDict:
-    """The config of a variant; raises ValueError that lists them."""
-    if variant not in VARIANTS:
-        raise ValueError(f"no variant {variant!r} of autoencoder: choose {', '.join(VARIANTS)}")
-    return VARIANTS[variant]()
+get_config = common.chooser("autoencoder", VARIANTS)

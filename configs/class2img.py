@@ -38,10 +38,4 @@ def smoke() -> ml_collections.ConfigDict:
 
 
 VARIANTS = {"emoji": emoji, "smoke": smoke}
-
-
-def get_config(variant: str = "emoji") -> ml_collections.ConfigDict:
-    """The config of a variant; raises ValueError that lists them."""
-    if variant not in VARIANTS:
-        raise ValueError(f"no variant {variant!r} of class2img: choose {', '.join(VARIANTS)}")
-    return VARIANTS[variant]()
+get_config = common.chooser("class2img", VARIANTS)

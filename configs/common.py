@@ -1,8 +1,29 @@
-"""Sections that configs share: what an option is by default stands here once."""
+"""Sections that configs share, with the default of each option.
+
+Where a section has a dataclass, the defaults are the dataclass's.
+"""
+
+import dataclasses
+from collections.abc import Callable
 
 import ml_collections
 
+from ldm_jax.diffusion.objective import Objective
+from ldm_jax.diffusion.process import Diffusion
+
 ALL = (".*",)  # of `trainable`: every parameter
+
+
+def chooser(file: str, variants: dict[str, Callable], default: str = "emoji") -> Callable:
+    """`get_config` of a config file, from functions that make its variants."""
+
+    def get_config(variant: str = default) -> ml_collections.ConfigDict:
+        """The config of a variant; raises ValueError that lists them."""
+        if variant not in variants:
+            raise ValueError(f"no variant {variant!r} of {file}: choose {', '.join(variants)}")
+        return ml_collections.ConfigDict(variants[variant]())
+
+    return get_config
 
 
 def start() -> dict:
@@ -29,33 +50,20 @@ def data(**fields) -> dict:
             min_size=0,
             on_error="skip",  # or raise
             augment=(),
-            conditions={},  # what the model is told: see ldm_jax/data/conditions.py
+            conditions={},  # made of a picture or of files beside it: ldm_jax/data/conditions.py
             workers=0,  # processes that read; 0: threads of this one
         )
         | fields
     )
 
 
+def folder(image_size: int, **fields) -> dict:
+    """Pictures of a folder of the user's."""
+    return data(source="folder", image_size=image_size, held_out=0.01, **fields)
+
+
 def objective(**fields) -> dict:
-    """See ldm_jax/diffusion/objective.py."""
-    return (
-        dict(
-            loss="l2",
-            huber_delta=0.1,
-            weighting="simple",
-            weighting_parameter=5.0,
-            draw="uniform",
-            draw_mean=0.0,
-            draw_std=1.0,
-            offset_noise=0.0,
-            input_perturbation=0.0,
-            simple_weight=1.0,
-            vlb_weight=0.0,
-            learn_logvar=False,
-            logvar_init=0.0,
-        )
-        | fields
-    )
+    return dataclasses.asdict(Objective(**fields))
 
 
 def optimizer(**fields) -> dict:
@@ -93,32 +101,28 @@ def train(**fields) -> dict:
     )
 
 
-def small_unet(**fields) -> dict:
-    """A UNet for the latents of the bundled autoencoder, 8×8×16 of 64 pixels; 3.9 M parameters."""
-    return (
-        dict(
-            in_channels=16,
-            out_channels=16,
-            model_channels=64,
-            channel_mult=(1, 2),
-            num_res_blocks=1,
-            attention_resolutions=(2,),
-            num_head_channels=32,
-            groups=16,
-        )
-        | fields
-    )
-
-
 def small_diffusion(conditioning: dict, sampling: dict, **unet) -> ml_collections.ConfigDict:
-    """A diffusion model of the embedded emoji that trains on two CPU cores."""
+    """A diffusion model of the embedded emoji that trains on two CPU cores.
+
+    Its UNet is for the latents of the bundled autoencoder, 8×8×16 of 64 pixels: 3.9 M parameters.
+    """
     config = ml_collections.ConfigDict(dict(task="diffusion") | start())
-    # A workdir or a file with a trained autoencoder; empty: the one that ships.
+    # A workdir or a file with a trained autoencoder; empty: the bundled one.
     config.first_stage = ""
     config.latents = "memory"  # encoded once and kept; or "step": in every step, and augmentable
     config.text_states = "step"  # of frozen text encoders; "memory": once for each caption
     config.data = data()
-    config.unet = small_unet(**unet)
+    config.unet = dict(
+        in_channels=16,
+        out_channels=16,
+        model_channels=64,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        num_head_channels=32,
+        groups=16,
+        **unet,
+    )
     config.conditioning = conditioning
     config.diffusion = dict(
         schedule=dict(
@@ -130,7 +134,7 @@ def small_diffusion(conditioning: dict, sampling: dict, **unet) -> ml_collection
         ),
         parameterization="v",  # eps, x0, v, flow or edm
         spacing="trailing",  # of a sampler's steps: see ldm_jax/diffusion/grids.py
-        sigma_data=0.5,  # of "edm"
+        sigma_data=Diffusion.sigma_data,  # of "edm"
     )
     config.objective = objective()
     config.optimizer = optimizer(

@@ -30,10 +30,4 @@ def smoke() -> ml_collections.ConfigDict:
 
 
 VARIANTS = {"emoji": emoji, "smoke": smoke}
-
-
-def get_config(variant: str = "emoji") -> ml_collections.ConfigDict:
-    """The config of a variant; raises ValueError that lists them."""
-    if variant not in VARIANTS:
-        raise ValueError(f"no variant {variant!r} of unconditional: choose {', '.join(VARIANTS)}")
-    return VARIANTS[variant]()
+get_config = common.chooser("unconditional", VARIANTS)

@@ -273,7 +273,7 @@ class LatentDiffusion:
         """Scaled latents (B, h, w, c) → pictures (B, H, W, C) in [0, 1]."""
 
         def decode(latents):
-            variables = {"params": params["autoencoder"]}
+            variables = {"params": params.get("autoencoder", {})}
             return self.autoencoder.apply(variables, latents, method=self.autoencoder.decode)
 
         if tile:

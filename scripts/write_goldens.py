@@ -3,7 +3,8 @@
     pip install torch==2.13.0 torchvision==0.28.0 numpy einops pillow tqdm lpips==0.1.4
     pip install --no-deps taming-transformers-rom1504
     git clone https://github.com/CompVis/latent-diffusion     # a506df5
-    PYTHONPATH=latent-diffusion:. python -m scripts.write_goldens
+    git clone https://github.com/openai/guided-diffusion      # 22e0df8
+    PYTHONPATH=latent-diffusion:guided-diffusion:. python -m scripts.write_goldens
 
 Each network is small but has the real structure, and every parameter is random: the layers that
 start at zero too, or half of a network would go untested. Weights are not stored. Both sides draw
@@ -231,6 +232,32 @@ def write_unets() -> None:
         record(f"unet_{name}", network, forward, inputs, parameters)
 
 
+def write_unet_of_half_width() -> None:
+    """As guided diffusion's 512×512: a first level of half the width, and classes."""
+    from guided_diffusion.unet import UNetModel
+
+    network = UNetModel(
+        image_size=8,
+        in_channels=5,
+        model_channels=64,
+        out_channels=3,
+        channel_mult=(0.5, 1),
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        num_head_channels=16,
+        num_classes=10,
+        use_scale_shift_norm=True,
+        resblock_updown=True,
+    )
+
+    def forward(x, t, y):
+        return {"y": network(x, t, y)}
+
+    inputs = {"x": uniform("x", (2, 8, 12, 5)), "t": np.array([0, 999]), "y": np.array([3, 9])}
+    parameters = ("input_blocks.0.0.weight", "out.0.weight", "label_emb.weight")
+    record("unet_half_width", network, forward, inputs, parameters, packages=PACKAGES[:2])
+
+
 def write_text() -> None:
     from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
@@ -301,6 +328,7 @@ def main() -> None:
         write_blocks,
         write_autoencoders,
         write_unets,
+        write_unet_of_half_width,
         write_text,
         write_losses,
         write_timestep_embedding,

@@ -17,18 +17,21 @@ from ldm_jax.models.text import TextTransformer
 from ldm_jax.models.tiny_autoencoder import TinyAutoencoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.vq import VQModel
+from ldm_jax.published import AUTOENCODERS, MODELS
 from ldm_jax.training.optimizer import learning_rate
 from ldm_jax.training.workdir import config_dict
 from tests.models.published import (
-    AUTOENCODER_SIZES,
-    CONDITIONER_SIZES,
+    AUTOENCODER_TENSORS,
+    CONDITIONER_TENSORS,
     CONFIGS,
-    UNET_SIZES,
+    UNET_TENSORS,
+    WITH_VARIANCE,
     config_file,
     published,
 )
 
-AUTOENCODERS = {"kl": AutoencoderKL, "vq": VQModel, "tiny": TinyAutoencoder}
+DIFFUSION = [name for name in CONFIGS.VARIANTS if name not in AUTOENCODERS]
+AUTOENCODER_KINDS = {"kl": AutoencoderKL, "vq": VQModel, "tiny": TinyAutoencoder}
 SIZE_WIDTHS = {"original_size": 512, "crop": 512, "target_size": 512, "aesthetic_score": 256}
 
 
@@ -38,7 +41,7 @@ def tuples(fields):
 
 @functools.cache
 def size(module, *inputs, y=None):
-    """(Millions of parameters, tensors) of a module that takes inputs of these shapes and types."""
+    """(Parameters, tensors) of a module that takes inputs of these shapes and types."""
 
     def array(described):
         return jnp.zeros(*described) if isinstance(described, tuple) else described
@@ -48,29 +51,35 @@ def size(module, *inputs, y=None):
         return module.init(jax.random.key(0), *map(array, inputs), **named)["params"]
 
     counts = [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init))]
-    return sum(counts) / 1e6, len(counts)
+    return sum(counts), len(counts)
 
 
-def close(expected):
-    millions, tensors = expected
-    return pytest.approx(millions, abs=0.0051), tensors
-
-
-@pytest.mark.parametrize("name", UNET_SIZES)
-def test_unet(name):
-    unet = UNet(**tuples(published(name)["unet"]))
+def unet_size(unet):
     side = 2 ** len(unet.channel_mult)
     context = None if unet.context_dim is None else ((1, 1, unet.context_dim),)
     y = {None: None, "sequential": ((1, unet.adm_in_channels),)}.get(unet.num_classes, ((1,), int))
-    inputs = (((1, side, side, unet.in_channels),), ((1,),), context)
-    assert size(unet, *inputs, y=y) == close(UNET_SIZES[name])
+    return size(unet, ((1, side, side, unet.in_channels),), ((1,),), context, y=y)
 
 
-@pytest.mark.parametrize("name", AUTOENCODER_SIZES)
+@pytest.mark.parametrize("name", MODELS)
+def test_unet(name):
+    model = MODELS[name]
+    assert unet_size(UNet(**model.unet)) == (model.networks["unet"], UNET_TENSORS[name])
+    assert model.learn_sigma == (name in WITH_VARIANCE)
+
+
+@pytest.mark.parametrize("name", WITH_VARIANCE)
+def test_unet_with_a_learned_variance(name):
+    parameters, _ = unet_size(UNet(**MODELS[name].unet | dict(out_channels=6)))
+    assert parameters == WITH_VARIANCE[name]
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
 def test_autoencoder(name):
-    fields = tuples(published(name)["autoencoder"])
-    module = AUTOENCODERS[fields.pop("kind", "kl")](**fields)
-    assert size(module, ((1, 64, 64, 3),)) == close(AUTOENCODER_SIZES[name])
+    fields = dict(AUTOENCODERS[name].fields)
+    module = AUTOENCODER_KINDS[fields.pop("kind", "kl")](**fields)
+    expected = AUTOENCODERS[name].parameters, AUTOENCODER_TENSORS[name]
+    assert size(module, ((1, 64, 64, 3),)) == expected
 
 
 def conditioner(section):
@@ -86,12 +95,18 @@ def conditioner(section):
     return SpatialRescaler(**fields), ((1, 8, 8, section["shape"][-1]),)
 
 
-@pytest.mark.parametrize("name", UNET_SIZES)
+@pytest.mark.parametrize("name", MODELS)
 def test_conditioners(name):
-    sections = published(name)["conditioning"]
-    networks = {key: conditioner(s) for key, s in sections.items() if "network" in s}
-    expected = {key: close(value) for key, value in CONDITIONER_SIZES.get(name, {}).items()}
+    model = MODELS[name]
+    networks = {key: conditioner(s) for key, s in model.conditions.items() if "network" in s}
+    tensors = CONDITIONER_TENSORS.get(name, {})
+    expected = {key: (model.networks[key], count) for key, count in tensors.items()}
     assert {key: size(*network) for key, network in networks.items()} == expected
+    assert model.networks.keys() == {"unet", *networks}
+
+
+def test_the_whole_of_a_model():
+    assert round(MODELS["sd1"].parameters / 1e6, 1) == round(859.52 + 123.06 + 83.65, 1)
 
 
 def widths(section):
@@ -114,7 +129,7 @@ def widths(section):
             return {section["output"]: network.get("width") or network.get("out_channels") or own}
 
 
-@pytest.mark.parametrize("name", UNET_SIZES)
+@pytest.mark.parametrize("name", DIFFUSION)
 def test_parts_fit(name):
     config = published(name)
     unet, stage = config["unet"], config["autoencoder"]
@@ -164,7 +179,8 @@ def test_settings_are_those_of_our_own_configs(name, own_config):
 
 
 def test_every_variant_is_counted_and_in_the_docstring():
-    assert CONFIGS.VARIANTS.keys() == AUTOENCODER_SIZES.keys() | UNET_SIZES.keys()
+    upsamplers = {"adm-64-256", "adm-128-512"}  # nothing makes their condition of a picture
+    assert CONFIGS.VARIANTS.keys() == (AUTOENCODERS.keys() | MODELS.keys()) - upsamplers
     words = CONFIGS.__doc__.replace(",", " ").split()
     assert [name for name in CONFIGS.VARIANTS if name not in words] == []
 

@@ -15,8 +15,9 @@ from ldm_jax.diffusion.plan import plan
 from ldm_jax.diffusion.schedule import Level
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.training.workdir import config_dict
+from tests.tiny_models import kl
 
-AUTOENCODER = dict(ch=8, ch_mult=[1, 2], num_res_blocks=1, z_channels=16, embed_dim=16, groups=4)
+AUTOENCODER = kl(1.0, 16, ch=8, groups=4)
 
 
 def build(root, objective=None, **diffusion):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.diffusion.schedule import DiscreteSchedule, make_schedule
-from ldm_jax.interop.fields import canonical_autoencoder, canonical_unet
+from ldm_jax.interop.fields import canonical
 from ldm_jax.interop.files import Tensors, open_state, write_safetensors
 from ldm_jax.interop.layout import Imported, Report, read_params, slots, write_params
 from ldm_jax.interop.recognise import BUFFERS, STAGE, UNET, Part, recognise
@@ -151,10 +151,6 @@ def _buffers(config: dict[str, Any]) -> dict[str, np.ndarray]:
     return buffers
 
 
-# What a section of `conditioning` means without a key.
-_DEFAULTS = dict(tokenizer="byte_pair", context=True, pooled=False, zero_null=False, padding="end")
-
-
 def _unlike(here: dict, there: dict, where: str) -> Iterable[str]:
     for key in sorted(here.keys() | there.keys()):
         ours, theirs = here.get(key), there.get(key)
@@ -167,21 +163,18 @@ def _lost(config: dict[str, Any], found: dict[str, Any]) -> Iterable[str]:
     if config["task"] != found["task"]:
         yield f"task={config['task']!r} would be read as {found['task']!r}"
         return
-    for name, canonical in (("unet", canonical_unet), ("autoencoder", canonical_autoencoder)):
-        if name in config:
-            yield from _unlike(canonical(config[name]), canonical(found[name]), f"{name}.")
+    here, there = canonical(config), canonical(found)
+    for name in ("unet", "autoencoder"):
+        yield from _unlike(here.get(name, {}), there.get(name, {}), f"{name}.")
     if config["task"] != "diffusion":
         return
-    ours, theirs = config["conditioning"], found["conditioning"]
+    ours, theirs = here["conditioning"], there["conditioning"]
     if len(ours) != len(theirs):
         yield f"conditioning {list(ours)} would be read as {list(theirs)}"
     for (name, section), other in zip(ours.items(), theirs.values(), strict=False):
-        ours, theirs = (_DEFAULTS | s | dict(dropout=None, network=None) for s in (section, other))
-        yield from _unlike(ours, theirs, f"conditioning.{name}.")
-        # Fields that one side leaves to their defaults are those of the other.
-        network, read = section.get("network") or {}, other.get("network") or {}
-        common = {key: read.get(key) for key in network}
-        yield from _unlike(network, common, f"conditioning.{name}.network.")
+        networks = (part.pop("network", {}) for part in (section, other))
+        yield from _unlike(section, other, f"conditioning.{name}.")
+        yield from _unlike(*networks, f"conditioning.{name}.network.")
     key = "parameterization"
     meanings = ({key: c["diffusion"][key]} for c in (config, found))
     yield from _unlike(*meanings, "diffusion.")

@@ -1,6 +1,6 @@
 """The fields of a network, from the names and shapes of its tensors in CompVis' layout.
 
-All but what no shape tells: a UNet's heads, an autoencoder's `scale_factor`, what was only for
+All but what no shape says: a UNet's heads, an autoencoder's `scale_factor`, what was only for
 training. `canonical` brings fields to a form in which equal ones are equal networks.
 """
 
@@ -9,11 +9,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax import linen as nn
 
 from ldm_jax.models.build import make_autoencoder, tuples
+from ldm_jax.models.clip import CLIPText
+from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
+from ldm_jax.models.text import TextTransformer
 from ldm_jax.models.unet import UNet
+from ldm_jax.published import clip_network
 
 State = Mapping[str, np.ndarray]
+Fields = dict[str, Any]
 
 
 class Shapes(dict):
@@ -43,13 +49,19 @@ def _same(values: set, prefix: str, what: str) -> Any:
     return values.pop()
 
 
-def unet_fields(shapes: Shapes, context: int | None = None) -> dict[str, Any]:
+def _multiples(widths: list[int], base: int) -> list[float]:
+    return [width / base if width % base else width // base for width in widths]
+
+
+def unet_fields(shapes: Shapes, context: int | None = None) -> Fields:
     """The fields of a UNet but its heads.
 
-    `context`, where the conditioners tell it, settles what is open if every attention is as wide as
-    the context. Raises ValueError for a network that is none of ours, with the tensor that shows.
+    `context` is the conditioners' width, if known: where every attention is as wide, no shape says
+    whether it has a context. Raises ValueError for a network that is none of ours, with the tensor
+    that shows it.
     """
-    width, inputs = shapes["input_blocks.0.0.weight"][:2]
+    first, inputs = shapes["input_blocks.0.0.weight"][:2]
+    width = shapes["time_embed.0.weight"][1]
     # A level's way up ends in a convolution, or a second ResBlock, after the attention if any.
     ends = r"output_blocks\.(\d+)\.[12]\.(?P<kind>conv|in_layers\.0)\.weight"
     ups = {int(m[1]): m["kind"] for name in shapes if (m := re.fullmatch(ends, name))}
@@ -60,15 +72,15 @@ def unet_fields(shapes: Shapes, context: int | None = None) -> dict[str, Any]:
     firsts = [f"input_blocks.{1 + level * each}" for level in range(levels)]
     widths = [shapes[f"{first}.0.out_layers.3.weight"][0] for first in firsts]
     attends = [f"{first}.1.norm.weight" in shapes for first in firsts]
-    if any(w % width for w in widths):
+    if first != widths[0]:
         raise ValueError(
-            f"{shapes.prefix}input_blocks: widths {widths} are no multiples of {width}"
+            f"{shapes.prefix}input_blocks.0.0.weight: {first} channels, the first level {widths[0]}"
         )
     fields = dict(
         in_channels=inputs,
         out_channels=shapes["out.2.weight"][0],
         model_channels=width,
-        channel_mult=[w // width for w in widths],
+        channel_mult=_multiples(widths, width),
         num_res_blocks=each - 1,
         attention_resolutions=[2**i for i in reversed(range(levels)) if attends[i]],
     )
@@ -85,7 +97,7 @@ def unet_fields(shapes: Shapes, context: int | None = None) -> dict[str, Any]:
 
 def _transformer_fields(
     shapes: Shapes, widths: list[int], places: dict[int, str], context: int | None
-) -> dict[str, Any]:
+) -> Fields:
     """What only attention to a context has; `places` of it by level, besides the middle."""
     everywhere = [*((widths[i], place) for i, place in places.items())]
     everywhere.append((widths[-1], "middle_block.1"))
@@ -93,9 +105,9 @@ def _transformer_fields(
     def key(place: str, attention: str) -> int:
         return shapes[f"{place}.transformer_blocks.0.{attention}.to_k.weight"][1]
 
-    told = {key(place, "attn2") for own, place in everywhere if key(place, "attn2") != own}
     # Where attention is as wide as the channels, as in SGM's toys, it is to the picture itself.
-    context = _same(told, shapes.prefix, "contexts") if told else context
+    others = {key(place, "attn2") for own, place in everywhere if key(place, "attn2") != own}
+    context = _same(others, shapes.prefix, "contexts") if others else context
     depth = {
         place: shapes.count(re.escape(place) + r"\.transformer_blocks\.(\d+)\.")
         for _, place in everywhere
@@ -110,9 +122,9 @@ def _transformer_fields(
     depths[last] = middle
     if key("middle_block.1", "attn1") != widths[last]:
         raise ValueError(f"{shapes.prefix}middle_block.1 has no self-attention; here it always has")
-    # Where the level is as wide as the context this cannot be told; SD 2's upscaler has it there.
+    # A level as wide as the context does not show it; SD 2's upscaler has self-attention there.
     disabled = [i in places and key(places[i], "attn1") != w for i, w in enumerate(widths)]
-    fields: dict[str, Any] = dict(context_dim=context)
+    fields: Fields = dict(context_dim=context)
     if set(depth.values()) != {1}:
         fields["transformer_depth"] = middle if len(set(depth.values())) == 1 else depths
     if "label_emb.0.0.weight" in shapes or context is None:
@@ -124,7 +136,7 @@ def _transformer_fields(
     return fields
 
 
-def _label_fields(shapes: Shapes) -> dict[str, Any]:
+def _label_fields(shapes: Shapes) -> Fields:
     if "label_emb.0.0.weight" in shapes:
         vector = shapes["label_emb.0.0.weight"][1]
         return dict(num_classes="sequential", adm_in_channels=vector)
@@ -137,7 +149,7 @@ def _label_fields(shapes: Shapes) -> dict[str, Any]:
     return {}
 
 
-def autoencoder_fields(shapes: Shapes) -> dict[str, Any]:
+def autoencoder_fields(shapes: Shapes) -> Fields:
     """The fields of an autoencoder, with its `kind`, but `scale_factor`. Raises ValueError."""
     ch, inputs = shapes["encoder.conv_in.weight"][:2]
     levels = shapes.count(r"encoder\.down\.(\d+)\.")
@@ -152,7 +164,7 @@ def autoencoder_fields(shapes: Shapes) -> dict[str, Any]:
     fields = dict(
         kind=kind,
         ch=ch,
-        ch_mult=[w // ch for w in widths],
+        ch_mult=_multiples(widths, ch),
         num_res_blocks=shapes.count(r"encoder\.down\.0\.block\.(\d+)\."),
         attn_resolutions=attends,
         in_channels=inputs,
@@ -169,97 +181,107 @@ def autoencoder_fields(shapes: Shapes) -> dict[str, Any]:
     return fields
 
 
-def text_fields(kind: str, shapes: Shapes) -> dict[str, Any]:
+def text_fields(kind: str, shapes: Shapes) -> Fields:
     """The fields of a text encoder, "clip", "openclip" or "bert", whose names begin as its own.
 
     Every published one has 64 channels a head. Raises ValueError.
     """
     if kind == "bert":
         vocabulary, width = shapes["token_emb.weight"]
+        inner = shapes["attn_layers.layers.0.1.to_q.weight"][0]
         return dict(
             vocab_size=vocabulary,
             width=width,
             depth=shapes.count(r"attn_layers\.layers\.(\d+)\.") // 2,
-            heads=max(1, shapes["attn_layers.layers.0.1.to_q.weight"][0] // 64),
-            head_dim=min(64, shapes["attn_layers.layers.0.1.to_q.weight"][0]),
+            heads=max(1, inner // 64),
+            head_dim=min(64, inner),
             max_length=shapes["pos_emb.emb.weight"][0],
         )
-    if kind == "clip":
-        base = "text_model." if "text_model.embeddings.token_embedding.weight" in shapes else ""
-        tokens, positions = f"{base}embeddings.token_embedding.weight", "position_embedding.weight"
-        positions, blocks = f"{base}embeddings.{positions}", r"(?:text_model\.)?encoder\.layers"
-    else:
-        tokens, positions = "token_embedding.weight", "positional_embedding"
-        blocks = r"transformer\.resblocks"
-    vocabulary, width = shapes[tokens]
-    return dict(
-        vocab_size=vocabulary,
-        width=width,
-        depth=shapes.count(blocks + r"\.(\d+)\."),
-        heads=max(1, width // 64),
-        max_length=shapes[positions][0],
-        activation="quick_gelu" if kind == "clip" else "gelu",
-        projection=None,
-        layer="last",
-        final_norm=True,
-        eos=None,
-    )
+    base = "text_model." if "text_model.embeddings.token_embedding.weight" in shapes else ""
+    names = [f"{base}embeddings.{of}_embedding.weight" for of in ("token", "position")]
+    blocks, activation = r"(?:text_model\.)?encoder\.layers\.(\d+)\.", "quick_gelu"
+    if kind == "openclip":
+        names = ["token_embedding.weight", "positional_embedding"]
+        blocks, activation = r"transformer\.resblocks\.(\d+)\.", "gelu"
+    (vocabulary, width), (length, _) = (shapes[name] for name in names)
+    size = dict(vocab_size=vocabulary, max_length=length)
+    return clip_network(width, shapes.count(blocks), max(1, width // 64), activation, **size)
 
 
-def canonical_unet(fields: dict[str, Any]) -> dict[str, Any]:
-    """All fields of a UNet, with those that mean nothing brought to one form.
+NETWORKS = {
+    **dict(clip=CLIPText, text=TextTransformer, transformer=TextTransformer),
+    **{"class": ClassEmbedder, "rescaler": SpatialRescaler},
+}
+# Of training alone, or of Flax.
+_NOT_OF_THE_NETWORK = ("dropout", "dtype", "param_dtype", "name", "parent")
+_OF_TRAINING = ("resolution", "beta", "legacy")
 
-    Attention stands at levels that exist, and only there do depths, heads and self-attention count;
-    heads become their number at each level; dropout is for training.
+
+def canonical(config: dict[str, Any]) -> dict[str, Any]:
+    """A config, or some sections of one, in a form in which equal networks have equal fields.
+
+    Fields that are left out have their defaults; what changes no output once a model is trained is
+    left out. A UNet's heads become their number at each level; depths, heads and self-attention
+    count only where there is attention, which stands only at levels that exist.
     """
-    unet = UNet(**tuples(fields))
-    levels = range(len(unet.channel_mult))
+    made = dict(config)
+    if "unet" in config:
+        made["unet"] = _canonical_unet(UNet(**tuples(config["unet"])))
+    if "autoencoder" in config:
+        made["autoencoder"] = _canonical_autoencoder(config["autoencoder"])
+    if "conditioning" in config:
+        made["conditioning"] = {n: _canonical_section(s) for n, s in config["conditioning"].items()}
+    return made
+
+
+def _all_fields(module: nn.Module, *without: str) -> Fields:
+    names = (name for name in module.__dataclass_fields__ if name not in _NOT_OF_THE_NETWORK)
+    return {name: getattr(module, name) for name in names if name not in without}
+
+
+def _canonical_unet(unet: UNet) -> Fields:
+    levels, kept = range(len(unet.channel_mult)), _all_fields(unet, "num_head_channels")
     attends = [2**i in unet.attention_resolutions for i in levels]
-    size, kept = unet.num_head_channels, {}
-    for name in UNet.__dataclass_fields__:
-        kept[name] = getattr(unet, name)
+    deep = [*attends[:-1], True]  # the middle's depth and heads are the last level's
+    if unet.num_head_channels > 0:
+        widths = (round(mult * unet.model_channels) for mult in unet.channel_mult)
+        kept["num_heads"] = tuple(width // unet.num_head_channels for width in widths)
 
     def at(name: str, places: list[bool], empty: Any) -> tuple:
         value = kept[name]
         value = value if isinstance(value, tuple) else (value,) * len(levels)
         return tuple(v if there else empty for v, there in zip(value, places, strict=True))
 
-    deep = [*attends[:-1], True]  # the middle's depth is the last level's
-    widths = [mult * unet.model_channels for mult in unet.channel_mult]
-    heads = [w // size if size > 0 else unet.num_heads for w in widths]
     spatial = unet.context_dim is not None or unet.use_spatial_transformer
-    kept |= dict(
+    return kept | dict(
         attention_resolutions=tuple(2**i for i in levels if attends[i]),
         transformer_depth=at("transformer_depth", deep, 0) if spatial else 0,
         disable_self_attentions=at("disable_self_attentions", attends, False) if spatial else (),
-        num_heads=tuple(n if there else 0 for n, there in zip(heads, deep, strict=True)),
+        num_heads=at("num_heads", deep, 0),
         use_spatial_transformer=spatial,
         resblock_updown=unet.resblock_updown and len(levels) > 1,
     )
-    for name in ("num_head_channels", "dropout", "dtype", "param_dtype", "name", "parent"):
-        kept.pop(name, None)
+
+
+def _canonical_autoencoder(section: Fields) -> Fields:
+    module = make_autoencoder(section)
+    kept = _all_fields(module, *_OF_TRAINING) | dict(kind=section.get("kind", "kl"))
+    if "attn_resolutions" in kept:  # by level
+        sides = [module.resolution // 2**i for i in range(len(module.ch_mult))]
+        attends = (i for i, side in enumerate(sides) if side in module.attn_resolutions)
+        kept["attn_resolutions"] = tuple(attends)
+    if "scale_factor" in kept:  # as files hold it
+        kept["scale_factor"] = float(np.float32(kept["scale_factor"]))
     return kept
 
 
-def canonical_autoencoder(fields: dict[str, Any]) -> dict[str, Any]:
-    """All fields of an autoencoder with its kind; attention by level, nothing that only trains."""
-    module = make_autoencoder(fields)
-    kept = {name: getattr(module, name) for name in type(module).__dataclass_fields__}
-    if "attn_resolutions" in kept:
-        levels = range(len(module.ch_mult))
-        sides = [module.resolution // 2**i for i in levels]
-        kept["attn_resolutions"] = tuple(i for i in levels if sides[i] in module.attn_resolutions)
-    for name in (
-        "resolution",
-        "dropout",
-        "beta",
-        "legacy",
-        "dtype",
-        "param_dtype",
-        "name",
-        "parent",
-    ):
-        kept.pop(name, None)
-    if "scale_factor" in kept:  # as files hold it
-        kept["scale_factor"] = float(np.float32(kept["scale_factor"]))
-    return kept | dict(kind=fields.get("kind", "kl"))
+# What a section of `conditioning` means without a key.
+_DEFAULTS = dict(tokenizer="byte_pair", context=True, pooled=False, zero_null=False, padding="end")
+
+
+def _canonical_section(section: Fields) -> Fields:
+    section = _DEFAULTS | section | dict(dropout=0.0)
+    if fields := dict(section.get("network", {})):
+        kind = fields.pop("kind", section["kind"])
+        section["network"] = _all_fields(NETWORKS[kind](**tuples(fields)))
+    return section

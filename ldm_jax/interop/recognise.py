@@ -1,19 +1,19 @@
 """Which model a file in CompVis' or SGM's layout holds, from the names and shapes of its tensors.
 
-Shapes tell nearly all of a network: see `fields`. What they cannot tell, the heads of attention,
-the noise schedule, what the output means, is as the model was published: see `families`. A file's
-own buffers, where it has them, come first.
+Shapes say nearly all of a network: see `fields`. What they do not say, the heads of attention, the
+noise schedule, what the output means, is as the model was published: see `families`. A file's own
+buffers, where it has them, come first.
 """
 
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ldm_jax.diffusion.schedule import make_schedule
-from ldm_jax.interop.families import Family, array, concat_sections, find_family
+from ldm_jax.interop.families import array, brought_sections, find_family, lists
 from ldm_jax.interop.fields import (
+    Fields,
     Shapes,
     State,
     autoencoder_fields,
@@ -21,8 +21,7 @@ from ldm_jax.interop.fields import (
     unet_fields,
 )
 from ldm_jax.interop.layout import IGNORED
-from ldm_jax.models.build import tuples
-from ldm_jax.models.unet import UNet
+from ldm_jax.published import AUTOENCODERS, HIDDEN, MODELS, Model, sizes, text
 
 UNET, STAGE = "model.diffusion_model.", "first_stage_model."
 # What a conditioner is, by a tensor that only this kind has.
@@ -63,13 +62,17 @@ class Part:
       network, fields, layout: as `layout.slots` takes them.
       prefix: of its tensors' names.
       ignored: what after the prefix may stand there unused, a regular expression.
+      new_attention_order: see `published.Model`.
+      learn_sigma: see `published.Model`; `fields` are without the variance.
     """
 
     network: str
-    fields: dict[str, Any]
+    fields: Fields
     layout: str
     prefix: str
     ignored: str = IGNORED
+    new_attention_order: bool = False
+    learn_sigma: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Recognised:
     """`config` of the model, and where the file keeps each network of it."""
 
     name: str
-    config: dict[str, Any]
+    config: Fields
     parts: dict[str, Part] = field(default_factory=dict)
 
 
@@ -97,41 +100,38 @@ def _conditioners(state: State) -> list[tuple[str, str]]:
     return [(kind, prefix) for prefix, kind in sorted(found)]
 
 
-Conditioner = tuple[str, dict[str, Any], Part]  # name and content of a section, and its network
+Conditioner = tuple[str, Fields, Part]  # name and content of a section, and its network
 
 
 def _clip(kind: str, shapes: Shapes, embedders: int) -> Conditioner:
     """CLIP's or OpenCLIP's encoder; `embedders` is how many an SGM file has, 0 elsewhere."""
-    network, section = text_fields(kind, shapes), dict(kind="clip", vocabulary="clip", dropout=0.1)
-    section["padding"] = "end" if kind == "clip" else "zero"
-    name, ignored = "text_2" if embedders and kind == "openclip" else "text", IGNORED
+    network, ignored, more = text_fields(kind, shapes), IGNORED, {}
+    name = "text_2" if embedders and kind == "openclip" else "text"
     if embedders:
-        network |= dict(layer="penultimate", final_norm=False)
-        # Where there is no prompt, SGM tells the base zeros, and the refiner the empty prompt.
-        section |= dict(zero_null=True) if embedders == 2 else {}
+        network |= HIDDEN
+        more = dict(zero_null=True) if embedders == 2 else {}
     if name == "text_2":
         network["projection"] = shapes["text_projection"][1]
-        section["pooled"] = True
+        more |= dict(pooled=True)
     elif kind == "openclip" and "text_projection" in shapes:
-        # The whole encoder, of which SD 2 takes the output of the last block but one. Who leaves
-        # out the last, as others and we do, leaves out the projection after it.
+        # The whole encoder, of which SD 2 takes the output of the last block but one. Others and we
+        # leave out the last block, and so the projection after it.
         network["depth"] -= 1
         ignored += rf"|text_projection|transformer\.resblocks\.{network['depth']}\..*"
     layout = "compvis" if kind == "clip" else "openclip"
     part = Part("clip", network, layout, shapes.prefix, ignored)
-    return name, section | dict(network=network), part
+    return name, text(kind, network, **more), part
 
 
 def _bert(shapes: Shapes) -> Conditioner:
     network = text_fields("bert", shapes)
     part = Part("bert", network, "compvis", shapes.prefix)
-    words = network["vocab_size"] == 30522
-    if words:
+    if network["vocab_size"] == 30522:
         network = {key: value for key, value in network.items() if key != "vocab_size"}
-        return "text", dict(kind="text", vocabulary="bert", dropout=0.1, network=network), part
+        return "text", text("bert", network), part
     # Of boxes and what is in them (layout2img-openimages256).
-    section = array("context", network["max_length"])
-    return "boxes", section | dict(network=dict(kind="transformer", **network)), part
+    network = dict(kind="transformer", **network)
+    return "boxes", array("context", network["max_length"], network=network), part
 
 
 def _class(shapes: Shapes) -> Conditioner:
@@ -145,74 +145,71 @@ def _class(shapes: Shapes) -> Conditioner:
 
 def _rescaler(shapes: Shapes) -> Conditioner:
     out, channels = shapes["channel_mapper.weight"][:2]
-    network: dict[str, Any] = dict(n_stages=2, out_channels=out)  # all that were released halve so
-    if "channel_mapper.bias" in shapes:
-        network["use_bias"] = True
+    network = dict(n_stages=2, out_channels=out)  # all that were released halve so
+    network |= dict(use_bias=True) if "channel_mapper.bias" in shapes else {}
     part = Part("rescaler", network | dict(in_channels=channels), "compvis", shapes.prefix)
-    section = array("concat", None, None, channels)
-    return "segmentation", section | dict(network=dict(kind="rescaler", **network)), part
+    section = array("concat", None, None, channels, network=dict(kind="rescaler", **network))
+    return "segmentation", section, part
 
 
-def _sizes(vector: int, pooled: int, where: str) -> dict[str, Any]:
+def _sizes(vector: int, pooled: int, where: str) -> Fields:
     """SDXL's numbers, of which each takes 256 of the vector beside the pooled text."""
-    fields = {6: ["original_size", "crop", "target_size"]}
-    fields[5] = ["original_size", "crop", "aesthetic_score"]
     count, rest = divmod(vector - pooled, 256)
-    if rest or count not in fields:
+    last = {6: "target_size", 5: "aesthetic_score"}.get(count)
+    if rest or not last:
         raise ValueError(
             f"{where}: a vector of {vector} and a text of {pooled} leave no 5 or 6 sizes"
         )
-    return dict(kind="sizes", fields=fields[count], dropout=0.0)
+    return lists(sizes("original_size", "crop", last))
 
 
-def _alphas_cumprod(state: State) -> tuple[str, np.ndarray] | None:
-    """ᾱ_t of the file's buffers, and the key that holds it."""
-    if "alphas_cumprod" in state:
-        return "alphas_cumprod", np.asarray(state["alphas_cumprod"], np.float64)
-    if "betas" in state:
-        return "betas", np.cumprod(1.0 - np.asarray(state["betas"], np.float64))
-    if "denoiser.sigmas" in state:
-        sigmas = np.sort(np.asarray(state["denoiser.sigmas"], np.float64))
-        return "denoiser.sigmas", 1.0 / (1.0 + sigmas**2)
-    return None
+# ᾱ_t from a file's buffers, of which the first that is there counts.
+ALPHAS_CUMPROD = {
+    "alphas_cumprod": lambda table: table,
+    "betas": lambda betas: np.cumprod(1.0 - betas),
+    "denoiser.sigmas": lambda sigmas: 1.0 / (1.0 + np.sort(sigmas) ** 2),
+}
 
 
-def schedule_section(state: State, betas: tuple[float, float]) -> dict[str, Any]:
-    """`diffusion.schedule`: what the file's buffers are, or else "linear" between `betas`.
+def schedule_section(state: State, published: Fields) -> Fields:
+    """`diffusion.schedule`: what the file's buffers are, or else as `published`.
 
     Raises ValueError for buffers that no schedule of ours gives.
     """
-    section = dict(name="linear", timesteps=1000, start=betas[0], end=betas[1])
-    section["zero_terminal_snr"] = "ztsnr" in state
-    found = _alphas_cumprod(state)
-    if found is None:
+    section = dict(published, zero_terminal_snr="ztsnr" in state)
+    key = next((key for key in ALPHAS_CUMPROD if key in state), None)
+    if key is None:
         return section
-    key, table = found
+    table = ALPHAS_CUMPROD[key](np.asarray(state[key], np.float64))
     ends = 1.0 - table[0], 1.0 - table[-1] / max(table[-2], 1e-12)
     start, end = (float(f"{beta:.4g}") for beta in ends)
-    candidates = [section | dict(timesteps=len(table))]
-    candidates += [candidates[0] | dict(name=name, start=start, end=end)
-                   for name in ("linear", "sqrt_linear", "cosine")]  # fmt: skip
-    candidates += [dict(c, zero_terminal_snr=True) for c in candidates]
-    half = np.dtype(state[key].dtype).itemsize < 4
-    for candidate in candidates:
+    section["timesteps"] = len(table)
+    names = ("linear", "sqrt_linear", "cosine")
+    found = [section, *(section | dict(name=name, start=start, end=end) for name in names)]
+    tolerance = 4e-3 if np.dtype(state[key].dtype).itemsize < 4 else 2e-5  # of half precision
+    for candidate in (*found, *(one | dict(zero_terminal_snr=True) for one in found)):
         ours = make_schedule(**candidate).alphas_cumprod
-        if np.allclose(ours, table, rtol=0.0, atol=4e-3 if half else 2e-5):
+        if np.allclose(ours, table, rtol=0.0, atol=tolerance):
             return candidate
     raise ValueError(f"{key}: no schedule of ours has these {len(table)} values")
 
 
-def _means_v(state: State, family: Family, fields: dict[str, Any]) -> bool:
-    """Whether the UNet's output is v, where files of one shape differ (SD 2).
+def _as_output_means(model: Model, state: State) -> Model:
+    """The model, or the one of the same networks whose output is v, where the file means v.
 
-    ComfyUI's rule: a norm of the last level but one is far from where it began only in the models
-    that were trained on for v. ComfyUI's mark, a tensor "v_pred", decides for any model.
+    ComfyUI's rule, where both were published (SD 2): a norm of the last level but one is far from
+    where it began only in the models that were trained on for v. ComfyUI's mark, a tensor "v_pred",
+    decides for any model.
     """
-    if "v_pred" in state or family.parameterization == "v":
-        return True
+    if model.noise["parameterization"] == "v":
+        return model
+    both = (m for m in MODELS.values() if (m.unet, m.conditions) == (model.unet, model.conditions))
+    of_v = next((m for m in both if m.noise["parameterization"] == "v"), None)
     norm = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
-    asked = family.parameterization == "eps or v" and fields["in_channels"] == 4
-    return asked and norm in state and float(np.std(np.asarray(state[norm], np.float32))) > 0.09
+    if "v_pred" in state:
+        return of_v or replace(model, noise=model.noise | dict(parameterization="v"))
+    moved = of_v and norm in state and np.std(np.asarray(state[norm], np.float32)) > 0.09
+    return of_v if moved else model
 
 
 def _scale(state: State, default: float) -> float:
@@ -220,36 +217,58 @@ def _scale(state: State, default: float) -> float:
     return float(str(np.float32(state["scale_factor"]))) if "scale_factor" in state else default
 
 
-def _autoencoder_alone(state: State) -> Recognised:
-    fields = autoencoder_fields(Shapes(state))
-    # 4 channels are Stable Diffusion's at ⅛ and its upscaler's at ¼; others were used unscaled.
-    scales = {(4, 4): 0.18215, (4, 3): 0.08333} if fields["kind"] == "kl" else {}
-    scale = scales.get((fields["embed_dim"], len(fields["ch_mult"])), 1.0)
-    if "quant_conv.weight" not in state:
-        scale = 1.0
-    part = Part("autoencoder", fields, "compvis", "", f"{IGNORED}|{BUFFERS}")
-    config = dict(fields, scale_factor=_scale(state, scale))
-    return Recognised(
-        f"{fields['kind'].upper()} autoencoder",
-        dict(task="autoencoder", autoencoder=config),
-        dict(autoencoder=part),
-    )
+def _autoencoder_alone(state: State, prefix: str = "") -> Recognised:
+    def kind(section: Fields) -> tuple:
+        levels = len(section.get("ch_mult", ()))
+        quantised = section.get("use_quant_conv", True)
+        return section.get("kind", "kl"), section.get("embed_dim"), levels, quantised
+
+    fields = autoencoder_fields(Shapes(state, prefix))
+    # Of those that look alike, the first that was used with a scale.
+    alike = [row.scale for row in AUTOENCODERS.values() if kind(row.fields) == kind(fields)]
+    scale = next((scale for scale in alike if scale != 1.0), 1.0)
+    part = Part("autoencoder", fields, "compvis", prefix, f"{IGNORED}|{BUFFERS}")
+    config = dict(task="autoencoder", autoencoder=dict(fields, scale_factor=_scale(state, scale)))
+    return Recognised(f"{fields['kind'].upper()} autoencoder", config, dict(autoencoder=part))
 
 
 def _unet_alone(state: State, prefix: str) -> Recognised:
     fields = unet_fields(Shapes(state, prefix))
-    family = find_family(fields, None, None)
-    fields |= family.heads
-    config = dict(task="unet", unet=fields)
-    return Recognised(f"UNet of {family.name}", config, _unet_part(fields, prefix))
+    model = find_family(fields, None, None)
+    fields |= model.heads
+    parts = _unet_part(fields, prefix)
+    if not model.learn_sigma:
+        return Recognised(f"UNet of {model.title}", dict(task="unet", unet=fields), parts)
+    # Guided diffusion: a whole model of pixels, which is a UNet and nothing else.
+    fields["out_channels"] //= 2
+    options = dict(new_attention_order=model.new_attention_order, learn_sigma=True)
+    config = _config(model, fields, model.autoencoder.fields, brought_sections(model, fields))
+    return Recognised(model.title, config, dict(unet=replace(parts["unet"], **options)))
 
 
-def _unet_part(fields: dict[str, Any], prefix: str) -> dict[str, Part]:
+def _config(model: Model, unet: Fields, autoencoder: Fields, sections: Fields) -> Fields:
+    """The config of a model like a published one; files do not say how to sample."""
+    dropped = any(section["dropout"] for section in sections.values())
+    sampling = model.sampling | dict(steps=50, eta=0.0) | ({} if dropped else dict(guidance=1.0))
+    return lists(
+        dict(
+            task="diffusion",
+            image_size=model.size,
+            unet=unet,
+            autoencoder=autoencoder,
+            conditioning=sections,
+            diffusion=model.noise,
+            sampling=sampling,
+        )
+    )
+
+
+def _unet_part(fields: Fields, prefix: str) -> dict[str, Part]:
     ignored = IGNORED if prefix else f"{IGNORED}|{BUFFERS}"
     return dict(unet=Part("unet", fields, "compvis", prefix, ignored))
 
 
-def _check_told(sections: dict[str, Any], unet: dict[str, Any]) -> None:
+def _check_given(sections: Fields, unet: Fields) -> None:
     """Raises ValueError if the UNet takes what nothing in the file gives."""
     outputs = {section.get("output", "context") for section in sections.values()}
     outputs |= {"vector" for section in sections.values() if section["kind"] == "sizes"}
@@ -264,18 +283,14 @@ def _check_told(sections: dict[str, Any], unet: dict[str, Any]) -> None:
 def _whole_model(state: State) -> Recognised:
     found = _conditioners(state)
     embedders = sum(prefix.startswith("conditioner.") for _, prefix in found)
-    parts, sections, told = {}, {}, ""
-    for told, prefix in found:
+    parts, sections = {}, {}
+    for kind, prefix in found:
         shapes = Shapes(state, prefix)
-        if told in ("clip", "openclip"):
-            name, section, part = _clip(told, shapes, embedders)
+        if kind in ("clip", "openclip"):
+            name, sections[name], parts[name] = _clip(kind, shapes, embedders)
         else:
             makers = {"bert": _bert, "class": _class, "rescaler": _rescaler}
-            name, section, part = makers[told](shapes)
-        told = name if name == "boxes" else told
-        sections[name], parts[name] = section, part
-    if embedders:
-        told = "sdxl" if embedders == 2 else "refiner"
+            name, sections[name], parts[name] = makers[kind](shapes)
     widths = [
         s["network"].get("width") or s["network"].get("embed_dim", 0) for s in sections.values()
     ]
@@ -286,42 +301,23 @@ def _whole_model(state: State) -> Recognised:
             "wide"
         )
     stage = autoencoder_fields(Shapes(state, STAGE))
-    family = find_family(fields, told, stage["kind"])
-    fields |= family.heads
-    if embedders:
+    model = find_family(fields, sections, stage["kind"])
+    fields |= model.heads
+    if "text_2" in sections:
         pooled = sections["text_2"]["network"]["projection"]
         where = f"{UNET}label_emb.0.0.weight"
         sections["sizes"] = _sizes(fields.get("adm_in_channels", 0), pooled, where)
-    if family.extra:
-        sections |= family.extra(UNet(**tuples(fields)))
-    elif told in ("clip", "openclip", "sdxl", "refiner"):
-        sections |= concat_sections(fields["in_channels"], stage["embed_dim"])
-    _check_told(sections, fields)
-    v = _means_v(state, family, fields)
-    grid, sampler = family.grid
-    large = family.parameterization == "eps or v" and v
-    dropped = any(section["dropout"] for section in sections.values())
-    config = dict(
-        task="diffusion",
-        image_size=768 if large else family.size,
-        unet=fields,
-        autoencoder=dict(stage, scale_factor=_scale(state, family.scale)),
-        conditioning=sections,
-        diffusion=dict(
-            schedule=schedule_section(state, family.betas),
-            parameterization="v" if v else "eps",
-            **grid,
-            sigma_data=0.5,
-        ),
-        sampling=dict(
-            sampler=sampler, steps=50, guidance=family.guidance if dropped else 1.0, eta=0.0
-        ),
-    )
-    parts |= _unet_part(fields, UNET) | dict(
-        autoencoder=Part("autoencoder", stage, "compvis", STAGE)
-    )
-    name = family.name + (" inpainting" if told and "masked_image" in sections else "")
-    return Recognised(name + (", v-prediction" if large else ""), config, parts)
+    sections |= brought_sections(model, fields)
+    _check_given(sections, fields)
+    model = _as_output_means(model, state)
+    schedule = schedule_section(state, model.noise["schedule"])
+    model = replace(model, noise=model.noise | dict(schedule=schedule))
+    scaled = dict(stage, scale_factor=_scale(state, model.autoencoder.scale))
+    config = _config(model, fields, scaled, sections)
+    parts |= _unet_part(fields, UNET)
+    parts["autoencoder"] = Part("autoencoder", stage, "compvis", STAGE)
+    inpainting = "masked_image" in sections and "masked_image" not in model.conditions
+    return Recognised(model.title + (" inpainting" if inpainting else ""), config, parts)
 
 
 def recognise(state: State) -> Recognised:

@@ -105,7 +105,7 @@ class UNet(nn.Module):
     in_channels: int = 4
     out_channels: int = 4
     model_channels: int = 320
-    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    channel_mult: tuple[float, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (4, 2, 1)
     num_heads: int = 8
@@ -229,13 +229,15 @@ class UNet(nn.Module):
             emb += nn.Embed(*shape, embedding_init=normal, name="label_emb", **types)(y)
 
         # Down: every block's output is kept for the way up.
-        h = conv(self.model_channels, name="input_blocks_0_0", **types)(x)
-        skips, levels = [h], len(self.channel_mult)
-        for level, mult in enumerate(self.channel_mult):
+        # The first convolution is as wide as the first level (guided diffusion's 512×512: half).
+        widths = [round(mult * self.model_channels) for mult in self.channel_mult]
+        h = conv(widths[0], name="input_blocks_0_0", **types)(x)
+        skips, levels = [h], len(widths)
+        for level, width in enumerate(widths):
             attends = 2**level in self.attention_resolutions
             for _ in range(self.num_res_blocks):
-                name, features = f"input_blocks_{len(skips)}", mult * self.model_channels
-                h = resblock(f"{name}_0", features)(h, emb, deterministic)
+                name = f"input_blocks_{len(skips)}"
+                h = resblock(f"{name}_0", width)(h, emb, deterministic)
                 if attends:
                     h = attention(f"{name}_1", h, depths[level], only_cross[level])
                 skips.append(h)
@@ -258,8 +260,7 @@ class UNet(nn.Module):
                 # Numbered by what the way up has consumed.
                 name = f"output_blocks_{(self.num_res_blocks + 1) * levels - len(skips)}"
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-                features = self.channel_mult[level] * self.model_channels
-                h = resblock(f"{name}_0", features)(h, emb, deterministic)
+                h = resblock(f"{name}_0", widths[level])(h, emb, deterministic)
                 if attends:
                     h = attention(f"{name}_1", h, depths[level], only_cross[level])
                 if level and i == self.num_res_blocks:

@@ -8,71 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from flax.traverse_util import unflatten_dict
+from tests import tiny_models
+from tests.tiny_models import HIDDEN, array, clip, kl, masked, model, sizes, unet, vq
 
-from ldm_jax.interop import layout
-
-SD_BETAS, LDM_BETAS = (0.00085, 0.012), (0.0015, 0.0195)
-LEADING, TRAILING = dict(spacing="leading", offset=1, end="first"), dict(spacing="trailing")
-
-
-def kl(scale: float, z: int = 4, channels: int = 3, **fields) -> dict[str, Any]:
-    size = dict(ch=32, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[])
-    latents = dict(in_channels=channels, out_ch=channels, z_channels=z, embed_dim=z)
-    return dict(kind="kl") | size | latents | fields | dict(scale_factor=scale)
-
-
-def vq(z: int = 3, **fields) -> dict[str, Any]:
-    return kl(1.0, z, **fields) | dict(kind="vq", n_embed=16)
-
-
-def unet(latents: int = 4, beside: int = 0, **fields) -> dict[str, Any]:
-    size = dict(model_channels=64, channel_mult=[1, 2], num_res_blocks=1)
-    ends = dict(in_channels=latents + beside, out_channels=latents)
-    return ends | size | dict(attention_resolutions=[1]) | fields
-
-
-def clip(width: int = 64, padding: str = "end", **fields) -> dict[str, Any]:
-    kind = "quick_gelu" if padding == "end" else "gelu"
-    network = dict(vocab_size=49408, width=width, depth=2, heads=width // 64, max_length=77)
-    network |= dict(activation=kind, projection=None, layer="last", final_norm=True, eos=None)
-    sizes = {key: fields.pop(key) for key in network.keys() & fields.keys()}
-    common = dict(kind="clip", vocabulary="clip", padding=padding, dropout=0.1)
-    return common | fields | dict(network=network | sizes)
-
-
-def masked(channels: int, mask_first: bool = True, hole: float = 0.0, low: int = 0) -> dict:
-    section = dict(kind="masked_image", channels=channels, mask_first=mask_first, hole=hole)
-    return section | dict(mask_range=[low, 1], dropout=0.0)
-
-
-def array(output: str, *shape: int | None, **section) -> dict[str, Any]:
-    return dict(kind="array", output=output, shape=list(shape), dropout=0.0) | section
-
-
-def model(unet, autoencoder, conditioning, betas=SD_BETAS, **more) -> dict[str, Any]:
-    """`more`: size, guidance, parameterization, grid, sampler."""
-    table = dict(name="linear", timesteps=1000, start=betas[0], end=betas[1])
-    schedule = table | dict(zero_terminal_snr=False)
-    meaning = dict(parameterization=more.get("parameterization", "eps"))
-    sampling = dict(sampler=more.get("sampler", "ddim"), steps=50)
-    return dict(
-        task="diffusion",
-        image_size=more.get("size", 512),
-        unet=unet,
-        autoencoder=autoencoder,
-        conditioning=conditioning,
-        diffusion=dict(schedule=schedule, sigma_data=0.5) | meaning | more.get("grid", LEADING),
-        sampling=sampling | dict(guidance=more.get("guidance", 1.0), eta=0.0),
-    )
-
-
+LDM_BETAS, TRAILING = (0.0015, 0.0195), dict(spacing="trailing")
 CLIP_L, OPENCLIP_H = {"text": clip()}, {"text": clip(128, "zero", depth=3)}
 EIGHT, OF_64, OF_32 = dict(num_heads=8), dict(num_head_channels=64), dict(num_head_channels=32)
 STABLE_1 = dict(context_dim=64, **EIGHT)
 STABLE_2 = dict(context_dim=128, use_linear_in_transformer=True, **OF_64)
-HIDDEN = dict(layer="penultimate", final_norm=False)
 BIGG = clip(128, "zero", projection=128, pooled=True, **HIDDEN)
 XL = dict(
     channel_mult=[1, 2, 2],
@@ -83,10 +26,6 @@ XL = dict(
     num_classes="sequential",
     **OF_64,
 )
-
-
-def sizes(*fields: str) -> dict[str, Any]:
-    return dict(kind="sizes", fields=list(fields), dropout=0.0)
 
 
 BERT = dict(width=32, depth=2, heads=8, head_dim=64, max_length=77)
@@ -199,32 +138,9 @@ def system(name: str) -> dict[str, Any]:
     return copy.deepcopy(SYSTEMS[name])
 
 
-def networks(config: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Name of each network → what `layout` calls its kind, and its fields."""
-    found = {name: (name, config[name]) for name in ("unet", "autoencoder") if name in config}
-    for name, section in config.get("conditioning", {}).items():
-        fields = dict(section.get("network", {}))
-        kind = fields.pop("kind", section["kind"])
-        if kind in ("text", "transformer"):
-            found[name] = "bert", {"vocab_size": 30522} | fields
-        elif kind == "rescaler":
-            found[name] = kind, fields | dict(in_channels=section["shape"][-1])
-        elif fields:
-            found[name] = kind, fields
-    return found
-
-
 def random_params(config: dict[str, Any], seed: int = 0) -> dict[str, Any]:
-    """Parameters of every network, drawn; nothing is traced to the end or compiled."""
-    rng = np.random.default_rng(seed)
-    params = {}
-    for name, (kind, fields) in networks(config).items():
-        flat = {
-            path: 0.05 * rng.standard_normal(shape, np.float32) + path.endswith("/scale")
-            for path, shape in layout.shapes(kind, fields).items()
-        }
-        params[name] = unflatten_dict(flat, sep="/")
-    return params
+    """Parameters of every network, small enough for pictures to be compared."""
+    return tiny_models.random_params(config, seed, scale=0.05)
 
 
 def edit(path: Path, **changes: Any) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.interop import diffusers
-from ldm_jax.interop.fields import canonical_unet
+from ldm_jax.interop.fields import canonical
 from ldm_jax.interop.files import open_state, write_safetensors
 from tests.interop.systems import SYSTEMS, edit, random_params, system
 from tests.interop.test_compvis import same
@@ -35,7 +35,7 @@ def test_a_system_comes_back(name, folders, tmp_path):
     for section in ("task", "image_size", "autoencoder"):
         assert found.config.get(section) == config.get(section)
     if config["task"] == "diffusion":
-        assert canonical_unet(found.config["unet"]) == canonical_unet(config["unet"])
+        assert canonical(found.config)["unet"] == canonical(config)["unet"]
         assert found.config["conditioning"] == config["conditioning"]
         for key in ("schedule", "parameterization", "spacing"):
             assert found.config["diffusion"][key] == config["diffusion"][key]

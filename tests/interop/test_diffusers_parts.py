@@ -15,7 +15,7 @@ from ldm_jax.interop.diffusers.tokenizers import (
     write_tokenizer,
 )
 from ldm_jax.interop.diffusers.unets import unet_from, unet_to
-from ldm_jax.interop.fields import canonical_unet
+from ldm_jax.interop.fields import canonical
 from tests.interop.systems import edit, unet
 
 # The JSON of the published folders, where it says something about ours: key by key what the files
@@ -105,7 +105,7 @@ def test_unets_in_json_there_and_back(fields, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(unet_to(whole, 32, "class_embedding")))
     found, size, vector = unet_from(Json(path))
-    assert canonical_unet(found) == canonical_unet(whole)
+    assert canonical(dict(unet=found)) == canonical(dict(unet=whole))
     assert (size, vector) == (32, "class_embedding")
 
 

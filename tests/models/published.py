@@ -1,13 +1,12 @@
-"""How large the networks are that others released, and their fields, from `configs/published.py`.
+"""How many tensors the networks have that others released, and our configs of them.
 
-Millions of parameters and number of tensors of each variant's networks are what the reference code
-gives for the released configuration (CompVis' latent-diffusion a506df5, Stability's
-stablediffusion cf1d67a and generative-models 0ad7de9, built without memory on torch's meta device;
-transformers 5.23.0; open_clip 3.3.0 for the larger of SDXL's text encoders, less the two tensors of
-its attention that are six here), and what ldm-facts §2 lists, which leaves out only the rows marked
-†. A tensor there is a leaf here, so nothing needs care: the codebook is one, each quant_conv a
-kernel and a bias, the label's embedding one (or 4 if "sequential"). The loss network of an
-autoencoder is not counted.
+With the numbers of parameters in `ldm_jax.published`, to 0.01 million, they are what the reference
+code gives for the released configuration (CompVis' latent-diffusion a506df5, Stability's
+stablediffusion cf1d67a and generative-models 0ad7de9, OpenAI's guided-diffusion 22e0df8, built
+without memory on torch's meta device; transformers 5.23.0; open_clip 3.3.0 for the larger of SDXL's
+text encoders, less the two tensors of its attention that are six here). A tensor there is a leaf
+here: the codebook is one, each quant_conv a kernel and a bias, the label's embedding one (or 4 if
+"sequential"). The loss network of an autoencoder is not counted.
 """
 
 import importlib.util
@@ -16,65 +15,82 @@ from pathlib import Path
 import ldm_jax
 from ldm_jax.training.workdir import config_dict
 
-UNET_SIZES = {
-    "celeba256": (274.06, 368),
-    "ffhq256": (274.06, 368),
-    "lsun_beds256": (274.06, 368),
-    "lsun_churches256": (294.97, 520),
-    "cin256": (394.98, 626),
-    "cin256-v2": (400.92, 688),
-    "text2img256": (403.62, 688),
-    "txt2img-1p4B": (872.30, 686),
-    "layout2img-openimages256": (246.28, 1328),
-    "semantic_synthesis256": (215.23, 216),
-    "semantic_synthesis512": (215.23, 216),
-    "bsr_sr": (113.62, 306),
-    "inpainting_big": (387.25, 416),
-    "rdm768": (1335.48, 688),
-    "sd1": (859.52, 686),
-    "sd1-inpainting": (859.54, 686),
-    "sd2": (865.91, 686),
-    "sd2-v": (865.91, 686),
-    "sd2-inpainting": (865.93, 686),
-    "sd2-depth": (865.91, 686),
-    "sd2-unclip-h": (870.17, 690),
-    "sd2-unclip-l": (869.52, 690),
-    "sd2-upscaler": (473.40, 687),
-    "sdxl-base": (2567.46, 1680),
-    "sdxl-refiner": (2259.53, 1220),
-    "sgm-imagenet-f8_cond": (407.307, 630),  # †
-    "sgm-txt2img-clipl": (863.456, 690),  # †
-    "sgm-mnist": (2.568, 366),  # †
-    "sgm-mnist_cond": (2.601, 370),  # †
-    "sgm-cifar10_cond": (2.602, 370),  # †
+UNET_TENSORS = {
+    "celeba256": 368,
+    "ffhq256": 368,
+    "lsun_beds256": 368,
+    "lsun_churches256": 520,
+    "cin256": 626,
+    "cin256-v2": 688,
+    "text2img256": 688,
+    "txt2img-1p4B": 686,
+    "layout2img-openimages256": 1328,
+    "semantic_synthesis256": 216,
+    "semantic_synthesis512": 216,
+    "bsr_sr": 306,
+    "inpainting_big": 416,
+    "rdm768": 688,
+    "sd1": 686,
+    "sd1-inpainting": 686,
+    "sd2": 686,
+    "sd2-v": 686,
+    "sd2-inpainting": 686,
+    "sd2-depth": 686,
+    "sd2-unclip-h": 690,
+    "sd2-unclip-l": 690,
+    "sd2-upscaler": 687,
+    "sdxl-base": 1680,
+    "sdxl-refiner": 1220,
+    "sgm-imagenet-f8_cond": 630,
+    "sgm-txt2img-clipl": 690,
+    "sgm-mnist": 366,
+    "sgm-mnist_cond": 370,
+    "sgm-cifar10_cond": 370,
+    "adm-64": 541,
+    "adm-128": 493,
+    "adm-256": 567,
+    "adm-256-uncond": 566,
+    "adm-512": 645,
+    "adm-64-256": 567,
+    "adm-128-512": 537,
 }
-AUTOENCODER_SIZES = {
-    "kl-f4": (55.31, 204),
-    "kl-f8": (83.65, 248),
-    "kl-f16": (69.61, 342),
-    "kl-f32": (103.88, 436),
-    "vq-f4": (55.32, 205),
-    "vq-f4-noattn": (53.22, 185),
-    "vq-f8": (67.72, 299),
-    "vq-f8-n256": (67.65, 299),
-    "vq-f16": (69.59, 343),
-    "sd-vae": (83.65, 248),
-    "sdxl-vae": (83.65, 248),
-    "sd2-upscaler-vae": (55.326, 204),  # †
-    "taesd": (2.445, 134),  # †
-    "sgm-imagenet-attnfree-logvar": (78.017, 276),  # †
-    "sgm-imagenet-kl_f8_8chn": (83.709, 244),  # †
+# Guided diffusion's parameters with those of the learned variance.
+WITH_VARIANCE = {
+    "adm-64": 295_904_454,
+    "adm-128": 421_529_606,
+    "adm-256": 553_838_086,
+    "adm-256-uncond": 552_814_086,
+    "adm-512": 558_997_638,
+    "adm-64-256": 311_795_910,
+    "adm-128-512": 308_835_270,
 }
-CLIP_L, OPENCLIP_H, BIGG = (123.060, 196), (340.388, 372), (694.660, 517)
-# The networks of `conditioning`, by section. A table of classes is classes × width.
-CONDITIONER_SIZES = {
-    "cin256": {"label": (0.512, 1)},
-    "cin256-v2": {"label": (0.512512, 1)},
-    "text2img256": {"text": (166.59, 420)},
-    "txt2img-1p4B": {"text": (542.90, 420)},
-    "layout2img-openimages256": {"boxes": (54.66, 212)},
-    "semantic_synthesis256": {"segmentation": (182 * 3 / 1e6, 1)},
-    "semantic_synthesis512": {"segmentation": (182 * 3 / 1e6, 1)},
+AUTOENCODER_TENSORS = {
+    "kl-f4": 204,
+    "kl-f8": 248,
+    "kl-f16": 342,
+    "kl-f32": 436,
+    "vq-f4": 205,
+    "vq-f4-noattn": 185,
+    "vq-f8": 299,
+    "vq-f8-n256": 299,
+    "vq-f16": 343,
+    "sd-vae": 248,
+    "sdxl-vae": 248,
+    "sd2-upscaler-vae": 204,
+    "taesd": 134,
+    "sgm-imagenet-attnfree-logvar": 276,
+    "sgm-imagenet-kl_f8_8chn": 244,
+}
+CLIP_L, OPENCLIP_H, BIGG = 196, 372, 517
+# The networks of `conditioning`, by section.
+CONDITIONER_TENSORS = {
+    "cin256": {"label": 1},
+    "cin256-v2": {"label": 1},
+    "text2img256": {"text": 420},
+    "txt2img-1p4B": {"text": 420},
+    "layout2img-openimages256": {"boxes": 212},
+    "semantic_synthesis256": {"segmentation": 1},
+    "semantic_synthesis512": {"segmentation": 1},
     "sd1": {"text": CLIP_L},
     "sd1-inpainting": {"text": CLIP_L},
     "sd2": {"text": OPENCLIP_H},
@@ -86,10 +102,10 @@ CONDITIONER_SIZES = {
     "sd2-upscaler": {"text": OPENCLIP_H},
     "sdxl-base": {"text": CLIP_L, "text_2": BIGG},
     "sdxl-refiner": {"text_2": BIGG},
-    "sgm-imagenet-f8_cond": {"label": (1.024, 1)},
+    "sgm-imagenet-f8_cond": {"label": 1},
     "sgm-txt2img-clipl": {"text": CLIP_L},
-    "sgm-mnist_cond": {"label": (0.00128, 1)},
-    "sgm-cifar10_cond": {"label": (0.00128, 1)},
+    "sgm-mnist_cond": {"label": 1},
+    "sgm-cifar10_cond": {"label": 1},
 }
 
 

@@ -60,6 +60,16 @@ NETWORKS = {
         num_head_channels=32,
         use_spatial_transformer=True,
     ),
+    "half_width": dict(
+        model_channels=64,
+        channel_mult=(0.5, 1),
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        num_head_channels=16,
+        num_classes=10,
+        use_scale_shift_norm=True,
+        resblock_updown=True,
+    ),
     "sdxl": dict(
         num_res_blocks=1,
         attention_resolutions=(2,),
@@ -81,6 +91,7 @@ NETWORKS = {
     ),
 }
 RULES = {
+    "half_width": UNET_LABELS,
     "upscaler": UNET_LABELS,
     "sdxl": diffusers_unet(1, (True, False)),
     "refiner": diffusers_unet(1, (False, True)),
@@ -101,8 +112,8 @@ def test_block_agrees_with_original(name, agrees):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network_agrees_with_original(name, agrees):
-    options = dict(channel_mult=(1, 2)) | NETWORKS[name]
-    network = UNet(in_channels=5, out_channels=3, model_channels=32, **options)
+    options = dict(channel_mult=(1, 2), model_channels=32) | NETWORKS[name]
+    network = UNet(in_channels=5, out_channels=3, **options)
 
     def inputs(pooled=None, sizes=None, **others):
         """SDXL's vector is a text's embedding beside those of sizes."""
@@ -122,12 +133,12 @@ def test_network_agrees_with_original(name, agrees):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_epsilons(name, epsilons):
     """1e-5, but 1e-6 where a SpatialTransformer begins (ldm-facts §9)."""
-    options = dict(channel_mult=(1, 2)) | NETWORKS[name]
+    options = dict(channel_mult=(1, 2), model_channels=32) | NETWORKS[name]
     context = jnp.zeros((1, 1, 24)) if "context_dim" in options else None
     labels = {None: None, "sequential": jnp.zeros((1, 20)), "continuous": jnp.zeros((1, 1))}
     y = labels.get(options.get("num_classes"), jnp.zeros(1, int))
     inputs = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), context
-    found = epsilons(UNet(model_channels=32, **options), *inputs, y=y)
+    found = epsilons(UNet(**options), *inputs, y=y)
     assert len(found) > 10
     for path, epsilon in found.items():
         transformer = "context_dim" in options or "use_spatial_transformer" in options

@@ -21,6 +21,7 @@ TRACED = tuple(
         *("kl-f4", "kl-f16", "kl-f32", "sd-vae", "sdxl-vae", "sd2-upscaler-vae", "vq-f4"),
         *("vq-f8", "vq-f8-n256", "vq-f16", "ffhq256", "lsun_beds256", "cin256", "text2img256"),
         *("semantic_synthesis512", "sd2", "sd2-inpainting", "sd2-unclip-l", "sgm-cifar10_cond"),
+        *("adm-128", "adm-256"),
     )
 )
 
