@@ -32,7 +32,7 @@ SETTINGS = (
     flags.DEFINE_string("negative_prompt", None, "What to lead away from."),
     flags.DEFINE_integer("n", 1, "Pictures of each prompt."),
     flags.DEFINE_integer("batch", None, "Pictures drawn at a time; default: all. Saves memory."),
-    flags.DEFINE_integer("steps", 50, "Steps of the sampler."),
+    flags.DEFINE_integer("steps", None, "Steps of the sampler; default: the model's own count."),
     flags.DEFINE_integer("seed", 0, "Picture i of a seed is always the same."),
     flags.DEFINE_integer("height", None, "Pixels, a multiple of the model's; default: as trained."),
     flags.DEFINE_integer("width", None, "Pixels, a multiple of the model's; default: as trained."),

@@ -136,6 +136,8 @@ def draw(
     if settings.get("guidance") is None:
         inverted = edit is not None and edit.source
         settings = settings | {"guidance": 1.0 if inverted else pipe.config["sampling"]["guidance"]}
+    if settings.get("steps") is None:
+        settings = settings | {"steps": pipe.config["sampling"].get("steps", 50)}
     labels = [label_name(label, pipe.classes) for label in settings.get("labels") or ()]
     names = prompts or labels or ["sample"]
     arguments, size = ({}, None) if edit is None else edit.arguments(pipe, settings["steps"])

@@ -35,6 +35,7 @@ from ldm_jax.diffusion.plan import GuidanceTable, Run
 from ldm_jax.diffusion.process import Diffusion
 from ldm_jax.diffusion.samplers import DDIM_INVERSE, get_sampler, sample
 from ldm_jax.models.build import Autoencoder, make_autoencoder, tuples
+from ldm_jax.models.embedders import guidance_embedding
 from ldm_jax.models.unet import UNet
 from ldm_jax.pictures import to_unit
 
@@ -162,28 +163,39 @@ class LatentDiffusion:
         many rows or columns are worked on in overlapping tiles.
         """
 
-        def whole(x, t, condition: Conditioning):
+        def whole(x, t, condition: Conditioning, **more):
             variables = {"params": params["unet"]}
-            return self.unet.apply(variables, x, t, condition.context, y=condition.vector)
+            return self.unet.apply(variables, x, t, condition.context, y=condition.vector, **more)
 
-        def network(x, t, condition: Conditioning):
+        def network(x, t, condition: Conditioning, **more):
             x = beside(x, condition)
             if not tile:
-                return whole(x, t, condition)
+                return whole(x, t, condition, **more)
             condition = condition.replace(concat=None)  # cut into tiles with x
 
             def parts(x):
                 def repeat(v):
                     return jnp.tile(v, (len(x) // len(t), *[1] * (v.ndim - 1)))
 
-                return whole(x, repeat(t), jax.tree.map(repeat, condition))
+                given, options = jax.tree.map(repeat, (condition, more))
+                return whole(x, repeat(t), given, **options)
 
             return tiled(parts, x, (tile, tile))
 
         def under(guidance: GuidanceTable | None) -> Network:
-            def plain(x, t):
-                return network(x, t, conditions[0])
+            def plain(x, t, **more):
+                return network(x, t, conditions[0], **more)
 
+            if self.unet.time_cond_proj_dim is not None:
+                # Distilled with guidance, whose scale the network takes as an input.
+                scale = 1.0 if guidance is None else guidance.scale
+                size = self.unet.time_cond_proj_dim
+
+                def distilled(x, t):
+                    scales = jnp.full(len(x), scale, jnp.float32)
+                    return plain(x, t, timestep_cond=guidance_embedding(scales, size))
+
+                return distilled
             if guidance is None:
                 return plain
             guided = classifier_free(

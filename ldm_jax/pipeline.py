@@ -64,8 +64,9 @@ class Pipeline:
     @property
     def multiple(self) -> int:
         """Pixels of which the sides of a picture are multiples."""
-        # The UNet halves the latents between its levels, and must come back to the same size.
-        return self.autoencoder.downsampling * 2 ** (len(self.unet.channel_mult) - 1)
+        # Blocks that resize come back to the same size only from whole halves.
+        halves = len(self.unet.channel_mult) - 1 if self.unet.resblock_updown else 0
+        return self.autoencoder.downsampling * 2**halves
 
     @functools.cached_property
     def first_stage(self) -> FirstStage:
@@ -81,7 +82,7 @@ class Pipeline:
         *,
         labels: int | str | Sequence[int | str] | None = None,
         n: int = 1,
-        steps: int = 50,
+        steps: int | None = None,
         sampler: str | Sampling | None = None,
         guidance: float | Sequence[float] | Guidance | None = None,
         seed: int = 0,
@@ -106,7 +107,7 @@ class Pipeline:
           negative_prompt: what guidance leads away from, one text for all pictures or one for each;
             None: no prompt at all.
           labels: of a class-conditional model, one or several, by number or by name.
-          steps: of the whole way from noise to picture.
+          steps: of the whole way from noise to picture; None takes the model's own count.
           sampler: a name, or `Sampling` with its spacing and options; None takes the model's own.
           guidance: its scale, uncond + guidance·(cond − uncond), one number or one for each step,
             or `Guidance` with all that can be said of it; None takes the model's own scale.
@@ -138,6 +139,7 @@ class Pipeline:
           FloatingPointError: a picture is not finite; says from which step on.
         """
         check_finite(strength=strength, latents=latents, **conditions or {})
+        steps = self.config["sampling"].get("steps", 50) if steps is None else steps
         sampling = Sampling.of(sampler, self.config["sampling"])
         asked = Guidance.of(guidance, self.config["sampling"]["guidance"])
         embedders = self.model.embedders

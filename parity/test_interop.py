@@ -107,8 +107,8 @@ def xl(tokens):
         transformer_layers_per_block=(1, 2),
         use_linear_projection=True,
         addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=6 * 256 + 24,
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
         cross_attention_dim=64,
     )
     second = dict(hidden_act="gelu", projection_dim=24, eos_token_id=2)
@@ -127,6 +127,24 @@ def xl(tokens):
             steps_offset=1,
         ),
         add_watermarker=False,
+    )
+
+
+def consistent(tokens):
+    """LCM, with widths, heads and MLPs that no published model has."""
+    sizes = dict(block_out_channels=(32, 48), norm_num_groups=16)
+    return diffusers.LatentConsistencyModelPipeline(
+        vae=diffusers.AutoencoderKL(**STAGE | sizes),
+        text_encoder=encoder(intermediate_size=37, layer_norm_eps=1e-4),
+        tokenizer=tokens(),
+        unet=diffusers.UNet2DConditionModel(
+            **BLOCKS | sizes,
+            cross_attention_dim=32,
+            attention_head_dim=(2, 6),
+            time_cond_proj_dim=20,
+        ),
+        scheduler=diffusers.LCMScheduler(**NOISE),
+        **NOTHING,
     )
 
 
@@ -170,7 +188,8 @@ def same_tensors(ours, theirs):
         np.testing.assert_array_equal(ours[name], tensor, err_msg=name)
 
 
-MADE = [(make, {}) for make in (stable, stable_2, inpainting, xl, celebahq, text2im)]
+MADE = [(make, {}) for make in (stable, stable_2, inpainting, xl, consistent)]
+MADE += [(make, {}) for make in (celebahq, text2im)]
 MADE += [
     (stable, dict(variant="fp16")),
     (stable, dict(max_shard_size="200KB")),

@@ -32,7 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ldm_jax.diffusion.noise import per_example
 from ldm_jax.interop import layout
 from ldm_jax.models.clip import CLIPText
-from ldm_jax.models.embedders import concat_timestep_embedding
+from ldm_jax.models.embedders import concat_timestep_embedding, guidance_embedding
 from ldm_jax.models.text import TextTransformer
 from ldm_jax.models.unet import UNet
 from ldm_jax.training.autoencoder_task import AutoencoderTask
@@ -82,9 +82,10 @@ def listed(outputs: Any) -> list:
 # attend where a string has an x.
 
 
-def their_unet(model, x, t, context=None, y=None, **condition):
+def their_unet(model, x, t, context=None, y=None, timestep_cond=None, **condition):
     if isinstance(model, diffusers.UNet2DConditionModel):
-        return model(x, t, context, class_labels=y, added_cond_kwargs=condition)
+        told = dict(class_labels=y, timestep_cond=timestep_cond, added_cond_kwargs=condition)
+        return model(x, t, context, **told)
     return model(x, t) if context is None else model(x, t, context, y)
 
 
@@ -102,16 +103,16 @@ def unet(build: Callable, fields: dict[str, Any], *layout: str, **inputs: np.nda
 
 def unet_fields(attends: str, **fields: Any) -> dict[str, Any]:
     places = tuple(2**i for i, there in enumerate(attends) if there == "x")
-    fields |= dict(attention_resolutions=places, channel_mult=(1, 2, 2)[: len(attends)])
-    return fields | dict(model_channels=64, num_res_blocks=1)
+    size = dict(channel_mult=(1, 2, 2)[: len(attends)], model_channels=64, num_res_blocks=1)
+    return size | dict(attention_resolutions=places) | fields
 
 
 def unet_config(attends: str, attention: str, **config: Any) -> dict[str, Any]:
     """diffusers', whose blocks with attention are called so."""
     kinds = [attention * (there == "x") for there in attends]
     down, up = [f"{kind}DownBlock2D" for kind in kinds], [f"{kind}UpBlock2D" for kind in kinds]
-    config |= dict(down_block_types=down, up_block_types=up[::-1], layers_per_block=1)
-    return config | dict(block_out_channels=(64, 128, 128)[: len(attends)])
+    size = dict(down_block_types=down, up_block_types=up[::-1], layers_per_block=1)
+    return size | dict(block_out_channels=(64, 128, 128)[: len(attends)]) | config
 
 
 def diffusers_unet(attends: str, fields: dict, config: dict, vector="add_embedding", **inputs):
@@ -159,6 +160,8 @@ UNCLIP = SD2 | dict(num_classes="sequential", adm_in_channels=20)
 THEIR_UNCLIP = THEIR_SD2 | dict(class_embed_type="projection")
 THEIR_UNCLIP |= dict(projection_class_embeddings_input_dim=20)
 CHURCHES = dict(num_heads=8, use_scale_shift_norm=True, resblock_updown=True)
+LCM = dict(channel_mult=(1, 1.5), num_heads=(2, 6), time_cond_proj_dim=10)
+THEIR_LCM = dict(block_out_channels=(64, 96), attention_head_dim=(2, 6), time_cond_proj_dim=10)
 SEVEN, NINE, LABELS = dict(in_channels=7), dict(in_channels=9), dict(y=np.array([3, 8]))
 UNETS = {
     "SD 1 (diffusers)": diffusers_unet("x-", SD1, THEIR_SD1),
@@ -169,6 +172,9 @@ UNETS = {
     ),
     "SD 2 unCLIP (diffusers)": diffusers_unet(
         "x-", UNCLIP, THEIR_UNCLIP, "class_embedding", y=draw(3, 2, 20)
+    ),
+    "LCM, uneven widths and heads (diffusers)": diffusers_unet(
+        "x-", LCM, THEIR_LCM, timestep_cond=draw(3, 2, 10)
     ),
     "SDXL base (diffusers)": sdxl("x-", (1, 2), numbers=6),
     "SDXL refiner (diffusers)": sdxl("-x", 2, numbers=5),
@@ -235,6 +241,9 @@ THEIR_BARE = dict(use_quant_conv=False, use_post_quant_conv=False)
 AUTOENCODERS = {
     "SD (diffusers)": diffusers_kl(KL, THEIR_KL),
     "ldm3d (diffusers)": diffusers_kl(KL | SIX, THEIR_KL | THEIR_SIX),
+    "uneven widths (diffusers)": diffusers_kl(
+        KL | dict(ch_mult=(1, 1.5)), THEIR_KL | dict(block_out_channels=(64, 96))
+    ),
     "without quant_conv (diffusers)": diffusers_kl(KL | BARE, THEIR_KL | THEIR_BARE),
     "ldm-celebahq-256 (diffusers)": autoencoder("diffusers", diffusers.VQModel, VQ, THEIR_VQ),
     "TAESD (diffusers)": autoencoder("diffusers", diffusers.AutoencoderTiny, TINY, THEIR_TINY),
@@ -255,9 +264,9 @@ def clip(fields: dict[str, Any], kind: type, **config: Any) -> Case:
             return found.hidden_states[-2], found.text_embeds
         return found.last_hidden_state, found.pooler_output
 
-    config |= dict(vocab_size=50, max_position_embeddings=7, bos_token_id=48, pad_token_id=0)
-    config |= dict(hidden_size=32, intermediate_size=128, hidden_act=fields["activation"])
-    config |= dict(num_hidden_layers=3, num_attention_heads=4)
+    size = dict(vocab_size=50, max_position_embeddings=7, bos_token_id=48, pad_token_id=0)
+    size |= dict(hidden_size=32, intermediate_size=128, hidden_act=fields["activation"])
+    config = size | dict(num_hidden_layers=3, num_attention_heads=4) | config
     sizes = dict(vocab_size=50, max_length=7, width=32, depth=3, heads=4)
     slots = ("clip", fields | sizes, "diffusers")
     return Case(slots, partial(kind, CLIPTextConfig(**config)), theirs, operator.call, TOKENS)
@@ -272,11 +281,14 @@ def bert() -> Case:
     return Case(slots, build, lambda model, tokens: model(tokens), operator.call, TOKENS)
 
 
+NARROW = dict(activation="gelu", mlp_width=37, epsilon=1e-2)
+THEIR_NARROW = dict(intermediate_size=37, layer_norm_eps=1e-2, eos_token_id=2)
 BIGG = dict(activation="gelu", projection=20, layer="penultimate", final_norm=False, eos=49)
 THEIR_BIGG = dict(projection_dim=20, eos_token_id=49)
 TEXTS = {
     "CLIP-L (transformers)": clip(dict(activation="quick_gelu"), CLIPTextModel, eos_token_id=2),
     "CLIP-bigG (transformers)": clip(BIGG, CLIPTextModelWithProjection, **THEIR_BIGG),
+    "narrow MLPs, another epsilon (transformers)": clip(NARROW, CLIPTextModel, **THEIR_NARROW),
     "ldm-text2im-large-256 (diffusers)": bert(),
 }
 CASES = {"unet": UNETS, "autoencoder": AUTOENCODERS, "text": TEXTS}
@@ -398,3 +410,12 @@ def test_autoencoder_loss(near):
     loss.backward()
     near("outputs", {"loss": metrics["loss"]}, {"loss": loss.detach().numpy()}, LAYERS)
     near("gradients", *reference.gradients(gradients["autoencoder"]), GRADIENTS)
+
+
+@pytest.mark.parametrize("dim", [10, 11, 256])
+def test_guidance_embedding(dim):
+    """Of a scale; theirs is of what is above 1."""
+    scales = np.array([1.0, 2.5, 7.5, 12.0], np.float32)
+    theirs = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    expected = theirs(None, torch.tensor(scales) - 1, embedding_dim=dim).numpy()
+    np.testing.assert_allclose(guidance_embedding(scales, dim), expected, atol=2e-3)

@@ -161,7 +161,7 @@ def default_sizes(height: int, width: int) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class SizeEmbedder:
-    """Numbers about a picture → vector, each as 256 sinusoids (SDXL, Podell et al. 2023, §2.2).
+    """Numbers about a picture → vector, each as `dim` sinusoids (SDXL, Podell et al. 2023, §2.2).
 
     `fields` are keys of `SIZES`, in their order: pixels (height, width) or (top, left), points.
     """
@@ -169,6 +169,7 @@ class SizeEmbedder:
     name: str
     fields: tuple[str, ...]
     dropout: float
+    dim: int = 256
     network = None
     guided = False
     cut = _uncut
@@ -191,7 +192,7 @@ class SizeEmbedder:
         return self.prepare(entries)
 
     def __call__(self, params, raw, **_) -> Conditioning:
-        return Conditioning(vector=concat_timestep_embedding(raw, 256))
+        return Conditioning(vector=concat_timestep_embedding(raw, self.dim))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,7 +328,8 @@ def _sizes(name: str, section: dict[str, Any], dtype: Any, _: Autoencoder) -> Si
         raise ValueError(
             f"conditioning.{name}.fields: {unknown[0]!r} is none of {', '.join(SIZES)}"
         )
-    return SizeEmbedder(name, tuple(section["fields"]), section["dropout"])
+    options = {k: section[k] for k in ("dim",) if k in section}
+    return SizeEmbedder(name, tuple(section["fields"]), section["dropout"], **options)
 
 
 def _array(name: str, section: dict[str, Any], dtype: Any, _: Autoencoder) -> ArrayEmbedder:

@@ -14,6 +14,7 @@ from flax import linen as nn
 from ldm_jax.models.build import make_autoencoder, tuples
 from ldm_jax.models.clip import CLIPText
 from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
+from ldm_jax.models.layers import level_widths
 from ldm_jax.models.text import TextTransformer
 from ldm_jax.models.unet import UNet
 from ldm_jax.published import clip_network
@@ -92,6 +93,8 @@ def unet_fields(shapes: Shapes, context: int | None = None) -> Fields:
         fields["use_scale_shift_norm"] = True
     if "in_layers.0" in ups.values():
         fields["resblock_updown"] = True
+    if "time_embed.cond_proj.weight" in shapes:
+        fields["time_cond_proj_dim"] = shapes["time_embed.cond_proj.weight"][1]
     return fields
 
 
@@ -244,7 +247,7 @@ def _canonical_unet(unet: UNet) -> Fields:
     attends = [2**i in unet.attention_resolutions for i in levels]
     deep = [*attends[:-1], True]  # the middle's depth and heads are the last level's
     if unet.num_head_channels > 0:
-        widths = (round(mult * unet.model_channels) for mult in unet.channel_mult)
+        widths = level_widths(unet.model_channels, unet.channel_mult)
         kept["num_heads"] = tuple(width // unet.num_head_channels for width in widths)
 
     def at(name: str, places: list[bool], empty: Any) -> tuple:

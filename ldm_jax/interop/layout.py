@@ -17,6 +17,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from ldm_jax.conditions.tokenizer import make_tokenizer
 from ldm_jax.interop import names
 from ldm_jax.models.build import AUTOENCODERS, make_autoencoder, tuples
 from ldm_jax.models.clip import CLIPText
@@ -159,6 +160,24 @@ _BUILD: dict[str, Callable[..., tuple[nn.Module, list, dict]]] = {
 }
 
 
+def networks(config: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name of each network of a config → (network, fields), as `slots` takes them."""
+    found = {name: (name, config[name]) for name in ("unet", "autoencoder") if name in config}
+    for name, section in config.get("conditioning", {}).items():
+        fields = dict(section.get("network") or {})
+        kind = fields.pop("kind", section["kind"])
+        if not fields:
+            continue
+        if kind in ("text", "transformer"):
+            kind = "bert"
+            if "vocab_size" not in fields:
+                fields["vocab_size"] = make_tokenizer(section, fields.get("max_length", 77)).size
+        elif kind == "rescaler":
+            fields["in_channels"] = section["shape"][-1]
+        found[name] = kind, fields
+    return found
+
+
 def shapes(network: str, fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Leaf path ("a/b/kernel") → shape of a network with these fields; nothing is computed."""
     try:
@@ -180,6 +199,17 @@ def _slot(path: str, shape: tuple[int, ...], *called: str, dimensions: int = 0, 
     return Slot(shape, called, foreign, transposed=True, **more)
 
 
+def _heads(unet: UNet, channels: int, name: str) -> int:
+    """Of the attention without a context whose tensor diffusers calls so."""
+    if unet.num_head_channels > 0:
+        return channels // unet.num_head_channels
+    if isinstance(unet.num_heads, int):
+        return unet.num_heads
+    place = re.match(r"(down|up)_blocks\.(\d+)", name)
+    level = int(place[2]) if place else -1
+    return unet.num_heads[~level if place and place[1] == "up" else level]
+
+
 def _unet_slot(fields: dict[str, Any], layout: str, vector: str, path: str, shape: tuple) -> Slot:
     unet = UNet(**fields)
     plain = unet.context_dim is None and not unet.use_spatial_transformer
@@ -196,10 +226,10 @@ def _unet_slot(fields: dict[str, Any], layout: str, vector: str, path: str, shap
         return names.diffusers_unet_name(name, unet.num_res_blocks, plain, vector)
 
     if layer == ["qkv"]:
-        channels, size = shape[-1] // 3, unet.num_head_channels
+        channels = shape[-1] // 3
         three = tuple(called(vector).replace(".qkv.", f".to_{x}.") for x in "qkv")
         old = tuple(names.old_diffusers_name(name) for name in three)
-        heads = channels // size if size > 0 else unet.num_heads
+        heads = _heads(unet, channels, three[0])
         one = _slot(path, (*shape[:-1], channels), *three, heads=heads, others=(old,))
         return replace(one, shape=shape)
     new = called(vector)

@@ -39,6 +39,7 @@ _UNET: Rules = (
     # A level's way down or up is a bare convolution here, and one inside a module there.
     (r"^(input_blocks\.(?!0\.)\d+\.0)\.(?=weight|bias)", r"\1.op."),
     (r"^(output_blocks\.\d+\.\d)\.(?=weight|bias)", r"\1.conv."),
+    (r"^time_embed_cond_proj\.", "time_embed.cond_proj."),
 )
 _AUTOENCODER: Rules = (
     (r"^conv_out\.", "decoder.conv_out."),
@@ -134,6 +135,7 @@ def diffusers_unet_name(
 
     rules: Rules = (
         (r"^time_embed\.([02])\.", lambda m: f"time_embedding.linear_{int(m[1]) // 2 + 1}."),
+        (r"^time_embed\.cond_proj\.", "time_embedding.cond_proj."),
         (r"^label_emb\.0\.([02])\.", lambda m: f"{vector}.linear_{int(m[1]) // 2 + 1}."),
         (r"^label_emb\.1\.([02])\.", lambda m: f"class_embedding.linear_{int(m[1]) // 2 + 1}."),
         (r"^label_emb\.", "class_embedding."),

@@ -13,7 +13,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ldm_jax.models.attention import SpatialSelfAttention
-from ldm_jax.models.layers import GroupNorm, check_channels, check_sides, conv, upsample
+from ldm_jax.models.layers import (
+    GroupNorm,
+    check_channels,
+    check_sides,
+    conv,
+    level_widths,
+    upsample,
+)
 
 
 class ResnetBlock(nn.Module):
@@ -56,7 +63,7 @@ class Encoder(nn.Module):
     """(B, H, W, C) → (B, H/f, W/f, out_channels)."""
 
     ch: int
-    ch_mult: tuple[int, ...]
+    ch_mult: tuple[float, ...]
     num_res_blocks: int
     attn_resolutions: tuple[int, ...]
     resolution: int
@@ -78,16 +85,16 @@ class Encoder(nn.Module):
         check_sides(x, "images", self.patch_size * 2 ** (len(self.ch_mult) - 1))
         h = conv(self.ch, name="conv_in", **types)(space_to_depth(x, self.patch_size))
         resolution = self.resolution
-        for level, mult in enumerate(self.ch_mult):
+        for level, width in enumerate(level_widths(self.ch, self.ch_mult)):
             for j in range(self.num_res_blocks):
-                h = resnet(self.ch * mult, f"down_{level}_block_{j}")(h, deterministic)
+                h = resnet(width, f"down_{level}_block_{j}")(h, deterministic)
                 if resolution in self.attn_resolutions:
                     h = SpatialSelfAttention(self.groups, name=f"down_{level}_attn_{j}", **types)(h)
             if level < len(self.ch_mult) - 1:
                 # Zeros on the right and bottom only: the first 3×3 window starts at pixel 0.
                 padding = ((0, 1), (0, 1))
                 name = f"down_{level}_downsample"
-                h = conv(self.ch * mult, stride=2, padding=padding, name=name, **types)(h)
+                h = conv(width, stride=2, padding=padding, name=name, **types)(h)
                 resolution //= 2
         h = resnet(h.shape[-1], "mid_block_1")(h, deterministic)
         if self.mid_attn:
@@ -101,7 +108,7 @@ class Decoder(nn.Module):
     """(B, h, w, z) → (B, fh, fw, ch): everything before the last convolution."""
 
     ch: int
-    ch_mult: tuple[int, ...]
+    ch_mult: tuple[float, ...]
     num_res_blocks: int
     attn_resolutions: tuple[int, ...]
     resolution: int
@@ -118,15 +125,16 @@ class Decoder(nn.Module):
         def resnet(features, name):
             return ResnetBlock(features, self.groups, self.dropout, name=name, **types)
 
-        h = conv(self.ch * self.ch_mult[-1], name="conv_in", **types)(z)
+        widths = level_widths(self.ch, self.ch_mult)
+        h = conv(widths[-1], name="conv_in", **types)(z)
         h = resnet(h.shape[-1], "mid_block_1")(h, deterministic)
         if self.mid_attn:
             h = SpatialSelfAttention(self.groups, name="mid_attn_1", **types)(h)
         h = resnet(h.shape[-1], "mid_block_2")(h, deterministic)
-        for level in reversed(range(len(self.ch_mult))):
+        for level in reversed(range(len(widths))):
             resolution = self.resolution // 2**level
             for j in range(self.num_res_blocks + 1):
-                h = resnet(self.ch * self.ch_mult[level], f"up_{level}_block_{j}")(h, deterministic)
+                h = resnet(widths[level], f"up_{level}_block_{j}")(h, deterministic)
                 if resolution in self.attn_resolutions:
                     h = SpatialSelfAttention(self.groups, name=f"up_{level}_attn_{j}", **types)(h)
             if level:
@@ -148,7 +156,8 @@ class AutoencoderKL(nn.Module):
 
     `resolution` is nominal: it only places attention (`attn_resolutions` at levels of that size,
     the first level counting as `resolution` whatever the `patch_size`);
-    any height and width divisible by `downsampling` go through. `groups` must divide every width.
+    any height and width divisible by `downsampling` go through. Level i has ch·ch_mult[i] channels,
+    rounded; `groups` must divide every width.
     The originals' `attn_type: none` is `mid_attn=False` without `attn_resolutions`. Without
     `use_quant_conv` (SGM's own autoencoders, SD 3) the encoder's output is the moments.
 
@@ -156,7 +165,7 @@ class AutoencoderKL(nn.Module):
     """
 
     ch: int = 128
-    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    ch_mult: tuple[float, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     attn_resolutions: tuple[int, ...] = ()
     resolution: int = 256

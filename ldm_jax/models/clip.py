@@ -42,9 +42,9 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu}
 LAYERS = {"last": -1, "penultimate": -2}
 
 
-def layer_norm(name: str, **types) -> nn.LayerNorm:
-    """With the epsilon of the originals and the two-pass variance."""
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name, **types)
+def layer_norm(name: str, epsilon: float, **types) -> nn.LayerNorm:
+    """With the two-pass variance."""
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, name=name, **types)
 
 
 def layer_index(layer: int | str, depth: int) -> int:
@@ -94,8 +94,9 @@ class CausalAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two-layer perceptron on (B, L, C), four times as wide inside; `depth` as above, for `fc2`."""
+    """Two-layer perceptron on (B, L, C), `inner` wide inside; `depth` as above, for `fc2`."""
 
+    inner: int
     activation: str
     depth: int
     dtype: jax.typing.DTypeLike | None = None
@@ -106,7 +107,7 @@ class MLP(nn.Module):
         width = x.shape[-1]
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         init = nn.initializers.normal((2 * width) ** -0.5)
-        h = nn.Dense(4 * width, kernel_init=init, name="fc1", **types)(x)
+        h = nn.Dense(self.inner, kernel_init=init, name="fc1", **types)(x)
         init = nn.initializers.normal((2 * width * self.depth) ** -0.5)
         h = ACTIVATIONS[self.activation](h)
         return nn.Dense(width, kernel_init=init, name="fc2", **types)(h)
@@ -116,8 +117,10 @@ class CLIPLayer(nn.Module):
     """x + causal self-attention, x + MLP, each on a LayerNorm."""
 
     heads: int
+    inner: int
     activation: str
     depth: int
+    epsilon: float = 1e-5
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
@@ -125,9 +128,9 @@ class CLIPLayer(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         attention = CausalAttention(self.heads, self.depth, name="self_attn", **types)
-        x = x + attention(layer_norm("layer_norm1", **types)(x))
-        mlp = MLP(self.activation, self.depth, name="mlp", **types)
-        return x + mlp(layer_norm("layer_norm2", **types)(x))
+        x = x + attention(layer_norm("layer_norm1", self.epsilon, **types)(x))
+        mlp = MLP(self.inner, self.activation, self.depth, name="mlp", **types)
+        return x + mlp(layer_norm("layer_norm2", self.epsilon, **types)(x))
 
 
 class CLIPText(nn.Module):
@@ -137,6 +140,7 @@ class CLIPText(nn.Module):
     after the end token changes neither what comes before it nor `pooled`.
 
     Fields:
+      mlp_width: of the perceptrons inside; None: four times `width`, as in every published model.
       activation: "gelu" (exact) or "quick_gelu".
       projection: width D of `pooled`; None for no projection, D = width.
       layer: which hidden state `hidden` is: an index, 0 for the embeddings, i for the output of the
@@ -160,12 +164,14 @@ class CLIPText(nn.Module):
     width: int = 768
     depth: int = 12
     heads: int = 12
+    mlp_width: int | None = None
     max_length: int = 77
     activation: str = "quick_gelu"
     projection: int | None = None
     layer: int | str = "last"
     final_norm: bool = True
     eos: int | None = None
+    epsilon: float = 1e-5
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
@@ -187,10 +193,18 @@ class CLIPText(nn.Module):
         h = embed(tokens)
         hidden = [h + positions[: tokens.shape[1]].astype(h.dtype)]
         for i in range(self.depth):
-            block = CLIPLayer(self.heads, self.activation, self.depth, name=f"layers_{i}", **types)
+            block = CLIPLayer(
+                self.heads,
+                self.mlp_width or 4 * self.width,
+                self.activation,
+                self.depth,
+                self.epsilon,
+                name=f"layers_{i}",
+                **types,
+            )
             hidden.append(block(hidden[-1]))
 
-        norm = layer_norm("final_layer_norm", **types)
+        norm = layer_norm("final_layer_norm", self.epsilon, **types)
         ends = jnp.argmax(tokens if self.eos is None else tokens == self.eos, axis=1)
         pooled = norm(jnp.take_along_axis(hidden[-1], ends[:, None, None], axis=1)[:, 0])
         if self.projection is not None:

@@ -1,5 +1,7 @@
 """Small networks, and a function, that turn conditions other than text into what a UNet is told."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -57,6 +59,18 @@ class SpatialRescaler(nn.Module):
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         mapper = conv(self.out_channels, 1, use_bias=self.use_bias, name="channel_mapper", **types)
         return mapper(x)
+
+
+def guidance_embedding(guidance: jax.Array, dim: int = 256) -> jax.Array:
+    """Guidance scales (B,), of which 1 is none → (B, dim), the `timestep_cond` of distilled UNets.
+
+    Sines, then cosines, of 1000·(guidance − 1): Luo et al. 2023 (LCM), whose ω is one less.
+    """
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - 1))
+    angles = 1000.0 * (guidance.astype(jnp.float32) - 1.0)[:, None] * frequencies
+    embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 
 
 def concat_timestep_embedding(values: jax.Array, dim: int = 256) -> jax.Array:

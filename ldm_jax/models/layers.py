@@ -5,6 +5,7 @@ parameters; normalisation statistics are always float32.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,18 @@ def check_sides(array: jax.Array, what: str, factor: int) -> None:
     """Raises ValueError if height and width of (B, H, W, C) are no multiples of a factor."""
     if array.shape[1] % factor or array.shape[2] % factor:
         raise ValueError(f"{what} {array.shape[1:3]}: sides must be multiples of {factor} pixels")
+
+
+def level_widths(base: int, multiples: tuple[float, ...]) -> tuple[int, ...]:
+    """The channels of each level: multiples of those of the first convolution, rounded."""
+    return tuple(round(base * multiple) for multiple in multiples)
+
+
+def width_multiples(widths: Sequence[int]) -> list[float]:
+    """The inverse of `level_widths`, of widths of which the first is the base; whole where it can
+    be."""
+    base = widths[0]
+    return [width / base if width % base else width // base for width in widths]
 
 
 def upsample(x: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from ldm_jax.models.layers import (
     check_channels,
     check_sides,
     conv,
+    level_widths,
     timestep_embedding,
     uniform_init,
     upsample,
@@ -89,8 +90,9 @@ class UNet(nn.Module):
     factors* `attention_resolutions`, as in the originals, and in the middle. Exactly one of
     `num_heads` and `num_head_channels` counts: the latter if it is positive. Channels must divide
     into heads, so the originals' `legacy`, which differs only where they do not, has no place here.
-    `transformer_depth` and `disable_self_attentions` hold for all levels or are tuples, an entry a
-    level; the middle has the last level's depth, and always self-attention.
+    `num_heads`, `transformer_depth` and `disable_self_attentions` hold for all levels or are
+    tuples, an entry a level; the middle has the last level's heads and depth, and always
+    self-attention. Level i has model_channels·channel_mult[i] channels, rounded.
     `use_linear_in_transformer` changes nothing here: it says how checkpoints store projections.
 
     `num_classes` says what `y` is, of which an embedding is added to that of the time:
@@ -98,6 +100,10 @@ class UNet(nn.Module):
       "sequential": vectors (B, adm_in_channels) (unCLIP, SDXL);
       "continuous": numbers (B, 1), through one linear layer;
       "timestep": numbers (B,), which are embedded as timesteps are.
+
+    With `time_cond_proj_dim`, `timestep_cond` (B, time_cond_proj_dim) is projected and added to the
+    sinusoids of the time; None is zeros. Guidance-distilled models have it (Meng et al. 2023; Luo
+    et al. 2023): an embedding of the guidance scale, see `embedders.guidance_embedding`.
 
     Raises ValueError for shapes that would fail late, or build another network.
     """
@@ -108,7 +114,7 @@ class UNet(nn.Module):
     channel_mult: tuple[float, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (4, 2, 1)
-    num_heads: int = 8
+    num_heads: int | tuple[int, ...] = 8
     num_head_channels: int = -1
     context_dim: int | None = None
     use_spatial_transformer: bool = False
@@ -117,6 +123,7 @@ class UNet(nn.Module):
     use_linear_in_transformer: bool = False
     num_classes: int | str | None = None
     adm_in_channels: int | None = None
+    time_cond_proj_dim: int | None = None
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
     groups: int = 32
@@ -124,7 +131,13 @@ class UNet(nn.Module):
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
-    def _check(self, x: jax.Array, context: jax.Array | None, y: jax.Array | None) -> None:
+    def _check(
+        self,
+        x: jax.Array,
+        context: jax.Array | None,
+        y: jax.Array | None,
+        timestep_cond: jax.Array | None,
+    ) -> None:
         check_channels(x, "UNet with in_channels", self.in_channels)
         check_sides(x, "UNet latents", 2 ** (len(self.channel_mult) - 1))
         width = None if context is None else context.shape[-1]
@@ -146,6 +159,11 @@ class UNet(nn.Module):
         found = None if y is None else y.shape
         if found != expected:
             raise ValueError(f"UNet with num_classes={kind!r} takes y={expected} and got y={found}")
+        if timestep_cond is not None and timestep_cond.shape != (batch, self.time_cond_proj_dim):
+            raise ValueError(
+                f"UNet with time_cond_proj_dim={self.time_cond_proj_dim} got "
+                f"timestep_cond={timestep_cond.shape} for {batch} latents"
+            )
         if isinstance(kind, int) and not jnp.issubdtype(y.dtype, jnp.integer):
             raise ValueError(f"UNet with num_classes={kind} takes integers as y and got {y.dtype}")
 
@@ -168,9 +186,12 @@ class UNet(nn.Module):
         deterministic: bool = True,
         *,
         y: jax.Array | None = None,
+        timestep_cond: jax.Array | None = None,
     ) -> jax.Array:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        self._check(x, context, y)
+        self._check(x, context, y, timestep_cond)
+        widths = level_widths(self.model_channels, self.channel_mult)
+        heads = self._per_level("num_heads")
         depths = self._per_level("transformer_depth")
         only_cross = self._per_level("disable_self_attentions")
 
@@ -185,20 +206,20 @@ class UNet(nn.Module):
                 **types,
             )
 
-        def attention(name, h, depth, cross=False):
+        def attention(name, h, level, cross=False):
             channels, size = h.shape[-1], self.num_head_channels
-            heads = channels // size if size > 0 else self.num_heads
-            if heads < 1 or channels % (size if size > 0 else heads):
+            count = channels // size if size > 0 else heads[level]
+            if count < 1 or channels % (size if size > 0 else count):
                 raise ValueError(
                     f"UNet: {channels} channels do not divide into heads (num_heads="
                     f"{self.num_heads}, num_head_channels={self.num_head_channels})"
                 )
             if self.context_dim is None and not self.use_spatial_transformer:
-                return AttentionBlock(heads, self.groups, name=name, **types)(h)
+                return AttentionBlock(count, self.groups, name=name, **types)(h)
             transformer = SpatialTransformer(
-                heads,
-                channels // heads,
-                depth,
+                count,
+                channels // count,
+                depths[level],
                 self.groups,
                 self.dropout,
                 cross,
@@ -216,7 +237,19 @@ class UNet(nn.Module):
             return dense(f"{name}_2", nn.silu(dense(f"{name}_0", values)))
 
         # Time, and what else the network is told as a vector. The names are the originals'.
-        emb = perceptron("time_embed", timestep_embedding(t, self.model_channels))
+        time = timestep_embedding(t, self.model_channels)
+        if self.time_cond_proj_dim is not None:
+            if timestep_cond is None:
+                timestep_cond = jnp.zeros((len(x), self.time_cond_proj_dim))
+            project = nn.Dense(
+                self.model_channels,
+                use_bias=False,
+                kernel_init=uniform_init,
+                name="time_embed_cond_proj",
+                **types,
+            )
+            time = time + project(timestep_cond.astype(self.dtype or x.dtype))
+        emb = perceptron("time_embed", time)
         if self.num_classes == "sequential":
             emb += perceptron("label_emb_0", y)
         elif self.num_classes == "timestep":
@@ -229,8 +262,7 @@ class UNet(nn.Module):
             emb += nn.Embed(*shape, embedding_init=normal, name="label_emb", **types)(y)
 
         # Down: every block's output is kept for the way up.
-        # The first convolution is as wide as the first level (guided diffusion's 512×512: half).
-        widths = [round(mult * self.model_channels) for mult in self.channel_mult]
+        # The first convolution is as wide as the first level (guided diffusion at 512: half).
         h = conv(widths[0], name="input_blocks_0_0", **types)(x)
         skips, levels = [h], len(widths)
         for level, width in enumerate(widths):
@@ -239,7 +271,7 @@ class UNet(nn.Module):
                 name = f"input_blocks_{len(skips)}"
                 h = resblock(f"{name}_0", width)(h, emb, deterministic)
                 if attends:
-                    h = attention(f"{name}_1", h, depths[level], only_cross[level])
+                    h = attention(f"{name}_1", h, level, only_cross[level])
                 skips.append(h)
             if level < levels - 1:
                 name = f"input_blocks_{len(skips)}_0"
@@ -250,7 +282,7 @@ class UNet(nn.Module):
                 skips.append(h)
 
         h = resblock("middle_block_0", h.shape[-1])(h, emb, deterministic)
-        h = attention("middle_block_1", h, depths[-1])
+        h = attention("middle_block_1", h, levels - 1)
         h = resblock("middle_block_2", h.shape[-1])(h, emb, deterministic)
 
         # Up: each block takes one skip.
@@ -262,13 +294,16 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = resblock(f"{name}_0", widths[level])(h, emb, deterministic)
                 if attends:
-                    h = attention(f"{name}_1", h, depths[level], only_cross[level])
+                    h = attention(f"{name}_1", h, level, only_cross[level])
                 if level and i == self.num_res_blocks:
                     name = f"{name}_{2 if attends else 1}"
                     if self.resblock_updown:
                         h = resblock(name, h.shape[-1], "up")(h, emb, deterministic)
                     else:
-                        h = conv(h.shape[-1], name=name, **types)(upsample(h))
+                        # An odd side was halved to the next larger number.
+                        height, width = skips[-1].shape[1:3]
+                        doubled = upsample(h)[:, :height, :width]
+                        h = conv(h.shape[-1], name=name, **types)(doubled)
 
         h = nn.silu(GroupNorm(self.groups, name="out_0", **types)(h))
         return conv(self.out_channels, zero_init=True, name="out_2", **types)(h)

@@ -99,7 +99,7 @@ class VQModel(nn.Module):
     """
 
     ch: int = 128
-    ch_mult: tuple[int, ...] = (1, 2, 4)
+    ch_mult: tuple[float, ...] = (1, 2, 4)
     num_res_blocks: int = 2
     attn_resolutions: tuple[int, ...] = ()
     resolution: int = 256

@@ -1,6 +1,7 @@
 """Folders of diffusers: what we write is read back; what we cannot be is refused by name."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -176,6 +177,35 @@ def test_what_diffusers_cannot_say_is_not_written(system_name, section, fields, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "section", "change", "message"),
+    [
+        ("stable-diffusion-1", "text", dict(zero_null=True), "text: zero_null=True, where a pipe"),
+        ("stable-diffusion-1", "text", dict(pooled=True), "text: pooled=True, where a pipeline"),
+        ("stable-diffusion-1", "text", dict(context=False), "text: context=False, where a pipeli"),
+        ("stable-diffusion-xl-base", "text_2", dict(pooled=False), "text_2: pooled=False"),
+        ("stable-diffusion-xl-base", "text", dict(zero_null=False), "text: zero_null=False, where"),
+        ("stable-diffusion-xl-base", "sizes", dict(fields=["crop"]), "sizes .'crop'.: not"),
+        ("stable-diffusion-1-inpainting", "masked_image", dict(hole=-1.0), "masked_image: not as"),
+    ],
+)
+def test_what_a_pipeline_would_do_otherwise_is_not_written(
+    name, section, change, message, folders, tmp_path
+):
+    config, params = system(name), folders(name)[2]
+    config["conditioning"][section] |= change
+    with pytest.raises(ValueError, match=f"conditioning.{message}"):
+        diffusers.write(tmp_path / "folder", config, params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_encoders_in_another_order_are_not_written(folders, tmp_path):
+    config, params = system("stable-diffusion-xl-base"), folders("stable-diffusion-xl-base")[2]
+    config["conditioning"] = dict(reversed(config["conditioning"].items()))
+    with pytest.raises(ValueError, match="conditioning .* no pipeline of diffusers has these"):
+        diffusers.write(tmp_path / "folder", config, params)
+
+
 def test_a_folder_with_something_in_it_is_left_alone(folders, tmp_path):
     _, config, params = folders("sdxl-vae")
     (tmp_path / "mine.txt").write_text("mine")
@@ -203,3 +233,82 @@ def test_the_tiny_autoencoder(tmp_path):
     same(found.params, params)
     whole = dict(in_channels=3, out_channels=3, latent_channels=4) | fields
     assert found.config["autoencoder"] == whole
+
+
+def lacking(folder, component, how):
+    """Takes a component away: out of the index, or from the disk."""
+    if how == "null":
+        edit(folder / "model_index.json", **{component: [None, None]})
+    else:
+        shutil.rmtree(folder / component)
+
+
+@pytest.mark.parametrize("how", ["null", "absent"])
+def test_a_folder_without_an_autoencoder(how, copied, folders):
+    folder = copied("stable-diffusion-1")
+    whole = diffusers.read(folder)
+    lacking(folder, "vae", how)
+    message = r"has .*unet \(UNet2DConditionModel\).*, but no autoencoder \(vae\): .*autoencoder="
+    with pytest.raises(ValueError, match=message):
+        diffusers.read(folder)
+    alone, _, params = folders("sdxl-vae")
+    found = diffusers.read(folder, autoencoder=alone)
+    same(found.params, whole.params | params)
+    assert found.config["autoencoder"]["scale_factor"] == 0.13025
+    # A whole model has one, too.
+    other = folders("ldm-text2im-large-256")[0]
+    found = diffusers.read(folder, autoencoder=other)
+    same(found.params, whole.params | {"autoencoder": diffusers.read(other).params["autoencoder"]})
+    with pytest.raises(ValueError, match="vq-f4 has latents of 3 channels, the model of 4"):
+        diffusers.read(folder, autoencoder=folders("vq-f4")[0])
+
+
+def test_an_autoencoder_in_place_of_the_own_one(copied, folders):
+    folder = copied("stable-diffusion-1")
+    found = diffusers.read(folder, autoencoder=folders("sdxl-vae")[0])
+    same(found.params["autoencoder"], folders("sdxl-vae")[2]["autoencoder"])
+    assert found.config["autoencoder"]["scale_factor"] == 0.18215  # the latents are the model's
+    # Whatever the own one is.
+    edit(folder / "model_index.json", vae=["diffusers", "AsymmetricAutoencoderKL"])
+    with pytest.raises(ValueError, match="vae is of class 'AsymmetricAutoencoderKL'"):
+        diffusers.read(folder)
+    found = diffusers.read(folder, autoencoder=folders("sdxl-vae")[0])
+    same(found.params["autoencoder"], folders("sdxl-vae")[2]["autoencoder"])
+
+
+@pytest.mark.parametrize("how", ["null", "absent"])
+@pytest.mark.parametrize(
+    ("name", "components", "message"),
+    [
+        ("stable-diffusion-1", ["text_encoder"], "no text encoder, of the width 64 that its UNet"),
+        (
+            "stable-diffusion-xl-base",
+            ["text_encoder", "text_encoder_2"],
+            "no text encoder, of the width 192 that its UNet attends to: .*text=",
+        ),
+        (
+            "stable-diffusion-xl-base",
+            ["text_encoder"],
+            r"cross_attention_dim=192, but the text encoders \['text_2'\] are \[128\] .*text=",
+        ),
+        ("ldm-text2im-large-256", ["bert"], "no text encoder, of the width 32"),
+    ],
+)
+def test_a_folder_without_a_text_encoder(name, components, message, how, copied, folders):
+    folder = copied(name)
+    whole = diffusers.read(folder)
+    for component in components:
+        lacking(folder, component, how)
+    with pytest.raises(ValueError, match=message):
+        diffusers.read(folder)
+    found = diffusers.read(folder, text=folders(name)[0])
+    assert found.config["conditioning"] == whole.config["conditioning"]
+    same(found.params, whole.params)
+    with pytest.raises(ValueError, match="text=.*sdxl-vae holds none: it is AutoencoderKL"):
+        diffusers.read(folder, text=folders("sdxl-vae")[0])
+
+
+def test_text_of_another_width_is_refused(copied, folders):
+    folder = copied("stable-diffusion-1")
+    with pytest.raises(ValueError, match=r"cross_attention_dim=64, but .* are \[128\] wide"):
+        diffusers.read(folder, text=folders("stable-diffusion-2")[0])

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from ldm_jax.conditions.tokenizer import VOCABULARIES, BytePair, FolderTokenizer
 from ldm_jax.interop import diffusers
-from ldm_jax.interop.diffusers.components import Json
+from ldm_jax.interop.diffusers.components import Json, autoencoder_from, autoencoder_to
 from ldm_jax.interop.diffusers.tokenizers import (
     read_tokenizer,
     tokenizer_class,
@@ -16,7 +16,8 @@ from ldm_jax.interop.diffusers.tokenizers import (
 )
 from ldm_jax.interop.diffusers.unets import unet_from, unet_to
 from ldm_jax.interop.fields import canonical
-from tests.interop.systems import edit, unet
+from tests.interop.systems import edit, kl, random_params, system, unet
+from tests.interop.test_compvis import same
 
 # The JSON of the published folders, where it says something about ours: key by key what the files
 # on the Hub had, of older and newer versions of diffusers.
@@ -98,15 +99,21 @@ def test_keys_of_published_unets_are_known(name, says, copied):
         dict(context_dim=48, num_heads=4, disable_self_attentions=[True, False]),
         dict(context_dim=48, num_heads=4, transformer_depth=[2, 3], use_scale_shift_norm=True),
         dict(context_dim=48, num_heads=4, attention_resolutions=[], resblock_updown=True),
+        dict(context_dim=48, num_heads=[2, 3], channel_mult=[1, 1.5], time_cond_proj_dim=20),
+        dict(context_dim=48, num_heads=[3, 4], attention_resolutions=[2], channel_mult=[1, 1.25]),
+        dict(num_heads=[2, 3], channel_mult=[1, 1.5]),
+        dict(channel_mult=[1], attention_resolutions=[1], num_heads=2),
+        dict(channel_mult=[1, 2, 3], attention_resolutions=[2], num_head_channels=32),
     ],
 )
 def test_unets_in_json_there_and_back(fields, tmp_path):
     whole = unet(attention_resolutions=[2, 1]) | fields
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(unet_to(whole, 32, "class_embedding")))
-    found, size, vector = unet_from(Json(path))
+    beside = dict(sample_size=32, vector="class_embedding")
+    path.write_text(json.dumps(unet_to(whole, **beside)))
+    found, also = unet_from(Json(path))
     assert canonical(dict(unet=found)) == canonical(dict(unet=whole))
-    assert (size, vector) == (32, "class_embedding")
+    assert also == beside
 
 
 @pytest.mark.parametrize(
@@ -117,10 +124,11 @@ def test_unets_in_json_there_and_back(fields, tmp_path):
         ("unet", dict(dual_cross_attention=True), "dual_cross_attention=True"),
         ("unet", dict(freq_shift=1), "freq_shift=1"),
         ("unet", dict(flip_sin_to_cos=False), "flip_sin_to_cos=False"),
-        ("unet", dict(time_cond_proj_dim=256), "time_cond_proj_dim=256"),
         ("unet", dict(encoder_hid_dim=64), "encoder_hid_dim=64"),
         ("unet", dict(mid_block_type=None), "mid_block_type=None"),
         ("unet", dict(attention_head_dim=[2, 3]), r"attention_head_dim=\[2, 3\]"),
+        ("unet", dict(attention_head_dim=[2, 4, 8]), r"attention_head_dim=\[2, 4, 8\]"),
+        ("unet", dict(attention_head_dim=5), "attention_head_dim=5"),
         ("unet", dict(class_embed_type="identity"), "class_embed_type='identity'"),
         ("unet", dict(addition_embed_type="text"), "addition_embed_type='text'"),
         ("unet", dict(cross_attention_dim=96), "cross_attention_dim=96"),
@@ -138,11 +146,17 @@ def test_unets_in_json_there_and_back(fields, tmp_path):
         ("unet", dict(layers_per_block=[1, 2]), r"layers_per_block=\[1, 2\]"),
         ("vae", dict(act_fn="relu"), "act_fn='relu'"),
         ("vae", dict(shift_factor=0.1), "shift_factor=0.1"),
+        ("vae", dict(down_block_types=["DownEncoderBlock2D"] * 3), "down_block_types="),
+        ("vae", dict(down_block_types=["DownEncoderBlock2D", "DownBlock2D"]), "down_block_types="),
+        ("vae", dict(up_block_types=["UpDecoderBlock2D"]), "up_block_types="),
+        ("vae", dict(block_out_channels=32), "block_out_channels=32"),
+        ("unet", dict(block_out_channels=[64]), "down_block_types="),
+        ("unet", dict(sample_size=[64, 96]), r"sample_size=\[64, 96\]"),
+        ("unet", dict(transformer_layers_per_block=[[1], [2]]), "transformer_layers_per_block="),
+        ("unet", dict(time_embedding_dim=100), "time_embedding_dim=100"),
         ("vae", dict(latents_mean=[0.0]), "latents_mean="),
         ("vae", dict(use_post_quant_conv=False), "use_post_quant_conv=False"),
         ("text_encoder", dict(hidden_act="relu"), "hidden_act='relu'"),
-        ("text_encoder", dict(intermediate_size=37), "intermediate_size=37"),
-        ("text_encoder", dict(layer_norm_eps=1e-6), "layer_norm_eps=1e-06"),
         ("text_encoder", dict(vocab_size=1000), "vocab_size=1000, but the tokenizer has 49408"),
         ("scheduler", dict(beta_schedule="sigmoid"), "beta_schedule='sigmoid'"),
         ("scheduler", dict(prediction_type="flow_prediction"), "prediction_type='flow_prediction'"),
@@ -155,6 +169,13 @@ def test_what_we_cannot_be_is_refused_with_file_key_and_value(place, change, mes
     name = "scheduler_config.json" if place == "scheduler" else "config.json"
     edit(folder / place / name, **change)
     with pytest.raises(ValueError, match=f"{place}/{name}: {message}"):
+        diffusers.read(folder)
+
+
+def test_heads_that_do_not_divide_the_width(copied):
+    folder = copied("ldm-celebahq-256")
+    edit(folder / "unet" / "config.json", attention_head_dim=24)
+    with pytest.raises(ValueError, match="unet/config.json: attention_head_dim=24 is not supp"):
         diffusers.read(folder)
 
 
@@ -171,7 +192,7 @@ def test_keys_that_diffusers_does_not_know_are_passed_over(copied, caplog):
     [
         (
             dict(addition_time_embed_dim=8),
-            "addition_time_embed_dim=8 is not supported: expected 256",
+            r"=1664, but the pooled text has 128 and \['original_size', .* 8 for each number",
         ),
         (
             dict(projection_class_embeddings_input_dim=2816),
@@ -354,3 +375,100 @@ def test_a_tokenizer_that_nobody_can_read_is_refused(words):
     shutil.rmtree(words)
     with pytest.raises(ValueError, match="tokenizer': there is no such folder"):
         read_tokenizer(words, "PreTrainedTokenizerFast", 8)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(groups=4, ch=20, ch_mult=[1, 1.4, 0.6, 3.0]),
+        dict(kind="vq", n_embed=9, ch_mult=[1, 1.5], attn_resolutions=[128], embed_dim=2),
+    ],
+)
+def test_autoencoders_of_any_widths_in_json_there_and_back(fields, tmp_path):
+    section = kl(0.5) | fields
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(autoencoder_to(section, 256)))
+    assert autoencoder_from(Json(path)) == section
+
+
+def test_a_text_encoder_with_narrow_mlps_and_another_epsilon(tmp_path):
+    config = system("stable-diffusion-1")
+    config["conditioning"]["text"]["network"] |= dict(mlp_width=37, epsilon=1e-3, heads=4)
+    params = random_params(config)
+    diffusers.write(tmp_path / "folder", config, params)
+    found = diffusers.read(tmp_path / "folder")
+    assert found.config["conditioning"] == config["conditioning"]
+    same(found.params, params)
+    content = json.loads((tmp_path / "folder" / "text_encoder" / "config.json").read_text())
+    assert (content["intermediate_size"], content["layer_norm_eps"]) == (37, 1e-3)
+
+
+def test_a_model_that_is_told_the_guidance_and_one_with_sizes_in_8_sinusoids(tmp_path):
+    consistent, small = system("stable-diffusion-1"), system("stable-diffusion-xl-base")
+    consistent["unet"]["time_cond_proj_dim"] = 256
+    consistent["diffusion"] |= dict(spacing="lcm")
+    small["unet"]["adm_in_channels"] = 128 + 6 * 8
+    small["conditioning"]["sizes"]["dim"] = 8
+    for config, name in ((consistent, "LatentConsistencyModel"), (small, "StableDiffusionXL")):
+        folder, params = tmp_path / name, random_params(config)
+        diffusers.write(folder, config, params)
+        index = json.loads((folder / "model_index.json").read_text())
+        assert index["_class_name"] == f"{name}Pipeline"
+        found = diffusers.read(folder)
+        assert found.config["conditioning"] == config["conditioning"]
+        assert canonical(dict(unet=found.config["unet"])) == canonical(dict(unet=config["unet"]))
+        same(found.params, params)
+        lcm = config is consistent
+        expected = dict(sampler="lcm", steps=4, guidance=8.5) if lcm else dict(sampler="ddim")
+        assert expected.items() <= found.config["sampling"].items()
+
+
+def test_latent_diffusion_with_a_text_encoder_of_clip(copied):
+    """As in the folders that diffusers' own tests make."""
+    folder = copied("stable-diffusion-1")
+    before = diffusers.read(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    for name, old in (("bert", "text_encoder"), ("vqvae", "vae")):
+        (folder / old).rename(folder / name)
+        edit(folder / "model_index.json", **{name: index[old], old: "absent"})
+    found = diffusers.read(folder)
+    assert found.config["conditioning"] == before.config["conditioning"]
+    same(found.params, before.params)
+
+
+ATTN, PLAIN, RESNET = "AttnDownBlock2D", "DownBlock2D", "ResnetDownsampleBlock2D"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "resnet"),
+    [
+        (dict(down=[PLAIN, RESNET], up=["UpBlock2D", "ResnetUpsampleBlock2D"]), False),
+        (dict(down=[RESNET, PLAIN], up=["ResnetUpsampleBlock2D", "UpBlock2D"]), True),
+        (dict(down=[ATTN, PLAIN], up=["UpBlock2D", "AttnUpBlock2D"]), False),
+        (dict(down=[ATTN, ATTN], up=["AttnUpBlock2D"] * 2, ways="resnet"), True),
+        (dict(down=[PLAIN, RESNET], up=["ResnetUpsampleBlock2D", "UpBlock2D"]), "up_block_types"),
+        (dict(down=[PLAIN, ATTN], up=["UpBlock2D", "UpBlock2D"]), "up_block_types"),
+        (dict(down=[PLAIN, ATTN], up=["AttnUpBlock2D"]), "up_block_types"),
+        (dict(down=[RESNET, ATTN], up=["AttnUpBlock2D", "UpBlock2D"]), "up_block_types"),
+        (dict(down=[RESNET, PLAIN, PLAIN], up=["UpBlock2D"] * 3), "down_block_types"),
+    ],
+)
+def test_blocks_that_resize(blocks, resnet, tmp_path):
+    """The last one of either way does not, and those that attend do it as two more keys say."""
+    content = unet_to(unet(num_heads=1, channel_mult=[1] * len(blocks["down"])), vector="")
+    content |= {f"{way}_block_types": blocks[way] for way in ("down", "up")}
+    content |= {f"{way}sample_type": blocks.get("ways", "conv") for way in ("down", "up")}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content))
+    if isinstance(resnet, bool):
+        assert unet_from(Json(path))[0].get("resblock_updown", False) == resnet
+    else:
+        with pytest.raises(ValueError, match=f"config.json: {resnet}="):
+            unet_from(Json(path))
+
+
+@pytest.mark.parametrize("attends", [[1], [2], [2, 1]])
+def test_cross_attention_at_levels_that_res_blocks_resize_is_not_written(attends):
+    fields = unet(context_dim=48, resblock_updown=True, attention_resolutions=attends)
+    with pytest.raises(ValueError, match="unet.resblock_updown with cross-attention"):
+        unet_to(fields, vector="class_embedding", sample_size=8)

@@ -12,11 +12,12 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ldm_jax.interop.files import open_state, write_safetensors
-from ldm_jax.interop.layout import LAYOUTS, Report, read_params, slots, write_params
+from ldm_jax.interop.layout import LAYOUTS, Report, networks, read_params, slots, write_params
 from ldm_jax.models.text import TextTransformer
 from ldm_jax.models.unet import UNet
 from scripts.write_goldens import random_weights, uniform
 from tests.interop.make_names import GOLDEN, TOKENS
+from tests.interop.systems import SYSTEMS, system
 from tests.models.conftest import distance, run_once
 from tests.models.test_autoencoder import NETWORKS as AUTOENCODERS
 from tests.models.test_autoencoder import SMALL as AUTOENCODER
@@ -337,3 +338,31 @@ def test_writing_wants_all_leaves_and_no_others():
 def test_unknown_choices_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         slots(*arguments)
+
+
+def test_the_networks_of_a_config():
+    found = {name: networks(system(name)) for name in SYSTEMS}
+    kinds = {name: {key: kind for key, (kind, _) in parts.items()} for name, parts in found.items()}
+    both = dict(unet="unet", autoencoder="autoencoder")
+    assert kinds["stable-diffusion-xl-base"] == both | dict(text="clip", text_2="clip")
+    assert kinds["cin256-v2"] == both | dict(label="class")
+    assert kinds["semantic_synthesis256"] == both | dict(segmentation="rescaler")
+    assert kinds["inpainting_big"] == both
+    assert kinds["vq-f4"] == dict(autoencoder="autoencoder")
+    # What a section leaves to its tokenizer and its shape.
+    assert found["ldm-text2im-large-256"]["text"][1]["vocab_size"] == 30522
+    assert found["semantic_synthesis256"]["segmentation"][1]["in_channels"] == 182
+    boxes = dict(kind="array", network=dict(kind="transformer", vocab_size=9, width=8))
+    assert networks(dict(conditioning=dict(boxes=boxes)))["boxes"] == (
+        "bert",
+        dict(vocab_size=9, width=8),
+    )
+
+
+def test_heads_for_each_level_are_split_as_heads_of_one_size():
+    sizes = dict(model_channels=32, channel_mult=[1, 1.5], groups=16, num_res_blocks=1)
+    sizes |= dict(attention_resolutions=[2, 1])
+    by_level = slots("unet", sizes | dict(num_heads=[2, 3]), "diffusers")
+    assert by_level == slots("unet", sizes | dict(num_head_channels=16), "diffusers")
+    heads = {slot.heads for slot in by_level.values()}
+    assert heads == {None, 2, 3}

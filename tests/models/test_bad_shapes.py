@@ -43,6 +43,9 @@ def shapes(network, *inputs, **named):
             None,
             r"disable_self_attentions=\(True,\) has 1 entries for 2 levels",
         ),
+        (dict(num_heads=(2,)), (8, 8, 4), None, r"num_heads=\(2,\) has 1 entries for 2 levels"),
+        (dict(num_heads=(1, 5)), (8, 8, 4), None, "64 channels do not divide into heads"),
+        (dict(channel_mult=(1, 1.3)), (8, 8, 4), None, "42 channels do not divide into 32 groups"),
     ],
 )
 def test_unet(fields, size, context, message):
@@ -117,3 +120,11 @@ def test_classes(labels):
 def test_rescaler():
     with pytest.raises(ValueError, match=r"maps \(8, 6\): sides must be multiples of 4 pixels"):
         shapes(SpatialRescaler(n_stages=2), jnp.zeros((1, 8, 6, 3)))
+
+
+@pytest.mark.parametrize("dim, shape", [(None, (2, 6)), (6, (2, 7)), (6, (1, 6)), (6, (6,))])
+def test_an_embedding_of_the_guidance_that_a_unet_does_not_take(dim, shape):
+    network = UNet(**SMALL, time_cond_proj_dim=dim)
+    given = dict(timestep_cond=jnp.zeros(shape))
+    with pytest.raises(ValueError, match=rf"time_cond_proj_dim={dim} got timestep_cond=\("):
+        shapes(network, jnp.zeros((2, 8, 8, 4)), jnp.zeros(2), **given)

@@ -4,7 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler, concat_timestep_embedding
+from ldm_jax.models.embedders import (
+    ClassEmbedder,
+    SpatialRescaler,
+    concat_timestep_embedding,
+    guidance_embedding,
+)
 from ldm_jax.models.layers import timestep_embedding
 from tests.models.torch_layout import UNET
 
@@ -41,3 +46,12 @@ def test_numbers_are_embedded_side_by_side():
     expected = np.hstack([timestep_embedding(column, 8) for column in values.T])
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(concat_timestep_embedding(values[:, 0], 8), found[:, :8])
+
+
+def test_the_guidance_of_distilled_models():
+    """Luo et al. 2023: sines first, of 1000 for each 1 of guidance above 1."""
+    found = guidance_embedding(jnp.array([1.0, 1.001]), 6)
+    np.testing.assert_array_equal(found[0], [0, 0, 0, 1, 1, 1])
+    angles = np.array([1.0, 0.01, 0.0001])
+    np.testing.assert_allclose(found[1], [*np.sin(angles), *np.cos(angles)], atol=1e-4)
+    assert guidance_embedding(jnp.ones(2), 7).shape == (2, 7)

@@ -1,11 +1,13 @@
 """Normalisation, convolution and their initial values."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.models.layers import GroupNorm, conv
+from ldm_jax.models.layers import GroupNorm, conv, level_widths, width_multiples
 
 
 def test_group_norm_is_the_formula():
@@ -46,3 +48,12 @@ def test_convolution_keeps_size_and_starts_as_in_torch():
     assert abs(kernel.std() / (bound / np.sqrt(3)) - 1) < 0.03
     zero = conv(16, zero_init=True).init(jax.random.key(0), x)["params"]
     assert not np.any(zero["kernel"]) and not np.any(zero["bias"])
+
+
+def test_widths_that_are_no_multiples_of_the_first():
+    for base in (1, 3, 64, 224, 320):
+        widths = range(base, 9 * base + 40)
+        multiples = width_multiples(widths)
+        assert level_widths(base, multiples) == tuple(widths)
+        assert json.loads(json.dumps(multiples)) == multiples
+    assert repr(width_multiples([64, 128, 96])) == "[1, 2, 1.5]"

@@ -65,8 +65,7 @@ def diffusion_from(json: Json, stable: bool) -> dict[str, Any]:
     )
     clean = json.take("set_alpha_to_one", clean)
     offset = 1 if stable else json.take("steps_offset", 0)
-    grid = dict(spacing=spacing, end="clean" if clean else "first")
-    grid |= dict(offset=offset) if spacing == "leading" else {}
+    grid = dict(spacing=spacing, offset=offset, end="clean" if clean else "first")
     return dict(schedule=schedule, parameterization=MEANINGS[meaning], sigma_data=0.5) | grid
 
 

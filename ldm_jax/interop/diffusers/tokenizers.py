@@ -7,8 +7,6 @@ another class, or one that ours cannot be, is left to transformers: the section 
 """
 
 import gzip
-import itertools
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -23,18 +21,9 @@ from ldm_jax.conditions.tokenizer import (
     byte_pair_tokenizer,
     find,
 )
-from ldm_jax.interop.diffusers.components import Json, load
+from ldm_jax.interop.diffusers.components import dump, load
 
 log = logging.getLogger(__name__)
-# Those that ours can be; any other goes through transformers.
-CLASSES = {
-    "CLIPTokenizer": "clip",
-    "CLIPTokenizerFast": "clip",
-    "BertTokenizer": "bert",
-    "BertTokenizerFast": "bert",
-    "T5Tokenizer": "sentencepiece",
-    "T5TokenizerFast": "sentencepiece",
-}
 
 
 def _lines(path: Path) -> list[str]:
@@ -47,31 +36,73 @@ def _merges(path: Path) -> list[str]:
     return [line for line in _lines(path)[1 : MERGES + 1] if line]
 
 
-def _model(folder: Path) -> dict[str, Any]:
-    """What tokenizer.json says of the pieces; nothing if there is none."""
-    path = folder / "tokenizer.json"
-    return load(path).get("model", {}) if path.is_file() else {}
+def _optional(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; nothing without a file."""
+    return load(path) if path.is_file() else {}
 
 
-def _special(folder: Path, name: str, default: str) -> str:
-    """The text of a special token, such as "pad_token"."""
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / file).is_file():
-            token = load(folder / file).get(name)
-            if token is not None:
-                return token["content"] if isinstance(token, dict) else token
-    return default
+# Name of what ships → its file, the file in folders, the key in tokenizer.json, what reads a file.
+PIECES = {
+    "clip": ("clip.txt.gz", "merges.txt", "merges", _merges),
+    "bert": ("bert.txt", "vocab.txt", "vocab", _lines),
+}
 
 
-def _check_length(folder: Path, max_length: int) -> None:
-    path = folder / "tokenizer_config.json"
+def _vocabulary(folder: Path, name: str) -> str:
+    """`name` if the folder's pieces are those that ship, or the path of its own file."""
+    shipped, file, key, read = PIECES[name]
+    path, model = folder / file, _optional(folder / "tokenizer.json").get("model", {})
     if path.is_file():
-        length = load(path).get("model_max_length")
-        if length is not None and length < max_length:
-            raise ValueError(
-                f"{path}: model_max_length={length}, but the text encoder reads {max_length}: "
-                "prompts are padded to the latter"
-            )
+        pieces = read(path)
+    elif key not in model:
+        raise FileNotFoundError(f"{folder} holds neither {file} nor a tokenizer.json with {key}")
+    elif key == "vocab":
+        pieces = sorted(model[key], key=model[key].get)
+    else:
+        pieces = [pair if isinstance(pair, str) else " ".join(pair) for pair in model[key]]
+    if pieces == read(VOCABULARIES / shipped):
+        return name
+    if path.is_file():
+        return str(path.absolute())
+    raise ValueError(f"{folder} has {key} of its own, and no {file}")
+
+
+def _read_clip(folder: Path) -> dict[str, Any]:
+    vocabulary = _vocabulary(folder, "clip")
+    ids = byte_pair_tokenizer(find(vocabulary, ".txt.gz")).get_vocab()
+    model = _optional(folder / "tokenizer.json").get("model", {})
+    if not ids.items() <= (_optional(folder / "vocab.json") or model.get("vocab", ids)).items():
+        raise ValueError(f"{folder} numbers its pieces in another way than CLIP does")
+    files = ("special_tokens_map.json", "tokenizer_config.json")
+    pads = (_optional(folder / file).get("pad_token") for file in files)
+    pad = next(filter(None, pads), END)
+    pad = pad["content"] if isinstance(pad, dict) else pad
+    if pad not in (END, "!") or pad == "!" and ids["!"] != 0:
+        raise ValueError(f"{folder}: pad_token={pad!r}, where CLIP has {END!r} or '!', of id 0")
+    return dict(vocabulary=vocabulary, padding="zero" if pad == "!" else "end")
+
+
+def _read_bert(folder: Path) -> dict[str, Any]:
+    if not _optional(folder / "tokenizer_config.json").get("do_lower_case", True):
+        raise ValueError(f"{folder} tells capitals from small letters")
+    return dict(vocabulary=_vocabulary(folder, "bert"))
+
+
+def _read_sentencepiece(folder: Path) -> dict[str, Any]:
+    path = folder / "spiece.model"
+    if path.is_file():
+        return dict(tokenizer="sentencepiece", vocabulary=str(path.absolute()))
+    if (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} has its pieces in tokenizer.json, not in spiece.model")
+    raise FileNotFoundError(f"{path} is missing, the pieces of a T5Tokenizer")
+
+
+# Classes that ours can be, but for a "Fast" at the end; any other goes through transformers.
+READERS = {
+    "CLIPTokenizer": _read_clip,
+    "BertTokenizer": _read_bert,
+    "T5Tokenizer": _read_sentencepiece,
+}
 
 
 def read_tokenizer(folder: Path, class_name: str, max_length: int) -> dict[str, Any]:
@@ -81,92 +112,22 @@ def read_tokenizer(folder: Path, class_name: str, max_length: int) -> dict[str, 
       FileNotFoundError: the files of the tokenizer are not there.
       ValueError: neither ours nor transformers can read it.
     """
-    _check_length(folder, max_length)
-    kind = CLASSES.get(class_name)
+    config = folder / "tokenizer_config.json"
+    length = _optional(config).get("model_max_length")
+    if length is not None and length < max_length:
+        raise ValueError(
+            f"{config}: model_max_length={length}, but the text encoder reads {max_length}: "
+            "prompts are padded to the latter"
+        )
     try:
-        if kind is None:
+        read = READERS.get(class_name.removesuffix("Fast"))
+        if read is None:
             raise ValueError(f"{folder} is a {class_name}")
-        if kind == "sentencepiece":
-            return _read_sentencepiece(folder, class_name)
-        return _read_clip(folder) if kind == "clip" else _read_bert(folder)
+        return read(folder)
     except ValueError as error:
         log.info("%s: its tokenizer is read by transformers", error)
         FolderTokenizer(str(folder), max_length)([""])  # refuses what transformers cannot read
         return dict(tokenizer="folder", vocabulary=str(folder.absolute()))
-
-
-def _read_sentencepiece(folder: Path, class_name: str) -> dict[str, Any]:
-    path = folder / "spiece.model"
-    if path.is_file():
-        return dict(tokenizer="sentencepiece", vocabulary=str(path.absolute()))
-    if (folder / "tokenizer.json").is_file():
-        raise ValueError(f"{folder} has its pieces in tokenizer.json, not in spiece.model")
-    raise FileNotFoundError(f"{path} is missing, the pieces of a {class_name}")
-
-
-def _read_clip(folder: Path) -> dict[str, Any]:
-    own, model = folder / "merges.txt", _model(folder)
-    if own.is_file():
-        merges = _merges(own)
-    elif "merges" in model:
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    else:
-        raise FileNotFoundError(
-            f"{folder} holds neither merges.txt nor a tokenizer.json with merges"
-        )
-    shipped = VOCABULARIES / "clip.txt.gz"
-    if merges == _merges(shipped):
-        vocabulary, path = "clip", shipped
-    elif own.is_file():
-        vocabulary, path = str(own.absolute()), own
-    else:
-        raise ValueError(
-            f"{folder}/tokenizer.json has merges that are not CLIP's; ours are read from a "
-            "merges.txt, which is not there"
-        )
-    ids = byte_pair_tokenizer(path).get_vocab()
-    listed = folder / "vocab.json"
-    given = load(listed) if listed.is_file() else model.get("vocab", ids)
-    for piece in sorted(ids, key=ids.get):
-        if given.get(piece) != ids[piece]:
-            where = listed if listed.is_file() else folder / "tokenizer.json"
-            raise ValueError(
-                f"{where}: {piece!r} has id {given.get(piece)}, and {ids[piece]} by the rule of "
-                "CLIP's vocabulary, which is the only one here"
-            )
-    pad = _special(folder, "pad_token", END)
-    if pad not in (END, "!"):
-        raise ValueError(f"{folder}: pad_token={pad!r}: expected {END!r} or '!'")
-    if pad == "!" and ids["!"] != 0:
-        raise ValueError(f"{folder}: pad_token='!' has id {ids['!']}, where OpenCLIP pads with 0")
-    return dict(vocabulary=vocabulary, padding="zero" if pad == "!" else "end")
-
-
-def _read_bert(folder: Path) -> dict[str, Any]:
-    own, model = folder / "vocab.txt", _model(folder)
-    config = folder / "tokenizer_config.json"
-    if config.is_file():
-        Json(config).expect(do_lower_case=True)
-    if own.is_file():
-        pieces = _lines(own)
-    elif "vocab" in model:
-        pieces = sorted(model["vocab"], key=model["vocab"].get)
-    else:
-        raise FileNotFoundError(
-            f"{folder} holds neither vocab.txt nor a tokenizer.json with a vocab"
-        )
-    if pieces == _lines(VOCABULARIES / "bert.txt"):
-        return dict(vocabulary="bert")
-    if not own.is_file():
-        raise ValueError(
-            f"{folder}/tokenizer.json has pieces that are not BERT's; ours are read from a "
-            "vocab.txt, which is not there"
-        )
-    return dict(vocabulary=str(own.absolute()))
-
-
-def _dump(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def tokenizer_class(section: dict[str, Any]) -> str:
@@ -187,25 +148,21 @@ def write_tokenizer(folder: Path, section: dict[str, Any], max_length: int) -> N
         shutil.copytree(section["vocabulary"], folder)
         return
     folder.mkdir(parents=True)
-    name = tokenizer_class(section)
+    name, special = tokenizer_class(section), {}
     config: dict[str, Any] = dict(tokenizer_class=name, model_max_length=max_length)
     if name == "T5Tokenizer":
         shutil.copyfile(find(section["vocabulary"], ".model"), folder / "spiece.model")
-        # T5's own sentinels are no pieces of the model.
-        _dump(folder / "tokenizer_config.json", config | dict(extra_ids=0))
-        return
-    if name == "BertTokenizer":
+        config["extra_ids"] = 0  # its own sentinels are no pieces of the model
+    elif name == "BertTokenizer":
         shutil.copyfile(find(section["vocabulary"], ".txt"), folder / "vocab.txt")
-        names = dict(unk="[UNK]", sep="[SEP]", pad="[PAD]", cls="[CLS]", mask="[MASK]")
-        special = {f"{key}_token": token for key, token in names.items()}
         config["do_lower_case"] = True
     else:
         path = find(section["vocabulary"], ".txt.gz")
         ids = byte_pair_tokenizer(path).get_vocab()
-        _dump(folder / "vocab.json", dict(sorted(ids.items(), key=lambda item: item[1])))
-        lines = itertools.chain(["#version: 0.2"], _merges(path))
+        dump(folder / "vocab.json", dict(sorted(ids.items(), key=lambda item: item[1])))
+        lines = ["#version: 0.2", *_merges(path)]
         (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         pad = "!" if section.get("padding", "end") == "zero" else END
         special = dict(bos_token=START, eos_token=END, unk_token=END, pad_token=pad)
-    _dump(folder / "special_tokens_map.json", special)
-    _dump(folder / "tokenizer_config.json", config | special)
+    dump(folder / "special_tokens_map.json", special)
+    dump(folder / "tokenizer_config.json", config | special)

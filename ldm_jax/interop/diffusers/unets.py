@@ -1,255 +1,282 @@
-"""The JSON of diffusers' UNets, as fields of ours, and back."""
+"""The JSON of diffusers' UNets, and our fields: see `components`.
 
+Beside the fields of our UNet, tables read and write `BESIDE`: `sample_size`, of latents; `vector`,
+where the UNet takes one in (see `layout.slots`); and `addition_time_embed_dim`, the dimension in
+which each number of SDXL's size conditioning is embedded.
+"""
+
+from functools import partial
 from typing import Any
 
-from ldm_jax.interop.diffusers.components import VERSION, Json, multiples
+from ldm_jax.interop.diffusers.components import (
+    ONE,
+    VERSION,
+    WIDTHS,
+    Codec,
+    Fields,
+    Json,
+    Ours,
+    Row,
+    Rows,
+    Table,
+    checked,
+    choice,
+    derived,
+    equal,
+    passed_over,
+    read_fields,
+    write_fields,
+)
 from ldm_jax.models.build import tuples
+from ldm_jax.models.layers import level_widths
 from ldm_jax.models.unet import UNet
 
-# Name of a block on the way down → on the way up, whether it attends, how it resizes.
-BLOCKS = {
-    "DownBlock2D": ("UpBlock2D", False, "conv"),
-    "ResnetDownsampleBlock2D": ("ResnetUpsampleBlock2D", False, "resnet"),
-    "CrossAttnDownBlock2D": ("CrossAttnUpBlock2D", True, "conv"),
-    "AttnDownBlock2D": ("AttnUpBlock2D", True, None),  # by `downsample_type`
-}
-UNETS = {
-    "UNet2DConditionModel": dict(
-        ends=4,
-        widths=[320, 640, 1280, 1280],
-        down=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        up=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-        attends="CrossAttnDownBlock2D",
-    ),
-    "UNet2DModel": dict(
-        ends=3,
-        widths=[224, 448, 672, 896],
-        down=["DownBlock2D"] + ["AttnDownBlock2D"] * 3,
-        up=["AttnUpBlock2D"] * 3 + ["UpBlock2D"],
-        attends="AttnDownBlock2D",
-    ),
-}
+BESIDE = ("sample_size", "vector", "addition_time_embed_dim")
+PLAIN, RESNET = "DownBlock2D", "ResnetDownsampleBlock2D"
+ATTENDING, CROSSING = "AttnDownBlock2D", "CrossAttnDownBlock2D"
 
 
-def _levels(json: Json, default: dict[str, Any]) -> tuple[list[bool], bool]:
-    """Which levels attend, and whether ResBlocks change the size."""
-    down = json.take("down_block_types", default["down"])
-    up = json.take("up_block_types", default["up"])
-    attending = default["attends"]
-    known = ["DownBlock2D", "ResnetDownsampleBlock2D", attending]
-    for name in down:
-        if name not in known:
-            raise json.error("down_block_types", name, " or ".join(known))
-    kinds = ("conv", "resnet") if attending == "AttnDownBlock2D" else ("conv",)
-    ways = [json.take(f"{way}sample_type", "conv") for way in ("down", "up")]
-    for way, kind in zip(("down", "up"), ways, strict=True):
-        if kind not in kinds:
-            raise json.error(f"{way}sample_type", kind, " or ".join(kinds))
-    backwards = {after: name for name, (after, *_) in BLOCKS.items()}
-    mirrored = [backwards.get(name, name) for name in reversed(up)]
-    attends = [BLOCKS[name][1] for name in down]
-    resizes = {BLOCKS[name][2] or ways[0] for name in down[:-1]}
-    resizes |= {BLOCKS[name][2] or ways[1] for name in mirrored[1:] if name in BLOCKS}
-    if len(resizes) > 1 or any(name not in known for name in mirrored) or len(up) != len(down):
-        raise json.error("up_block_types", up, f"the counterparts of {down}, all sized alike")
-    if [BLOCKS[name][1] for name in mirrored] != attends:
-        raise json.error("up_block_types", up, f"attention at the levels of {down}")
-    return attends, resizes == {"resnet"}
+def _up(down: list[str]) -> list[str]:
+    return [name.replace("Down", "Up") for name in reversed(down)]
 
 
-def _heads(json: Json, widths: list[int], attends: list[bool]) -> dict[str, int]:
-    """Of UNet2DConditionModel, whose `attention_head_dim` is, in spite of its name, how many."""
-    heads = json.take("attention_head_dim", 8)
-    if isinstance(heads, int):
-        return dict(num_heads=heads)
-    if not isinstance(heads, list) or len(heads) != len(widths):
-        raise json.error("attention_head_dim", heads, f"a number, or {len(widths)}")
-    # The middle has as many as the last level.
-    pairs = [(w, n) for w, n, a in zip(widths, heads, [*attends[:-1], True], strict=True) if a]
-    for field, values in (
-        ("num_head_channels", {w // n for w, n in pairs}),
-        ("num_heads", {n for _, n in pairs}),
-    ):
-        if len(values) == 1:
-            return {field: values.pop()}
-    raise json.error("attention_head_dim", heads, "as many channels a head, or heads, everywhere")
+def _down(attending: str, fields: Ours) -> list[str]:
+    plain = RESNET if fields.get("resblock_updown") else PLAIN
+    places = [2**level for level, _ in enumerate(fields["channel_mult"])]
+    return [attending if at in fields["attention_resolutions"] else plain for at in places]
 
 
-def _labels(json: Json) -> tuple[dict[str, Any], str]:
-    """Fields, and where the UNet takes a vector in."""
-    kind, added = json.take("class_embed_type"), json.take("addition_embed_type")
-    classes = json.take("num_class_embeds")
-    width = json.take("projection_class_embeddings_input_dim")
-    json.take("addition_embed_type_num_heads")  # of other types than "text_time"
-    size = json.take("addition_time_embed_dim")
-    if added is not None:
-        if added != "text_time" or kind is not None or classes is not None:
-            raise json.error("addition_embed_type", added, "'text_time', and no class embedding")
-        if size != 256:
-            raise json.error("addition_time_embed_dim", size, "256")
-        return dict(num_classes="sequential", adm_in_channels=width), "add_embedding"
-    if kind is None:
-        fields = {} if classes is None else dict(num_classes=classes)
-    elif kind == "timestep":
-        fields = dict(num_classes="timestep")
-    elif kind == "projection":
-        fields = dict(num_classes="sequential", adm_in_channels=width)
-    elif kind == "simple_projection" and width == 1:
-        fields = dict(num_classes="continuous")
-    else:
-        raise json.error("class_embed_type", kind, "None, 'timestep' or 'projection'")
-    return fields, "class_embedding"
+def _bare(names: list[str]) -> list[str]:
+    """The last one without how it resizes, for it does not."""
+    last = [name.replace("Resnet", "").replace("sampleBlock", "Block") for name in names[-1:]]
+    return names[:-1] + last
 
 
-def unet_from(json: Json) -> tuple[dict[str, Any], int, str]:
-    """A UNet2DConditionModel or UNet2DModel: fields of a UNet, `sample_size`, and where it takes a
-    vector in (see `layout.slots`)."""
-    default = UNETS[json.class_name]
-    with_context = json.class_name == "UNet2DConditionModel"
-    widths = json.take("block_out_channels", default["widths"])
-    attends, resnet = _levels(json, default)
-    levels = len(widths)
-    if len(attends) != levels:
-        raise json.error("block_out_channels", widths, f"one for each of {len(attends)} blocks")
-    groups = json.take("norm_num_groups", 32)
-    shift = json.take("resnet_time_scale_shift", "default")
-    if shift not in ("default", "scale_shift"):
-        raise json.error("resnet_time_scale_shift", shift, "'default' or 'scale_shift'")
-    fields: dict[str, Any] = dict(
-        in_channels=json.take("in_channels", default["ends"]),
-        out_channels=json.take("out_channels", default["ends"]),
-        model_channels=widths[0],
-        channel_mult=multiples(json, widths),
-        num_res_blocks=json.one("layers_per_block", 2, levels),
-        attention_resolutions=[2**i for i in reversed(range(levels)) if attends[i]],
-    )
-    if with_context:
-        fields |= _heads(json, widths, attends)
-        fields["context_dim"] = json.one("cross_attention_dim", 1280, levels)
-        depth = json.take("transformer_layers_per_block", 1)
-        if isinstance(depth, list) and not all(isinstance(n, int) for n in depth):
-            raise json.error("transformer_layers_per_block", depth, "a number for each level")
-        crossed = json.take("only_cross_attention", False)
-        fields |= dict(transformer_depth=depth) if depth != 1 else {}
-        fields |= dict(disable_self_attentions=crossed) if crossed else {}
-        if json.take("use_linear_projection", False):
-            fields["use_linear_in_transformer"] = True
-        # Which side of attention is computed in float32, and what the kind of middle block that is
-        # expected here does not read.
-        json.take("upcast_attention")
-        json.take("mid_block_only_cross_attention")
-        json.expect(
-            mid_block_type="UNetMidBlock2DCrossAttn",
-            attention_type="default",
-            resnet_out_scale_factor=1.0,
-            conv_in_kernel=3,
-            conv_out_kernel=3,
-        )
-    else:
-        size = json.take("attention_head_dim", 8)
-        fields |= dict(num_heads=1) if size is None else dict(num_head_channels=size)
-        own = json.take("attn_norm_num_groups")
-        if (own or (groups if shift == "default" else None)) != groups:
-            raise json.error("attn_norm_num_groups", own, f"norm_num_groups={groups}")
-        json.take("num_train_timesteps")  # only of a learned time embedding
-        json.expect(mid_block_type="UNetMidBlock2D", add_attention=True)
-    labels, vector = _labels(json)
-    fields |= labels
-    fields |= dict(use_scale_shift_norm=True) if shift == "scale_shift" else {}
+def _read_blocks(attending: str, down: list[str], content: Json, fields: Fields) -> None:
+    """Which levels attend, and whether ResBlocks resize; `down` is the default."""
+    up = content.take("up_block_types", _up(down))
+    down = content.take("down_block_types", down)
+    known = (PLAIN, RESNET, attending)
+    wrong = next((name for name in down if name not in known), None)
+    if wrong or len(down) != len(fields["channel_mult"]):
+        raise content.error("down_block_types", wrong or down, f"{', '.join(known)} for each width")
+    fields["attention_resolutions"] = [2**i for i, name in enumerate(down) if name == attending]
+    # Blocks that attend resize as two more keys have it.
+    ways = ["conv", "conv"]
+    if attending == ATTENDING:
+        ways = [content.take(f"{way}sample_type", "conv") for way in ("down", "up")]
+    resnet = RESNET in down[:-1] or (attending in down[:-1] and ways[0] == "resnet")
     fields |= dict(resblock_updown=True) if resnet else {}
-    fields |= dict(groups=groups) if groups != 32 else {}
-    dropout = json.take("dropout", 0.0)
-    fields |= dict(dropout=dropout) if dropout else {}
-    json.expect(
-        act_fn=("silu", "swish"),
-        norm_eps=1e-5,
-        flip_sin_to_cos=True,
-        freq_shift=0,
-        downsample_padding=1,
-        mid_block_scale_factor=1,
-        time_embedding_type="positional",
-        time_embedding_dim=(None, 4 * widths[0]),
+    ours = _down(attending, fields)
+    for key, names, expected, way in (
+        ("down_block_types", down, ours, ways[0]),
+        ("up_block_types", up, _up(ours), ways[1]),
+    ):
+        attends = any("Attn" in name for name in expected[:-1])
+        same = _bare(names) == _bare(expected)
+        if not same or attends and way != ("resnet" if resnet else "conv"):
+            raise content.error(key, names, f"{expected}, which all resize alike")
+
+
+def _write_blocks(attending: str, fields: Ours, content: Fields) -> None:
+    down, resnet = _down(attending, fields), fields["resblock_updown"]
+    content |= dict(down_block_types=down, up_block_types=_up(down))
+    if attending == ATTENDING:
+        kind = "resnet" if resnet else "conv"
+        content |= dict(downsample_type=kind, upsample_type=kind)
+    elif resnet and attending in down and len(down) > 1:
+        raise ValueError("unet.resblock_updown with cross-attention at a level that resizes")
+
+
+def _places(fields: Ours) -> dict[int, int]:
+    """Level → width, where a UNet attends. The middle does as the last level would."""
+    widths = level_widths(fields["model_channels"], fields["channel_mult"])
+    last, attends = len(widths) - 1, fields["attention_resolutions"]
+    return {i: width for i, width in enumerate(widths) if i == last or 2**i in attends}
+
+
+def _read_heads(given: Any, fields: Ours) -> tuple[Any, int | None]:
+    heads = given if isinstance(given, list) else [given] * len(fields["channel_mult"])
+    places = _places(fields)
+    sizes, rest = zip(*(divmod(width, heads[i]) for i, width in places.items()), strict=True)
+    if any(rest) or len(heads) != len(fields["channel_mult"]):
+        raise ValueError
+    if isinstance(given, list) and len({*sizes}) == 1:
+        return None, sizes[0]
+    same = {heads[i] for i in places}
+    return (same.pop() if len(same) == 1 else heads), None
+
+
+def _write_heads(ours: tuple[Any, int], fields: Ours) -> Any:
+    heads, size = ours
+    widths = level_widths(fields["model_channels"], fields["channel_mult"])
+    return [max(1, width // size) for width in widths] if size > 0 else heads
+
+
+def _read_size(size: int | None, fields: Ours) -> tuple[int | None, int | None]:
+    """Of UNet2DModel's heads; without a size there is one."""
+    if size and any(width % size for width in _places(fields).values()):
+        raise ValueError
+    return (None, size) if size else (1, None)
+
+
+def _write_size(ours: tuple[Any, int], fields: Ours) -> int | None:
+    heads, size = ours
+    counts = heads if isinstance(heads, tuple) else [heads] * len(fields["channel_mult"])
+    sizes = {size} if size > 0 else {w // counts[i] for i, w in _places(fields).items()}
+    if len(sizes) > 1 and heads != 1:
+        raise ValueError(
+            f"unet.num_heads={heads} at widths {[*_places(fields).values()]}, where UNet2DModel "
+            "wants as many channels in every head"
+        )
+    return None if len(sizes) > 1 else sizes.pop()
+
+
+# UNet2DConditionModel's `attention_head_dim` is, in spite of its name, how many there are.
+_HEADS = Codec(_read_heads, _write_heads, "heads that divide the width, for each level")
+_SIZE = Codec(_read_size, _write_size, "a number that divides the widths that attend")
+EMBEDDED = ("class_embed_type", "addition_embed_type")
+# Values of these → num_classes, and where a vector is taken in.
+LABELS = {
+    (None, None): (None, "class_embedding"),
+    ("timestep", None): ("timestep", "class_embedding"),
+    ("simple_projection", None): ("continuous", "class_embedding"),
+    ("projection", None): ("sequential", "class_embedding"),
+    (None, "text_time"): ("sequential", "add_embedding"),
+}
+_SIZES = ("num_class_embeds", "projection_class_embeddings_input_dim", "addition_time_embed_dim")
+
+
+def _read_labels(content: Json, fields: Fields) -> None:
+    kinds = tuple(content.take(key) for key in EMBEDDED)
+    count, width, dim = (content.take(key) for key in _SIZES)
+    kind, fields["vector"] = LABELS.get(kinds, ("", ""))
+    numbers = fields["vector"] == "add_embedding"
+    alone = kind == "continuous" and width != 1 or numbers and not dim
+    if kind == "" or kind and count or alone:
+        key, value = next((k, v) for k, v in zip(EMBEDDED, kinds, strict=True) if v)
+        known = "'timestep', 'projection', 'simple_projection' of 1 number"
+        raise content.error(key, value, f"only one of {known}, 'text_time' with its dimension")
+    found = dict(num_classes=kind or count, adm_in_channels=width if kind == "sequential" else None)
+    found |= dict(addition_time_embed_dim=dim if numbers else None)
+    fields |= {name: value for name, value in found.items() if value is not None}
+
+
+def _write_labels(fields: Ours, content: Fields) -> None:
+    kind, vector = fields["num_classes"], fields["vector"]
+    kinds = {of: key for key, of in LABELS.items()}
+    kinds = kinds.get((kind, vector), kinds.get((kind, "class_embedding"), (None, None)))
+    width = {"sequential": fields["adm_in_channels"], "continuous": 1}.get(kind)
+    dim = fields["addition_time_embed_dim"] if kinds[1] else None
+    values = (*kinds, kind if isinstance(kind, int) else None, width, dim)
+    pairs = zip((*EMBEDDED, *_SIZES), values, strict=True)
+    content |= {key: value for key, value in pairs if value is not None}
+
+
+def _read_norms(groups: int | None, fields: Ours) -> None:
+    """Of attention; without a number it has none beside `scale_shift`, else as many as others."""
+    same = fields.get("groups", 32)
+    if (groups or (None if fields.get("use_scale_shift_norm") else same)) != same:
+        raise ValueError
+
+
+def _depths(depths: Any, _: Ours) -> Any:
+    if not all(isinstance(depth, int) for depth in (depths if isinstance(depths, list) else [1])):
+        raise ValueError
+    return depths
+
+
+_NORMS = Codec(_read_norms, lambda _, fields: fields["groups"], "norm_num_groups")
+_SIDE = Codec(lambda side, fields: equal(side, fields) or 64, expected="one side, of a square")
+_TIME = derived(lambda fields: 4 * fields["model_channels"], "4 times the first width")
+_SHIFT = choice({"default": False, "scale_shift": True})
+
+
+def _table(ends: int, widths: list[int], down: list[str], heads: Codec, *own: Row | Rows) -> Table:
+    """The rows of both classes, with the defaults of one and with its own rows."""
+    attending = next(name for name in down if "Attn" in name)
+    ours = ("model_channels", "channel_mult")
+    return (
+        *checked(act_fn=("silu", "swish"), norm_eps=1e-5, flip_sin_to_cos=True, freq_shift=0),
+        *checked(downsample_padding=1, mid_block_scale_factor=1, center_input_sample=(None, False)),
+        *checked(time_embedding_type="positional"),
+        Row("sample_size", "sample_size", 64, _SIDE),
+        Row("in_channels", "in_channels", ends),
+        Row("out_channels", "out_channels", ends),
+        Row(ours, "block_out_channels", widths, WIDTHS),
+        Row("", "time_embedding_dim", None, _TIME),
+        Row("num_res_blocks", "layers_per_block", 2, ONE),
+        Rows(partial(_read_blocks, attending, down), partial(_write_blocks, attending)),
+        Row(("num_heads", "num_head_channels"), "attention_head_dim", 8, heads, unless=None),
+        Row("use_scale_shift_norm", "resnet_time_scale_shift", "default", _SHIFT, unless=False),
+        Row("groups", "norm_num_groups", 32, unless=32),
+        Row("dropout", "dropout", 0.0, unless=0.0),
+        Rows(_read_labels, _write_labels),
+        *own,
     )
-    size = json.one("sample_size", 64, 2) or 64
-    json.done()
-    return fields, size, vector
 
 
-def unet_to(fields: dict[str, Any], sample_size: int, vector: str) -> dict[str, Any]:
-    """The JSON of a UNet; `vector` says where it takes one in: see `layout.slots`.
+_OFF = (
+    *("dual_cross_attention", "encoder_hid_dim", "encoder_hid_dim_type", "class_embeddings_concat"),
+    *("cross_attention_norm", "num_attention_heads", "resnet_skip_time_act", "timestep_post_act"),
+    *("reverse_transformer_layers_per_block", "time_embedding_act_fn"),
+)
+UNETS = {
+    "UNet2DConditionModel": _table(
+        4,
+        [320, 640, 1280, 1280],
+        [CROSSING] * 3 + [PLAIN],
+        _HEADS,
+        *checked(mid_block_type="UNetMidBlock2DCrossAttn", attention_type="default"),
+        *checked(resnet_out_scale_factor=1.0, conv_in_kernel=3, conv_out_kernel=3),
+        *checked(**dict.fromkeys(_OFF, (None, False))),
+        # Which side of attention is computed in float32; what only other kinds of middle blocks
+        # and of added embeddings read.
+        *passed_over("upcast_attention", "mid_block_only_cross_attention"),
+        *passed_over("addition_embed_type_num_heads"),
+        Row("context_dim", "cross_attention_dim", 1280, ONE),
+        Row(
+            "transformer_depth",
+            "transformer_layers_per_block",
+            1,
+            Codec(_depths, expected="a number for each level"),
+            unless=1,
+        ),
+        Row("disable_self_attentions", "only_cross_attention", False, unless=False),
+        Row("use_linear_in_transformer", "use_linear_projection", False, unless=False),
+        Row("time_cond_proj_dim", "time_cond_proj_dim", None, unless=None),
+    ),
+    "UNet2DModel": _table(
+        3,
+        [224, 448, 672, 896],
+        [PLAIN] + [ATTENDING] * 3,
+        _SIZE,
+        *checked(mid_block_type="UNetMidBlock2D", add_attention=True),
+        *passed_over("num_train_timesteps"),  # only of a learned embedding of the time
+        Row("", "attn_norm_num_groups", None, _NORMS),
+    ),
+}
+
+
+def unet_from(content: Json) -> tuple[Fields, Fields]:
+    """The fields of a UNet of one of the classes `UNETS`, and those of `BESIDE` that it has."""
+    fields = read_fields(content, UNETS[content.class_name])
+    content.done()
+    return fields, {name: fields.pop(name) for name in BESIDE if name in fields}
+
+
+def unet_to(fields: Fields, **beside: Any) -> Fields:
+    """The JSON of a UNet; `beside`: `BESIDE`.
 
     Raises ValueError, with the field, for what diffusers' classes cannot express.
     """
     unet = UNet(**tuples(fields))
-    widths = [mult * unet.model_channels for mult in unet.channel_mult]
-    attends = [2**i in unet.attention_resolutions for i in range(len(widths))]
-    with_context = unet.context_dim is not None
-    if unet.use_spatial_transformer and not with_context:
-        raise ValueError("unet.use_spatial_transformer without context_dim")
-    if with_context and unet.resblock_updown and any(attends[:-1]):
-        raise ValueError("unet.resblock_updown with cross-attention ahead of the last level")
-    name = "UNet2DConditionModel" if with_context else "UNet2DModel"
-    plain = "ResnetDownsampleBlock2D" if unet.resblock_updown else "DownBlock2D"
-    down = [UNETS[name]["attends"] if there else plain for there in attends]
-    content = dict(
-        _class_name=name,
-        _diffusers_version=VERSION,
-        sample_size=sample_size,
-        in_channels=unet.in_channels,
-        out_channels=unet.out_channels,
-        block_out_channels=widths,
-        down_block_types=down,
-        up_block_types=[BLOCKS[block][0] for block in reversed(down)],
-        layers_per_block=unet.num_res_blocks,
-        resnet_time_scale_shift="scale_shift" if unet.use_scale_shift_norm else "default",
-        norm_num_groups=unet.groups,
-        norm_eps=1e-5,
-        act_fn="silu",
-        flip_sin_to_cos=True,
-        freq_shift=0,
-        downsample_padding=1,
-        mid_block_scale_factor=1,
-        dropout=unet.dropout,
-    )
-    size, heads = unet.num_head_channels, unet.num_heads
-    if with_context:
-        depth, crossed = unet.transformer_depth, unet.disable_self_attentions
-        content |= dict(
-            mid_block_type="UNetMidBlock2DCrossAttn",
-            cross_attention_dim=unet.context_dim,
-            attention_head_dim=[max(1, w // size) for w in widths] if size > 0 else heads,
-            transformer_layers_per_block=list(depth) if isinstance(depth, tuple) else depth,
-            only_cross_attention=list(crossed) if isinstance(crossed, tuple) else crossed,
-            use_linear_projection=unet.use_linear_in_transformer,
-        )
-    else:
-        places = [w for w, there in zip(widths, [*attends[:-1], True], strict=True) if there]
-        sizes = {size} if size > 0 else {w // heads for w in places}
-        if len(sizes) > 1 and heads != 1:
-            raise ValueError(
-                f"unet.num_heads={heads} at widths {places}, where UNet2DModel wants as many "
-                "channels in every head"
-            )
-        content |= dict(
-            attention_head_dim=None if len(sizes) > 1 else sizes.pop(),
-            attn_norm_num_groups=unet.groups,
-            downsample_type="resnet" if unet.resblock_updown else "conv",
-            upsample_type="resnet" if unet.resblock_updown else "conv",
-        )
-    if unet.num_classes == "sequential":
-        width = dict(projection_class_embeddings_input_dim=unet.adm_in_channels)
-        kinds = dict(addition_embed_type="text_time", addition_time_embed_dim=256)
-        content |= width | (
-            kinds if vector == "add_embedding" else dict(class_embed_type="projection")
-        )
-    elif unet.num_classes == "timestep":
-        content["class_embed_type"] = "timestep"
-    elif unet.num_classes == "continuous":
-        content |= dict(
-            class_embed_type="simple_projection", projection_class_embeddings_input_dim=1
-        )
-    elif unet.num_classes is not None:
-        content["num_class_embeds"] = unet.num_classes
-    if not with_context and unet.num_classes in ("sequential", "continuous"):
-        raise ValueError(f"unet.num_classes={unet.num_classes!r} without context_dim")
-    return content
+    name = "UNet2DModel" if unet.context_dim is None else "UNet2DConditionModel"
+    if unet.context_dim is None:
+        for field in ("use_spatial_transformer", "time_cond_proj_dim"):
+            if getattr(unet, field):
+                raise ValueError(f"unet.{field} without context_dim")
+        if unet.num_classes in ("sequential", "continuous"):
+            raise ValueError(f"unet.num_classes={unet.num_classes!r} without context_dim")
+    about = dict(_class_name=name, _diffusers_version=VERSION)
+    return write_fields(UNETS[name], vars(unet) | beside, **about)
