@@ -6,6 +6,8 @@ IN is whatever `ldm_jax.load` opens; the layouts are "single_file" (ours, which 
 "compvis" (one file, as CompVis' and Stability's code has it) and "diffusers" (a folder).
 """
 
+from typing import Any
+
 import jax
 from absl import flags
 
@@ -20,18 +22,29 @@ EMA = flags.DEFINE_enum(
     ["auto", "true", "false"],
     "Averaged weights, where IN has both; auto: if it must.",
 )
+YAML = flags.DEFINE_string("yaml", "", "What IN was trained with, if CompVis' or Stability's code.")
+AUTOENCODER = flags.DEFINE_string("autoencoder", "", "Whose autoencoder takes the place of IN's.")
+TEXT = flags.DEFINE_string("text", "", "Whose text encoders take the place of IN's.")
+NEW_ATTENTION_ORDER = flags.DEFINE_bool(
+    "new_attention_order", False, "Whether IN was trained with use_new_attention_order."
+)
 
 
 def convert(
-    source: str, target: str, layout: str, dtype: str = "float32", ema: bool | str = "auto"
+    source: str,
+    target: str,
+    layout: str,
+    dtype: str = "float32",
+    ema: bool | str = "auto",
+    **options: Any,
 ) -> None:
-    """Reads, says what it is and what is odd about it, and writes.
+    """Reads, with `options` of `read_any`, says what it is and what is odd about it, and writes.
 
     Raises:
       FileNotFoundError, FileExistsError, ValueError: see `read_any` and `export`; keys that are
         missing or misshapen. Nothing is written then.
     """
-    found = read_any(source, dtype, ema)
+    found = read_any(source, dtype, ema, **options)
     print(f"{source}: {found.about}")
     for network, params in found.params.items():
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -50,7 +63,9 @@ def convert(
 
 def main(source: str, target: str):
     ema = {"true": True, "false": False}.get(EMA.value, "auto")
-    convert(source, target, TO.value, DTYPE.value, ema)
+    options = dict(config=YAML.value, autoencoder=AUTOENCODER.value, text=TEXT.value)
+    options["new_attention_order"] = NEW_ATTENTION_ORDER.value
+    convert(source, target, TO.value, DTYPE.value, ema, **options)
 
 
 if __name__ == "__main__":

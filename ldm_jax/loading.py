@@ -12,9 +12,16 @@ from ldm_jax.pipeline import Pipeline
 
 
 def load(
-    path: str | Path = "", dtype: str = "float32", autoencoder: str | Path = ""
+    path: str | Path = "",
+    dtype: str = "float32",
+    autoencoder: str | Path = "",
+    *,
+    text: str | Path = "",
+    config: str | Path = "",
+    new_attention_order: bool = False,
+    ema: bool | str = "auto",
 ) -> Pipeline | FirstStage:
-    """A model from any file or folder that holds one, whoever wrote it; "" is the one that ships.
+    """A model from any file or folder that holds one, whoever wrote it; "" is the bundled one.
 
     A finished run's workdir, a file of ours, a folder of diffusers', a `.ckpt` or `.safetensors` in
     the layout of CompVis' or Stability's code: found out by looking. docs/models.md lists models.
@@ -23,33 +30,24 @@ def load(
     Args:
       dtype: "bfloat16" halves the memory of the parameters and computes in it.
       autoencoder: a file or folder of one to use in place of the model's own, of the same latents:
-        a better decoder, or a tiny one.
+        a better decoder, a tiny one, or the one that a file lacks.
+      text: a file or folder of text encoders to use in place of the model's own, of the same width.
+      config: the YAML with which a model of CompVis' or Stability's code was trained that was never
+        published: it says what no tensor does, heads, noise and scale.
+      new_attention_order: whether a file of that code has q, k and v before the heads
+        (`use_new_attention_order`), if no YAML says it.
+      ema: averaged weights of such a file (True), trained ones (False), or what it needs ("auto").
 
     Raises:
-      FileNotFoundError: nothing there. ValueError: it holds no model, or a damaged one.
+      FileNotFoundError: nothing there. ValueError: it holds no model, or a damaged one; or what is
+        given does not fit it.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
-    opened = open_any(path, dtype)
-    config, params = opened.config, opened.params
-    if autoencoder:
-        other = open_any(autoencoder, dtype)
-        config, params = _replaced(config, params, other.config, other.params, autoencoder)
-    params = jax.device_put(params)
-    if config["task"] == "autoencoder":
-        return FirstStage(make_autoencoder(config["autoencoder"], dtype), params, config)
-    return Pipeline(LatentDiffusion.from_config(config, dtype), params, config)
-
-
-def _replaced(config, params, other_config, other_params, path):
-    """A model with another's autoencoder; the scale of the latents stays."""
-    mine, its = config["autoencoder"], other_config["autoencoder"]
-    channels, others = (make_autoencoder(section).embed_dim for section in (mine, its))
-    if channels != others:
-        raise ValueError(
-            f"autoencoder={path} has latents of {others} channels, the model of {channels}"
-        )
-    if its.get("kind") != "tiny" and "scale_factor" in mine:
-        its = its | {"scale_factor": mine["scale_factor"]}
-    params = params | {"autoencoder": other_params["autoencoder"]}
-    return config | {"autoencoder": its}, params
+    parts = dict(autoencoder=autoencoder, text=text)
+    options = dict(config=config, new_attention_order=new_attention_order)
+    opened = open_any(path, dtype, ema, **parts, **options)
+    found, params = opened.config, jax.device_put(opened.params)
+    if found["task"] == "autoencoder":
+        return FirstStage(make_autoencoder(found["autoencoder"], dtype), params, found)
+    return Pipeline(LatentDiffusion.from_config(found, dtype), params, found)

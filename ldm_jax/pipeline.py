@@ -25,7 +25,8 @@ from ldm_jax.diffusion.noise import example_keys
 from ldm_jax.diffusion.plan import Guidance, Run, Sampling, check_finite, plan
 from ldm_jax.diffusion.samplers import DDIM_INVERSE
 from ldm_jax.first_stage import FirstStage
-from ldm_jax.interop.lora import Lora, merge, read_lora
+from ldm_jax.interop.changes import Lora, merge
+from ldm_jax.interop.lora import read_lora
 from ldm_jax.interop.opening import export
 from ldm_jax.latent_diffusion import Known, LatentDiffusion
 from ldm_jax.models.build import Autoencoder

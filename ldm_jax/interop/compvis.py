@@ -14,9 +14,13 @@ from ldm_jax.diffusion.schedule import DiscreteSchedule, make_schedule
 from ldm_jax.interop.fields import canonical
 from ldm_jax.interop.files import Tensors, open_state, write_safetensors
 from ldm_jax.interop.layout import Imported, Report, read_params, slots, write_params
+from ldm_jax.interop.networks import networks, texts
 from ldm_jax.interop.recognise import BUFFERS, STAGE, UNET, Part, recognise
+from ldm_jax.interop.yaml_config import Original
+from ldm_jax.models.build import make_autoencoder
 
 AVERAGED = "model_ema.diffusion_model"
+CONDITIONER = r"cond_stage_model\.|conditioner\."
 # The parts of a UNet's names; longer ones before those that they begin with.
 _WORDS = (
     *("transformer_blocks", "skip_connection", "middle_block", "time_embed", "label_emb"),
@@ -55,79 +59,112 @@ def choose_weights(state: Tensors, ema: bool | str) -> tuple[Tensors, str]:
     return state.renamed(kept | averaged), "averaged weights (EMA)"
 
 
-def read(path: str | os.PathLike, ema: bool | str = "auto", dtype: Any = "float32") -> Imported:
+def _completed(
+    state: Tensors, autoencoder: Imported | None, text: Imported | None
+) -> tuple[Tensors, set[str]]:
+    """`state` with the shapes of parts from elsewhere in place of its own, and their prefixes."""
+    if not (autoencoder or text):
+        return state, set()
+    bare = "input_blocks.0.0.weight" in state
+    kept = {f"{UNET}{name}" if bare else name: name for name in state}
+    config: dict[str, Any] = dict(unet={}, conditioning={})
+    if autoencoder:
+        kept = {new: name for new, name in kept.items() if not new.startswith(STAGE)}
+        section = autoencoder.config["autoencoder"]
+        latents = make_autoencoder(section).embed_dim
+        small = dict(ch=32, ch_mult=[1], num_res_blocks=1, z_channels=latents, embed_dim=latents)
+        config["autoencoder"] = small | dict(kind="vq" if section.get("kind") == "vq" else "kl")
+    if text:
+        kept = {new: name for new, name in kept.items() if not re.match(CONDITIONER, new)}
+        config["conditioning"] = texts(text.config)
+    lent = [part for name, part in _parts(config).items() if name != "unet"]
+    shapes = {
+        f"{part.prefix}{name}": slot.foreign
+        for part in lent
+        for slot in slots(part.network, part.fields, part.layout).values()
+        for name in slot.names
+    }
+    return state.renamed(kept).joined(shapes), {part.prefix for part in lent}
+
+
+def read(
+    path: str | os.PathLike,
+    ema: bool | str = "auto",
+    dtype: Any = "float32",
+    *,
+    state: Tensors | None = None,
+    original: Original | None = None,
+    new_attention_order: bool = False,
+    autoencoder: Imported | None = None,
+    text: Imported | None = None,
+) -> Imported:
     """The model in a `.ckpt` or `.safetensors` of CompVis, Stability or those who followed them.
 
-    All of a model, or an autoencoder or a UNet alone: see `recognise`. `reports` has an entry for
-    each network, and "file" for what belongs to none of them.
+    All of a model, or an autoencoder, a UNet or a text encoder alone: see `recognise`. `reports`
+    has an entry for each network, and "file" for what belongs to none of them.
 
     Args:
       ema: which weights of the UNet, where the file has both: as trained (False, and "auto", as
         CompVis' scripts, diffusers and web interfaces read them) or averaged (True, and "auto"
         where some of the trained are not there).
       dtype: of the parameters.
+      state: what `open_state` gives of the file, if it is open.
+      original: what the YAML beside the file says: see `yaml_config`.
+      new_attention_order: whether attention without a context has q, k and v first, then heads
+        (`use_new_attention_order`), which no tensor tells.
+      autoencoder, text: models whose autoencoder and text encoders will take the place of the
+        file's own, which it may lack. What is returned is without them.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: what `open_state` refuses; no model that we know; averages that are not there.
+      ValueError: what `open_state` refuses; no model that we know, or not what the YAML says;
+        averages that are not there.
     """
-    return read_state(path, open_state(path), ema, dtype)
-
-
-def read_state(
-    path: str | os.PathLike, state: Tensors, ema: bool | str = "auto", dtype: Any = "float32"
-) -> Imported:
-    """`read` of a file that is open already."""
     if ema not in ("auto", True, False):
         raise ValueError(f"ema={ema!r}: choose one of 'auto', True, False")
+    state = open_state(path) if state is None else state
     try:
         state, weights = choose_weights(state, ema)
+        state, lent = _completed(state, autoencoder, text)
         found = recognise(state)
+        found = original.applied(found, state, lent) if original else found
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)} {error}") from error
     params, reports = {}, {}
     for name, part in found.parts.items():
-        table = slots(part.network, part.fields, part.layout)
+        if part.prefix in lent:
+            continue
+        options = dict(learn_sigma=part.learn_sigma)
+        options["new_attention_order"] = part.new_attention_order or new_attention_order
+        table = slots(part.network, part.fields, part.layout, **options)
         tree, reports[name] = read_params(state, table, part.prefix, dtype, part.ignored)
         if tree:
             params[name] = tree
+    if found.config.get("autoencoder", {}).get("kind") == "identity":
+        params["autoencoder"] = {}  # pixels in place of latents
     prefixes = tuple(part.prefix for part in found.parts.values())
     beside = (name for name in state if not name.startswith(prefixes))
     rest = tuple(name for name in beside if not re.fullmatch(BUFFERS, name))
     reports |= {"file": Report(extra=rest)} if rest else {}
-    about = ", ".join(filter(None, (f"{found.name}, in one file of CompVis' layout", weights)))
-    return Imported(found.config, params, about, reports)
+    about = [f"{found.name}, in one file of CompVis' layout", weights]
+    about += ["without its learned variance" for part in found.parts.values() if part.learn_sigma]
+    return Imported(found.config, params, ", ".join(filter(None, about)), reports)
 
 
-def _conditioner(name: str, section: dict[str, Any], place: int | None, params: Any) -> Part:
-    """Where a section's network goes; `place` is its number among SGM's embedders, else None."""
-    fields = dict(section["network"])
-    kind = fields.pop("kind", section["kind"])
-    if kind == "clip":
-        openclip = section.get("padding") == "zero"
-        base = "cond_stage_model." if place is None else f"conditioner.embedders.{place}."
+def _parts(config: dict[str, Any]) -> dict[str, Part]:
+    """Where a file keeps each network of a config."""
+    sections = config.get("conditioning", {})
+    # SGM's files number their conditioners; others have one.
+    sgm = any(s["kind"] == "sizes" or s.get("pooled") for s in sections.values())
+    parts: dict[str, Part] = {}
+    for name, (kind, fields) in networks(config).items():
+        openclip = kind == "clip" and sections[name].get("padding") == "zero"
+        place = f"conditioner.embedders.{len(parts.keys() & sections)}." if sgm else ""
+        prefix = place or "cond_stage_model."
+        prefix += "model." if openclip else "transformer." if kind in ("clip", "bert") else ""
+        own = dict(unet=UNET, autoencoder=STAGE if "unet" in config else "")
         layout = "openclip" if openclip else "compvis"
-        return Part("clip", fields, layout, base + ("model." if openclip else "transformer."))
-    if kind in ("text", "transformer"):
-        fields["vocab_size"] = len(params["token_emb"]["embedding"])
-        return Part("bert", fields, "compvis", "cond_stage_model.transformer.")
-    if kind == "rescaler":
-        fields["in_channels"] = section["shape"][-1]
-    return Part(kind, fields, "compvis", "cond_stage_model.")
-
-
-def _parts(config: dict[str, Any], params: dict[str, Any]) -> dict[str, Part]:
-    if config["task"] == "autoencoder":
-        return dict(autoencoder=Part("autoencoder", config["autoencoder"], "compvis", ""))
-    parts = dict(unet=Part("unet", config["unet"], "compvis", UNET))
-    if config["task"] == "unet":
-        return parts
-    parts["autoencoder"] = Part("autoencoder", config["autoencoder"], "compvis", STAGE)
-    sections = config["conditioning"]
-    sgm = any(section["kind"] == "sizes" for section in sections.values())
-    networks = {name: section for name, section in sections.items() if section.get("network")}
-    for place, (name, section) in enumerate(networks.items()):
-        parts[name] = _conditioner(name, section, place if sgm else None, params.get(name))
+        parts[name] = Part(kind, fields, layout, own.get(name, prefix))
     return parts
 
 
@@ -200,7 +237,7 @@ def write(
     """
     kind = jnp.dtype(dtype)
     tensors = _buffers(config)
-    for name, part in _parts(config, params).items():
+    for name, part in _parts(config).items():
         table = slots(part.network, part.fields, part.layout)
         tree = jax.tree.map(lambda leaf: np.asarray(leaf).astype(kind, copy=False), params[name])
         tensors |= write_params(tree, table, part.prefix)

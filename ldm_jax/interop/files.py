@@ -1,8 +1,7 @@
 """Tensors in other people's files: safetensors and torch checkpoints, whole or in shards.
 
-A file is known by what is in it, whatever its name. Of safetensors only the header is read at once,
-and checked; a tensor is read when it is asked for, so that a file is never in memory as a whole.
-Format: 8 bytes, the header's length N (little-endian); N bytes of JSON; the tensors, back to back.
+A file is known by what is in it, whatever its name. Opening reads names, shapes and types; a tensor
+is read when it is asked for, so that a file is never in memory as a whole.
 """
 
 import json
@@ -16,8 +15,9 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from ldm_jax.interop.pickle_reader import read_pickle
+from ldm_jax.interop.pickle_reader import read_checkpoint
 
 DTYPES = {
     "F64": np.dtype("<f8"),
@@ -37,7 +37,6 @@ DTYPES = {
     "BOOL": np.dtype("?"),
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
 class Entry(NamedTuple):
@@ -86,17 +85,21 @@ class Tensors(Mapping[str, np.ndarray]):
         entries = {new: self._entries[name] for new, name in names.items()}
         return Tensors(entries, self.metadata)
 
+    def joined(self, shapes: Mapping[str, tuple[int, ...]]) -> "Tensors":
+        """These, and names of which only the shape is known, which cannot be read."""
+        entries = {name: Entry(name, shape, np.dtype("f4"), None) for name, shape in shapes.items()}
+        return Tensors(self._entries | entries, self.metadata)
+
 
 def open_state(path: str | os.PathLike) -> Tensors:
     """The tensors of one safetensors file or torch checkpoint, in the types that it stores.
 
-    Of a checkpoint, its "state_dict" if it has one; what is no tensor is left out, and all of it
-    is in memory.
+    Of a checkpoint, those of its "state_dict" if it has one; see `read_checkpoint`.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: the file is empty, truncated, damaged, of another kind, or holds no tensors; or
-        what `read_pickle` refuses. Says file and key.
+        what `read_checkpoint` refuses. Says file and key.
     """
     path = Path(path)
     if not path.is_file():
@@ -104,12 +107,16 @@ def open_state(path: str | os.PathLike) -> Tensors:
         raise FileNotFoundError(f"{path} {what}, where a file of weights was expected")
     with open(path, "rb") as file:
         start = file.read(64)
+    metadata: dict[str, str] = {}
     if not start:
         raise ValueError(f"{path} is empty")
     if start[8:9] == b"{":  # no pickle and no zip has a brace there
-        entries, metadata = _read_header(path)
+        entries, metadata = _open_safetensors(path, *struct.unpack("<Q", start[:8]))
     elif start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-        entries, metadata = _read_checkpoint(path), {}
+        entries = {
+            name: Entry(f"{path}: {name}", *tensor)
+            for name, tensor in read_checkpoint(path).items()
+        }
     elif start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a pointer of Git LFS to the file, which `git lfs pull` gets")
     else:
@@ -122,89 +129,27 @@ def open_state(path: str | os.PathLike) -> Tensors:
     return Tensors(entries, metadata)
 
 
-def _read_checkpoint(path: Path) -> dict[str, Entry]:
-    tree = read_pickle(path)
-    inner = tree.get("state_dict")
-    tree = inner if isinstance(inner, dict) else tree
-    return {
-        name: Entry(f"{path}: {name}", value.shape, value.dtype, lambda value=value: value)
-        for name, value in tree.items()
-        if isinstance(name, str) and isinstance(value, np.ndarray)
-    }
-
-
-def _no_duplicates(pairs: list[tuple]) -> dict:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
-    return dict(pairs)
-
-
-def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Entries and metadata of a safetensors file, whose tensors must fill it without overlap."""
-    file_bytes = path.stat().st_size
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > min(file_bytes - 8, _MAX_HEADER):
-            raise ValueError(
-                f"{path} says that its header has {length} bytes, but the file has {file_bytes}: "
-                "it is truncated, or no safetensors file"
-            )
-        header = file.read(length)
+def _open_safetensors(path: Path, header: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Entries and metadata; the library checks that the tensors fill the file without overlap."""
+    entries, offset = {}, 8 + header
     try:
-        header = json.loads(header, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: the safetensors header is damaged: {error}") from error
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise ValueError(f"{path}: __metadata__ of the safetensors header is no object")
-
-    start, spans, entries = 8 + length, [], {}
-    for name, about in header.items():
-        place = f"{path}: {name}"
-        dtype, shape, (begin, end) = _describe(place, about)
-        if end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(
-                f"{place} has {end - begin} bytes, but shape {list(shape)} of {dtype} needs "
-                f"{math.prod(shape) * dtype.itemsize}"
-            )
-        spans.append((begin, end, name))
-        entries[name] = Entry(place, shape, dtype, _reader(path, dtype, shape, start + begin))
-    _check_spans(path, sorted(spans), file_bytes - start)
-    return entries, metadata
-
-
-def _describe(place: str, about: object) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
-    """dtype, shape and span that the header gives a tensor; ValueError if they make no sense."""
-    about = about if isinstance(about, dict) else {}
-    code, shape, span = (about.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(code, str) or code not in DTYPES:
-        raise ValueError(f"{place} has dtype {code!r}: known are {', '.join(DTYPES)}")
-    for numbers in (shape, span):
-        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
-            raise ValueError(f"{place} has shape {shape!r} and data_offsets {span!r}")
-    if len(span) != 2 or span[0] > span[1]:
-        raise ValueError(f"{place} has data_offsets {span}, where [begin, end] was expected")
-    return DTYPES[code], tuple(shape), tuple(span)
-
-
-def _check_spans(path: Path, spans: list[tuple[int, int, str]], size: int) -> None:
-    position, before = 0, None
-    for begin, end, name in spans:
-        if begin < position:
-            raise ValueError(f"{path}: {before} and {name} overlap")
-        if begin > position:
-            raise ValueError(f"{path}: {begin - position} bytes before {name} belong to no tensor")
-        if end > size:
-            raise ValueError(f"{path} is truncated: {name} ends {end - size} bytes after the file")
-        position, before = end, name
-    if position < size:
-        raise ValueError(f"{path}: {size - position} bytes at the end belong to no tensor")
+        with safe_open(os.fspath(path), framework="np") as file:
+            for name in file.offset_keys():
+                place, about = f"{path}: {name}", file.get_slice(name)
+                code, shape = about.get_dtype(), tuple(about.get_shape())
+                if code not in DTYPES:
+                    raise ValueError(f"{place} is of type {code}: known are {', '.join(DTYPES)}")
+                read = _reader(path, DTYPES[code], shape, offset)
+                entries[name] = Entry(place, shape, DTYPES[code], read)
+                offset += math.prod(shape) * DTYPES[code].itemsize
+            return entries, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated, damaged or no safetensors file: {error}") from error
 
 
 def _reader(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Callable:
-    # Reading, not mapping: pages of a mapped file count as memory of the process.
+    # The library maps the file, and pages of a mapped file count as memory of the process; and it
+    # gives NumPy no float8.
     def read():
         array = np.fromfile(path, dtype, math.prod(shape), offset=offset)
         if array.size < math.prod(shape):
@@ -274,6 +219,8 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes tensors as they are, one by one. The file appears whole or not at all, mode 0644.
+
+    The library's writer takes all in one piece of memory each, and ours are mostly turned views.
 
     Raises ValueError for a type that safetensors cannot hold.
     """

@@ -17,7 +17,6 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ldm_jax.conditions.tokenizer import make_tokenizer
 from ldm_jax.interop import names
 from ldm_jax.models.build import AUTOENCODERS, make_autoencoder, tuples
 from ldm_jax.models.clip import CLIPText
@@ -25,14 +24,9 @@ from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
 from ldm_jax.models.text import TextTransformer
 from ldm_jax.models.unet import UNet
 
-LAYOUTS = {
-    "unet": ("compvis", "diffusers"),
-    "autoencoder": ("compvis", "diffusers"),
-    "clip": ("compvis", "diffusers", "openclip"),
-    "bert": ("compvis", "diffusers"),
-    "class": ("compvis", "diffusers"),
-    "rescaler": ("compvis", "diffusers"),
-}
+LAYOUTS = dict.fromkeys(
+    ("unet", "autoencoder", "clip", "bert", "class", "rescaler"), ("compvis", "diffusers")
+) | {"clip": ("compvis", "diffusers", "openclip")}
 # Where diffusers' UNets take a vector in.
 VECTORS = ("add_embedding", "class_embedding")
 # What files hold beside a network's parameters: buffers, heads that only training needs, and the
@@ -50,8 +44,8 @@ class Slot:
       foreign: shape of each tensor.
       transposed: whether ours is a kernel, (…, in, out), and theirs (out, in, …).
       part: (i, n) where the leaf is the i-th of n equal parts of the tensor, along its first axis.
-      heads: where our leaf is CompVis' `qkv`, whose outputs are ordered head first, then q, k, v,
-        and the names are those of queries, keys and values.
+      heads: where our leaf is `qkv`, whose outputs are ordered head first, then q, k, v, and theirs
+        have q, k, v first: one tensor for each, or one for all.
       others: other names that files have for the same tensors.
     """
 
@@ -66,20 +60,17 @@ class Slot:
     def read(self, *tensors: np.ndarray) -> np.ndarray:
         """Our leaf, a view where that can be, from its tensors; shapes must fit (`fits`)."""
         i, n = self.part
+        tensor = np.concatenate(tensors) if len(tensors) > 1 else np.split(tensors[0], n)[i]
         if self.heads:
-            by_head = [t.reshape(self.heads, -1, *t.shape[1:]) for t in tensors]
-            tensor = np.stack(by_head, axis=1).reshape(-1, *tensors[0].shape[1:])
-        else:
-            tensor = np.split(tensors[0], n)[i]
+            tensor = _swapped(tensor, 3, self.heads)
         return names.to_flax(tensor, self.shape) if self.transposed else tensor
 
     def write(self, leaf: np.ndarray) -> list[np.ndarray]:
         """The tensors that hold a leaf; of one that is shared, this leaf's part."""
         tensor = names.to_torch(leaf, len(self.foreign)) if self.transposed else leaf
-        if not self.heads:
-            return [tensor]
-        by_head = tensor.reshape(self.heads, 3, -1, *tensor.shape[1:])
-        return [by_head[:, i].reshape(self.foreign) for i in range(3)]
+        if self.heads:
+            tensor = _swapped(tensor, self.heads, 3)
+        return np.split(tensor, len(self.names))
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of that shape can be read: a 1×1 kernel's 1s may be there or not."""
@@ -88,6 +79,12 @@ class Slot:
             return shape[:2] if set(shape[2:]) <= {1} else shape
 
         return matrix(tuple(shape)) == matrix(self.foreign)
+
+
+def _swapped(tensor: np.ndarray, first: int, second: int) -> np.ndarray:
+    """The first axis, of first·second equal parts, in the order second·first."""
+    parts = tensor.reshape(first, second, -1, *tensor.shape[1:])
+    return parts.swapaxes(0, 1).reshape(tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -160,24 +157,6 @@ _BUILD: dict[str, Callable[..., tuple[nn.Module, list, dict]]] = {
 }
 
 
-def networks(config: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Name of each network of a config → (network, fields), as `slots` takes them."""
-    found = {name: (name, config[name]) for name in ("unet", "autoencoder") if name in config}
-    for name, section in config.get("conditioning", {}).items():
-        fields = dict(section.get("network") or {})
-        kind = fields.pop("kind", section["kind"])
-        if not fields:
-            continue
-        if kind in ("text", "transformer"):
-            kind = "bert"
-            if "vocab_size" not in fields:
-                fields["vocab_size"] = make_tokenizer(section, fields.get("max_length", 77)).size
-        elif kind == "rescaler":
-            fields["in_channels"] = section["shape"][-1]
-        found[name] = kind, fields
-    return found
-
-
 def shapes(network: str, fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Leaf path ("a/b/kernel") → shape of a network with these fields; nothing is computed."""
     try:
@@ -210,29 +189,37 @@ def _heads(unet: UNet, channels: int, name: str) -> int:
     return unet.num_heads[~level if place and place[1] == "up" else level]
 
 
-def _unet_slot(fields: dict[str, Any], layout: str, vector: str, path: str, shape: tuple) -> Slot:
+def _unet_slot(
+    fields: dict[str, Any], layout: str, options: dict[str, Any], path: str, shape: tuple
+) -> Slot:
     unet = UNet(**fields)
     plain = unet.context_dim is None and not unet.use_spatial_transformer
-    name = names.compvis_name("unet", path)
+    name = names.name_of("unet", path)
     layer = path.split("/")[1:-1]  # of an attention module, or of a deeper or another one
     dimensions = 0
     if layer in (["qkv"], ["proj_in"], ["proj_out"]):
         matrix = unet.use_linear_in_transformer or plain and layout == "diffusers"
         dimensions = 2 if matrix else 3 if plain else 4
+    heads = None
+    if layer == ["qkv"] and (layout == "diffusers" or options["new_attention_order"]):
+        called_so = names.diffusers_unet_name(name, unet.num_res_blocks, plain)
+        heads = _heads(unet, shape[-1] // 3, called_so)
     if layout == "compvis":
-        return _slot(path, shape, name, dimensions=dimensions)
+        slot = _slot(path, shape, name, dimensions=dimensions, heads=heads)
+        if not (options["learn_sigma"] and path.startswith("out_2/")):
+            return slot
+        rows, *rest = slot.foreign
+        return replace(slot, foreign=(2 * rows, *rest), part=(0, 2))
 
     def called(vector):
         return names.diffusers_unet_name(name, unet.num_res_blocks, plain, vector)
 
+    new = called(options["vector"])
     if layer == ["qkv"]:
-        channels = shape[-1] // 3
-        three = tuple(called(vector).replace(".qkv.", f".to_{x}.") for x in "qkv")
+        three = tuple(new.replace(".qkv.", f".to_{x}.") for x in "qkv")
         old = tuple(names.old_diffusers_name(name) for name in three)
-        heads = _heads(unet, channels, three[0])
-        one = _slot(path, (*shape[:-1], channels), *three, heads=heads, others=(old,))
-        return replace(one, shape=shape)
-    new = called(vector)
+        third = (*shape[:-1], shape[-1] // 3)
+        return replace(_slot(path, third, *three, heads=heads, others=(old,)), shape=shape)
     aliases = [*map(called, VECTORS), names.old_diffusers_name(new)]
     others = tuple((alias,) for alias in dict.fromkeys(aliases) if alias != new)
     return _slot(path, shape, new, dimensions=dimensions, others=others)
@@ -241,10 +228,9 @@ def _unet_slot(fields: dict[str, Any], layout: str, vector: str, path: str, shap
 def _autoencoder_slot(fields: dict[str, Any], layout: str, path: str, shape: tuple) -> Slot:
     kind = fields.get("kind", "kl")
     if kind == "tiny":
-        compvis = layout == "compvis"
-        called = names.compvis_name("tiny", path) if compvis else names.diffusers_tiny_name(path)
-        return _slot(path, shape, called)
-    called = names.compvis_name("autoencoder", path)
+        code = "tiny" if layout == "compvis" else "diffusers_tiny"
+        return _slot(path, shape, names.name_of(code, path))
+    called = names.name_of("autoencoder", path)
     if layout == "compvis":
         return _slot(path, shape, called)
     levels = len(fields.get("ch_mult", AUTOENCODERS[kind].ch_mult))
@@ -258,11 +244,11 @@ def _autoencoder_slot(fields: dict[str, Any], layout: str, path: str, shape: tup
 
 def _clip_slot(layout: str, path: str, shape: tuple) -> Slot:
     if layout != "openclip":
-        called = names.clip_name(path)
+        called = names.name_of("clip", path)
         # transformers 5 leaves the first part away; its older versions need it.
         bare = called.removeprefix("text_model.")
         return _slot(path, shape, called, others=((bare,),) if bare != called else ())
-    called = names.open_clip_name(path)
+    called = names.name_of("openclip", path)
     if path.startswith("text_projection"):
         return Slot(shape, (called,), shape)  # a plain matrix there, multiplied from the right
     slot = _slot(path, shape, called)
@@ -274,7 +260,12 @@ def _clip_slot(layout: str, path: str, shape: tuple) -> Slot:
 
 
 def slots(
-    network: str, fields: dict[str, Any], layout: str, vector: str = "add_embedding"
+    network: str,
+    fields: dict[str, Any],
+    layout: str,
+    vector: str = "add_embedding",
+    new_attention_order: bool = False,
+    learn_sigma: bool = False,
 ) -> dict[str, Slot]:
     """Where a layout keeps each leaf of a network, by our leaf path ("a/b/kernel").
 
@@ -285,6 +276,10 @@ def slots(
       layout: one of `LAYOUTS[network]`.
       vector: where diffusers' UNets with num_classes="sequential" take their vector in:
         "add_embedding" (SDXL) or "class_embedding" (unCLIP). Either is read; this one is written.
+      new_attention_order: whether CompVis' one `qkv` has q, k and v first and then heads, as with
+        the original's `use_new_attention_order` (of attention without a context).
+      learn_sigma: whether a UNet of CompVis' layout has as many outputs again, which tell its
+        variance (guided-diffusion's `learn_sigma`), and which are not read.
 
     Raises ValueError for an unknown network, layout or kind, or fields that fit no module.
     """
@@ -296,17 +291,17 @@ def slots(
     if vector not in VECTORS:
         raise ValueError(f"vector={vector!r}: choose one of {', '.join(VECTORS)}")
     fields = tuples(fields)
+    options = dict(vector=vector, new_attention_order=new_attention_order, learn_sigma=learn_sigma)
 
     def slot(path, shape):
         if network == "unet":
-            return _unet_slot(fields, layout, vector, path, shape)
+            return _unet_slot(fields, layout, options, path, shape)
         if network == "autoencoder":
             return _autoencoder_slot(fields, layout, path, shape)
         if network == "clip":
             return _clip_slot(layout, path, shape)
-        if network == "bert" and layout == "diffusers":
-            return _slot(path, shape, names.ldm_bert_name(path))
-        return _slot(path, shape, names.compvis_name(network, path))
+        code = "diffusers_bert" if (network, layout) == ("bert", "diffusers") else network
+        return _slot(path, shape, names.name_of(code, path))
 
     return {path: slot(path, shape) for path, shape in shapes(network, fields).items()}
 

@@ -1,9 +1,9 @@
-"""Low-rank adaptations (Hu et al. 2021) from other people's files: W + scale·(alpha/rank)·up·down.
+"""Changes of a model's kernels from other people's files: LoRA, LoHa, LoKr, LoCon and DoRA.
 
-Read are LoRAs of UNets and CLIP text encoders, on matrices and on convolutions, as kohya's scripts
-write them (`lora_unet_….lora_down.weight`, after diffusers' names or, for SDXL, CompVis') and as
-peft and diffusers do (`unet.….lora_A.weight`, and two older spellings). Layers are looked up by
-their names with every dot an underscore, in which all of these agree.
+Of UNets and CLIP text encoders, matrices and convolutions, as kohya's scripts and LyCORIS write
+them (`lora_unet_….lora_down.weight`, after diffusers' names or, for SDXL, CompVis') and as peft and
+diffusers do (`unet.….lora_A.weight`, and two older spellings). Layers are looked up by their names
+with every dot an underscore, in which all of these agree.
 """
 
 import json
@@ -15,24 +15,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ldm_jax.interop import names
+from ldm_jax.interop.changes import (
+    Change,
+    Decomposed,
+    Factors,
+    Hadamard,
+    Kronecker,
+    Lora,
+    delta,
+)
 from ldm_jax.interop.files import Tensors, open_state
 from ldm_jax.interop.layout import VECTORS, shapes
+from ldm_jax.interop.networks import networks
 from ldm_jax.models.unet import UNet
-
-
-class Factors(NamedTuple):
-    """A change of one kernel (…, in, out) is `down` (…, in, rank) times `up` (rank, out)."""
-
-    down: np.ndarray
-    up: np.ndarray
-
-
-Lora = dict[str, Factors]  # by path, "unet/input_blocks_1_1/proj_in/kernel"; alpha is in `up`
 
 # Networks by what their layers' names begin with. Names without any of these are a UNet's.
 PREFIXES = (
@@ -40,17 +38,18 @@ PREFIXES = (
     (r"lora_te2_|text_encoder_2\.", "text_2"),
     (r"lora_te1?_|text_encoder\.", "text"),
 )
-PART = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](down|up|A|B)(?:\.\w+)?\.weight")
-ALPHA = re.compile(r"(.+?)(?:[._]lora)?\.alpha")
+PART = re.compile(
+    r"(.+?)(?:[._]lora(?:_linear_layer)?[._](down|up|mid|A|B)(?:\.\w+)?\.weight"
+    r"|\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|dora_scale)(?:\.\w+)*"
+    r"|[._](lora_magnitude_vector)(?:\.\w+)*|(?:[._]lora)?\.(alpha))"
+)
 PARTS = {"A": "down", "B": "up"}
 # What else files hold that changes layers, by something in their keys.
 OTHER_METHODS = {
-    "DoRA": r"\.dora_scale$|lora_magnitude_vector",
-    "LoHa": r"\.hada_",
-    "LoKr": r"\.lokr_",
-    "LoCon with a middle factor": r"\.lora_mid\.",
-    "OFT": r"\.oft_",
-    "IA3": r"\.on_input$",
+    "OFT": r"\.b?oft_",
+    "IA3": r"\.on_input$|\.ia3_l",
+    "GLoRA": r"\.[ab][12]\.weight$",
+    "norms": r"\.[wb]_norm$",
     "a change that is not of low rank": r"\.diff(_b)?$",
     "LoRA with biases": r"lora_B\.(\w+\.)?bias$",
 }
@@ -96,7 +95,9 @@ def read_lora(
     for method, pattern in OTHER_METHODS.items():
         key = next((key for key in state if re.search(pattern, key)), None)
         if key:
-            raise ValueError(f"{path} holds {method}, and only plain LoRA can be read: {key}")
+            raise ValueError(
+                f"{path} holds {method}, and LoRA, LoHa, LoKr and DoRA can be read: {key}"
+            )
     layers, rest = _layers(state)
     if not layers:
         raise ValueError(f"{path} holds no LoRA: its {len(state)} keys are {_some(list(state))}")
@@ -110,11 +111,6 @@ def read_lora(
             f"in this one, {_some(odd)}. {_compared(state, layers, config)}"
         )
 
-    for layer, found in layers.items():
-        wrong = _wrong_shape(state, found, *targets[layer])
-        if wrong:
-            raise ValueError(f"{wrong}. {_compared(state, layers, config)}")
-
     given = _header_alphas(path, state, layers)
     given |= {_layer(name): float(alpha) for name, alpha in (alphas or {}).items()}
     lora: Lora = {}
@@ -122,28 +118,22 @@ def read_lora(
         leaf, shape = targets[layer]
         if leaf in lora:
             raise ValueError(f"{path} changes {leaf} twice, the second time as {found.name}")
-        lora[leaf] = _factors(state, found, shape, given.get(layer))
+        parts = _parts(state, found)
+        try:
+            change = _change(parts, shape[:-2], given.get(layer))
+        except KeyError as error:
+            have = " and ".join(parts)
+            raise ValueError(f"{path}: {found.name} has {have}, and no {error} beside it") from None
+        except ValueError:
+            change = None
+        if change is None or not _fits(change, shape):
+            came = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
+            raise ValueError(
+                f"{path}: {found.name}: {came} do not change {leaf}, which here is "
+                f"{[*shape[:-3:-1], *shape[:-2]]}. {_compared(state, layers, config)}"
+            )
+        lora[leaf] = change
     return lora
-
-
-def merge(params: dict[str, Any], lora: Lora, scale: float | jax.Array = 1.0) -> dict[str, Any]:
-    """`params` with scale·(alpha/rank)·up·down added to each kernel that `lora` changes.
-
-    The sum is computed in float32 and has the kernel's type. Pure, and `scale` may be traced, so
-    merging inside of a jitted function keeps the LoRA apart, its strength free.
-
-    Raises ValueError for a kernel that `params` lacks or that has another shape.
-    """
-    flat = flatten_dict(params, sep="/", keep_empty_nodes=True)
-    for path, (down, up) in lora.items():
-        expected = (*down.shape[:-1], up.shape[-1])
-        found = getattr(flat.get(path), "shape", None)
-        if found != expected:
-            raise ValueError(f"the LoRA changes {path} of shape {expected}, which here is {found}")
-        delta = jnp.matmul(down, up, precision="highest", preferred_element_type=jnp.float32)
-        kernel = jnp.asarray(flat[path])
-        flat[path] = (kernel.astype(jnp.float32) + scale * delta).astype(kernel.dtype)
-    return unflatten_dict(flat, sep="/")
 
 
 def _weights(path: Path) -> Path:
@@ -158,24 +148,21 @@ def _weights(path: Path) -> Path:
 
 def _layers(state: Tensors) -> tuple[dict[Layer, Found], list[str]]:
     """What the file has of each layer, and the keys that are part of none."""
-    layers, rest, alphas = {}, [], []
+    layers: dict[Layer, Found] = {}
+    rest = []
     for key in state:
-        if match := PART.fullmatch(key):
-            found = layers.setdefault(_layer(match[1]), Found(match[1], {}))
-            part = PARTS.get(match[2], match[2])
-            if part in found.keys:
-                raise ValueError(f"{state.place(key)} is there as {found.keys[part]} already")
-            found.keys[part] = key
-        elif match := ALPHA.fullmatch(key):
-            alphas.append((_layer(match[1]), key))
-        else:
+        match = PART.fullmatch(key)
+        if not match:
             rest.append(key)
-    for layer, key in alphas:
-        if layer in layers:
-            layers[layer].keys["alpha"] = key
-        else:
-            rest.append(key)
-    return layers, rest
+            continue
+        found = layers.setdefault(_layer(match[1]), Found(match[1], {}))
+        part = next(filter(None, match.groups()[1:]))
+        part = PARTS.get(part, part)
+        if part in found.keys:
+            raise ValueError(f"{state.place(key)} is there as {found.keys[part]} already")
+        found.keys[part] = key
+    alone = [layer for layer, found in layers.items() if found.keys.keys() == {"alpha"}]
+    return layers, rest + [layers.pop(layer).keys["alpha"] for layer in alone]
 
 
 def _layer(name: str) -> Layer:
@@ -197,21 +184,21 @@ def _targets(config: dict[str, Any]) -> dict[Layer, tuple[str, tuple[int, ...]]]
     """Path and shape of the kernel that the LoRA of a layer changes."""
     targets = {}
     blocks = config["unet"].get("num_res_blocks", UNet.num_res_blocks)
-    for path, shape in _kernels("unet", config["unet"]):
-        compvis = names.compvis_name("unet", path)
-        diffusers = (names.diffusers_unet_name(compvis, blocks, vector=v) for v in VECTORS)
-        for name in (compvis, *diffusers):
-            targets[_layer(name.removesuffix(".weight"))] = f"unet/{path}", shape
-    for section, fields in config.get("conditioning", {}).items():
-        if fields["kind"] == "clip":
-            for path, shape in _kernels("clip", fields["network"]):
-                _, name = _layer("text_encoder." + names.clip_name(path).removesuffix(".weight"))
-                targets[section, name] = f"{section}/{path}", shape
+    for section, (network, fields) in networks(config).items():
+        if network not in ("unet", "clip"):
+            continue
+        for path, shape in shapes(network, fields).items():
+            if not path.endswith("/kernel"):
+                continue
+            prefix, called = "text_encoder.", [names.name_of("clip", path)]
+            if network == "unet":
+                name = names.name_of("unet", path)
+                diffusers = (names.diffusers_unet_name(name, blocks, vector=v) for v in VECTORS)
+                prefix, called = "unet.", [name, *diffusers]
+            for name in called:
+                layer = section, _layer(prefix + name.removesuffix(".weight"))[1]
+                targets[layer] = f"{section}/{path}", shape
     return targets
-
-
-def _kernels(network: str, fields: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
-    return [(p, shape) for p, shape in shapes(network, fields).items() if p.endswith("/kernel")]
 
 
 def _header_alphas(path: Path, state: Tensors, layers: dict[Layer, Found]) -> dict[Layer, float]:
@@ -221,6 +208,7 @@ def _header_alphas(path: Path, state: Tensors, layers: dict[Layer, Found]) -> di
         alphas = {
             layer: _peft_alpha(about, found.name, state.shape(found.keys["down"])[0])
             for layer, found in layers.items()
+            if "down" in found.keys
         }
     except (ValueError, AttributeError, TypeError, re.error) as error:
         raise ValueError(f"{path}: lora_adapter_metadata in the header: {error!r}") from error
@@ -240,54 +228,97 @@ def _peft_alpha(about: dict[str, Any], name: str, rank: int) -> float | None:
     return float(alpha) * (math.sqrt(rank) if about.get(f"{network}.use_rslora") else 1.0)
 
 
-def _wrong_shape(state: Tensors, found: Found, leaf: str, shape: tuple[int, ...]) -> str | None:
-    """What is wrong with the factors of a kernel of this shape, if anything is."""
-    *space, inputs, outputs = shape
-    for part, other in (("down", "up"), ("up", "down")):
-        if part not in found.keys:
-            return f"{state.place(found.keys[other])} has no {part!r} beside it"
-    alpha = found.keys.get("alpha")
-    if alpha and math.prod(state.shape(alpha)) != 1:
-        return f"{state.place(alpha)} has shape {list(state.shape(alpha))}, but should be a number"
-    rank = max([1, *state.shape(found.keys["down"])[:1]])
-    for part, expected in (("down", (rank, inputs, *space)), ("up", (outputs, rank))):
-        came = state.shape(found.keys[part])
-        if _bare(came) != _bare(expected):
-            key = state.place(found.keys[part])
-            return f"{key} has shape {list(came)}, but {leaf} here needs {list(expected)}"
-    return None
-
-
-def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without the 1s of a 1×1 convolution."""
-    return shape[:2] if set(shape[2:]) <= {1} else shape
-
-
-def _factors(state: Tensors, found: Found, shape: tuple[int, ...], alpha: float | None) -> Factors:
-    tensors = {part: state[key].astype(np.float32) for part, key in found.keys.items()}
-    for part, tensor in tensors.items():
+def _parts(state: Tensors, found: Found) -> dict[str, np.ndarray]:
+    """What the file has of a layer, in torch's layout. Raises ValueError for broken numbers."""
+    parts = {part: state[key].astype(np.float32) for part, key in found.keys.items()}
+    for part, tensor in parts.items():
+        place = state.place(found.keys[part])
         if not np.isfinite(tensor).all():
-            raise ValueError(f"{state.place(found.keys[part])} holds NaN or infinity")
-    rank = len(tensors["down"])
-    if "alpha" in tensors:
-        alpha = tensors["alpha"].item()
-    scale = 1.0 if alpha is None else alpha / rank
-    down = names.to_flax(tensors["down"].reshape(rank, shape[-2], *shape[:-2]), (*shape[:-1], rank))
-    return Factors(down, tensors["up"].reshape(shape[-1], rank).T * np.float32(scale))
+            raise ValueError(f"{place} holds NaN or infinity")
+        if part == "alpha" and tensor.size != 1:
+            raise ValueError(f"{place} has shape {list(tensor.shape)}, but should be a number")
+    return parts
+
+
+def _low_rank(up: np.ndarray, down: np.ndarray, core: np.ndarray | None, space: tuple) -> Factors:
+    """From torch's (out, rank) and (rank, in, …), with a `core` (rank, rank, …) between them."""
+    if core is not None:
+        down = np.einsum("ij...,jk->ik...", core, down.reshape(down.shape[:2]))
+    down, up = down.reshape(len(down), -1, *space), up.reshape(up.shape[:2])
+    if len(down) != up.shape[1]:
+        raise ValueError(f"ranks {len(down)} and {up.shape[1]}")
+    return Factors(np.moveaxis(down, (0, 1), (-1, -2)), up.T)
+
+
+def _change(parts: dict[str, np.ndarray], space: tuple[int, ...], alpha: float | None) -> Change:
+    """What a layer's parts make, for a kernel with these windows.
+
+    Raises KeyError for a part that is missing, ValueError for shapes that do not fit each other.
+    """
+    if "alpha" in parts:
+        alpha = parts["alpha"].item()
+    # Where no factor has a rank, LyCORIS ignores alpha.
+    ranked = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+    rank = next((len(parts[part]) for part in ranked if part in parts), None)
+    scale = np.float32(1.0 if None in (alpha, rank) else alpha / max(rank, 1))
+
+    def side(name: str, space: tuple[int, ...]) -> Factors:
+        core = parts.get(name.replace("w", "t"))
+        up = parts[f"{name}_a"] if core is None else parts[f"{name}_a"].T
+        return _low_rank(up, parts[f"{name}_b"], core, space)
+
+    def whole(name: str, space: tuple[int, ...]) -> np.ndarray:
+        if name not in parts:
+            return np.matmul(*side(name, space))
+        given = parts[name]
+        return np.moveaxis(given.reshape(*given.shape[:2], *space), (0, 1), (-1, -2))
+
+    kinds = {part[:4] for part in parts} & {"hada", "lokr", "down"}
+    if len(kinds) > 1:
+        raise ValueError(f"a layer is changed in one way, not in {len(kinds)}")
+    if kinds == {"hada"}:
+        first, second = side("hada_w1", space), side("hada_w2", space)
+        change: Change = Hadamard(first._replace(up=scale * first.up), second)
+    elif kinds == {"lokr"}:
+        change = Kronecker(scale * whole("lokr_w1", ()), whole("lokr_w2", space))
+    else:
+        factors = _low_rank(parts["up"], parts["down"], parts.get("mid"), space)
+        change = factors._replace(up=scale * factors.up)
+    return _decomposed(change, parts, len(space))
+
+
+def _fits(change: Change, shape: tuple[int, ...]) -> bool:
+    """Whether a change, and its norms, are of a kernel of that shape."""
+    norms = change.magnitude.shape if isinstance(change, Decomposed) else [1] * len(shape)
+    alike = all(n in (1, m) for n, m in zip(norms, shape, strict=True))
+    return alike and jax.eval_shape(delta, change).shape == shape
+
+
+def _decomposed(change: Change, parts: dict[str, np.ndarray], space: int) -> Change:
+    """With the norms, if the layer has any: peft's are of outputs, LyCORIS' as their shape says."""
+    norms = parts.get("lora_magnitude_vector", parts.get("dora_scale"))
+    if norms is None:
+        return change
+    if norms.size != max(norms.shape, default=0):
+        raise ValueError(f"norms of shape {norms.shape}, where a vector was expected")
+    of_inputs = "dora_scale" in parts and norms.ndim > 1 and len(norms) == 1
+    shape = (-1, 1) if of_inputs else (1, -1)
+    return Decomposed(change, norms.reshape(*[1] * space, *shape))
 
 
 def _compared(state: Tensors, layers: dict[Layer, Found], config: dict[str, Any]) -> str:
     """For which kind of model this LoRA may be, and of which kind this one is."""
-    theirs = state.metadata.get("ss_base_model_version") or "something else"
+    theirs = state.metadata.get("ss_base_model_version")
     for (network, name), found in layers.items():
         if re.match(TRANSFORMERS, found.name):
             theirs = "a transformer, such as those of FLUX and Stable Diffusion 3"
-        if network == "unet" and name.endswith("attn2_to_k") and "down" in found.keys:
-            for width in state.shape(found.keys["down"])[1:2]:
+        key = found.keys.get("down") or found.keys.get("hada_w1_b")
+        if network == "unet" and name.endswith("attn2_to_k") and key:
+            for width in state.shape(key)[1:2]:
                 theirs = FAMILIES.get(width, f"one with context_dim={width}")
     width = config["unet"].get("context_dim")
     ours = FAMILIES.get(width, f"one with context_dim={width}")
-    return f"It seems to be for {theirs}; this model is {ours}"
+    return f"It seems to be for {theirs}; this model is {ours}" if theirs else f"This is {ours}"
 
 
 def _some(keys: list[str]) -> str:

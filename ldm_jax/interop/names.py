@@ -1,9 +1,8 @@
 """What other people's files call our parameters, and how their arrays lie.
 
-The names of CompVis' code are the common tongue of UNet, autoencoder and LDM's text transformer:
-`compvis_name` makes them from our paths, and the functions named after diffusers make diffusers'
-from those. CLIP's have their own two. Each layout is one function in one direction; reading inverts
-it over the parameters that a model has (`layout.slots`). torch keeps a matrix as (out, in) and a
+`name_of` makes a name from our path, in any of several codes. diffusers' names of UNets and
+autoencoders are made from those of CompVis' code. Each is in one direction; reading inverts it over
+the parameters that a model has (`layout.slots`). torch keeps a matrix as (out, in) and a
 convolution as (out, in, height, width), where Flax has (in, out) and (height, width, in, out).
 """
 
@@ -68,21 +67,54 @@ _BERT: Rules = (
     (r"^(attn_layers\.layers\.\d*[13579]\.1)\.proj_in\.", r"\1.net.0.0."),
     (r"^(attn_layers\.layers\.\d*[13579]\.1)\.proj_out\.", r"\1.net.2."),
 )
-COMPVIS: dict[str, Rules] = {
+_LDM_BERT: Rules = (
+    (r"^token_emb\.", "embed_tokens."),
+    (r"^pos_emb$", "embed_positions.weight"),
+    (r"^layers_(\d+)_norm1\.", r"layers.\1.self_attn_layer_norm."),
+    (r"^layers_(\d+)_norm2\.", r"layers.\1.final_layer_norm."),
+    (r"^layers_(\d+)_attn\.to_(\w+)\.", r"layers.\1.self_attn.\2_proj."),
+    (r"^layers_(\d+)_ff\.proj_in\.", r"layers.\1.fc1."),
+    (r"^layers_(\d+)_ff\.proj_out\.", r"layers.\1.fc2."),
+    (r"^norm\.", "layer_norm."),
+    (r"^", "model."),
+)
+_CLIP: Rules = (
+    (r"^(position_embedding)$", r"\1.weight"),
+    (r"^(token_embedding|position_embedding)\.", r"embeddings.\1."),
+    (r"^layers_", "encoder.layers."),
+    (r"^(?!text_projection)", "text_model."),
+)
+_OPEN_CLIP: Rules = (
+    (r"^position_embedding$", "positional_embedding"),
+    (r"^text_projection\.weight$", "text_projection"),
+    (r"^final_layer_norm\.", "ln_final."),
+    (r"^layers_(\d+)\.", r"transformer.resblocks.\1."),
+    (r"\.layer_norm([12])\.", r".ln_\1."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+    (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
+    (r"\.self_attn\.[qkv]_proj\.", ".attn.in_proj_"),
+)
+# By whose code it is: CompVis' (with LDM's text transformer, "bert"), TAESD's ("tiny"), that of
+# transformers' CLIPTextModel, OpenCLIP's text tower, diffusers' AutoencoderTiny and LDMBertModel.
+CODES: dict[str, Rules] = {
     "unet": _UNET,
     "autoencoder": _AUTOENCODER,
-    "tiny": _TINY,
     "bert": _BERT,
     "class": (),
     "rescaler": (),
+    "tiny": _TINY,
+    "clip": _CLIP,
+    "openclip": _OPEN_CLIP,
+    "diffusers_tiny": ((r"\blayers_", "layers."), (r"\bconv_", "conv.")),
+    "diffusers_bert": _LDM_BERT,
 }
 
 
-def compvis_name(network: str, path: str) -> str:
-    """The name in CompVis' code of our leaf `path` ("a/b/kernel"), without the prefix that the
-    whole model puts before it. `network` is a key of `COMPVIS`: "tiny" is TAESD, by its own code,
-    and "bert" LDM's text transformer."""
-    return _apply(COMPVIS[network], _dotted(path))
+def name_of(code: str, path: str) -> str:
+    """The name of our leaf `path` ("a/b/kernel") in a code of `CODES`, without the prefix that a
+    whole model puts before it. OpenCLIP's queries, keys and values share one tensor."""
+    return _apply(CODES[code], _dotted(path))
 
 
 _RESNET: Rules = (
@@ -179,59 +211,6 @@ def diffusers_autoencoder_name(name: str, levels: int) -> str:
 def old_diffusers_name(name: str) -> str:
     """What a tensor of attention without a context was called before diffusers 0.14."""
     return _apply(_OLD_ATTENTION, name)
-
-
-def diffusers_tiny_name(path: str) -> str:
-    """The name in diffusers' AutoencoderTiny of our leaf."""
-    return _apply(((r"\blayers_", "layers."), (r"\bconv_", "conv.")), _dotted(path))
-
-
-_LDM_BERT: Rules = (
-    (r"^token_emb\.", "embed_tokens."),
-    (r"^pos_emb$", "embed_positions.weight"),
-    (r"^layers_(\d+)_norm1\.", r"layers.\1.self_attn_layer_norm."),
-    (r"^layers_(\d+)_norm2\.", r"layers.\1.final_layer_norm."),
-    (r"^layers_(\d+)_attn\.to_(\w+)\.", r"layers.\1.self_attn.\2_proj."),
-    (r"^layers_(\d+)_ff\.proj_in\.", r"layers.\1.fc1."),
-    (r"^layers_(\d+)_ff\.proj_out\.", r"layers.\1.fc2."),
-    (r"^norm\.", "layer_norm."),
-)
-
-
-def ldm_bert_name(path: str) -> str:
-    """The name in diffusers' LDMBertModel of our leaf."""
-    return "model." + _apply(_LDM_BERT, _dotted(path))
-
-
-_CLIP: Rules = (
-    (r"^(position_embedding)$", r"\1.weight"),
-    (r"^(token_embedding|position_embedding)\.", r"embeddings.\1."),
-    (r"^layers_", "encoder.layers."),
-    (r"^(?!text_projection)", "text_model."),
-)
-
-
-def clip_name(path: str) -> str:
-    """The name in transformers' CLIPTextModel (and …WithProjection) of our leaf."""
-    return _apply(_CLIP, _dotted(path))
-
-
-_OPEN_CLIP: Rules = (
-    (r"^position_embedding$", "positional_embedding"),
-    (r"^text_projection\.weight$", "text_projection"),
-    (r"^final_layer_norm\.", "ln_final."),
-    (r"^layers_(\d+)\.", r"transformer.resblocks.\1."),
-    (r"\.layer_norm([12])\.", r".ln_\1."),
-    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
-    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-    (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
-    (r"\.self_attn\.[qkv]_proj\.", ".attn.in_proj_"),
-)
-
-
-def open_clip_name(path: str) -> str:
-    """The name in OpenCLIP's text tower of our leaf. Queries, keys and values share one tensor."""
-    return _apply(_OPEN_CLIP, _dotted(path))
 
 
 def to_torch(array: np.ndarray, dimensions: int) -> np.ndarray:

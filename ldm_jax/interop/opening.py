@@ -3,12 +3,17 @@
 import json
 import logging
 import os
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ldm_jax.interop import compvis, diffusers, native
-from ldm_jax.interop.files import open_state
+from ldm_jax.interop.files import Tensors, open_shards, open_state
 from ldm_jax.interop.layout import Imported
+from ldm_jax.interop.networks import texts
+from ldm_jax.interop.yaml_config import read_original
+from ldm_jax.models.build import make_autoencoder
 
 log = logging.getLogger(__name__)
 LAYOUTS = {
@@ -16,20 +21,32 @@ LAYOUTS = {
     "compvis": compvis.write,
     "diffusers": diffusers.write,
 }
+# What is no model by itself, by task.
+ALONE = {
+    "unet": "a UNet alone: add autoencoder=PATH and, if it takes a context, text=PATH",
+    "text": "a text encoder alone: it can be the text=PATH of a model",
+}
 
 
-def _file(path: Path, dtype: Any, ema: bool | str) -> Imported:
-    state = open_state(path)
-    if native.is_ours(state):
-        config, params = native.read_model(state, dtype)
-        version = state.metadata.get("version", "an unknown version")
-        return Imported(config, params, f"{config['task']} model of ldm_jax {version}", {})
-    return compvis.read_state(path, state, ema, dtype)
+def _file(path: Path, state: Tensors, dtype: Any, options: dict[str, Any]) -> Imported:
+    if not native.is_ours(state):
+        return compvis.read(path, dtype=dtype, state=state, **options)
+    _refuse(path, options)
+    config, params = native.read_model(state, dtype)
+    version = state.metadata.get("version", "an unknown version")
+    return Imported(config, params, f"{config['task']} model of ldm_jax {version}", {})
 
 
-def _folder(path: Path, dtype: Any) -> Imported:
-    if (path / "model_index.json").is_file():
-        return diffusers.read(path, dtype)
+def _refuse(path: Path, options: dict[str, Any]) -> None:
+    for name, option in (("original", "config"), ("new_attention_order", "new_attention_order")):
+        if options.get(name):
+            raise ValueError(
+                f"{path} says all of its model: {option} is for files of CompVis' code"
+            )
+
+
+def _folder(path: Path, dtype: Any, options: dict[str, Any]) -> Imported:
+    _refuse(path, options)
     about = path / "config.json"
     try:
         described = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
@@ -38,50 +55,140 @@ def _folder(path: Path, dtype: Any) -> Imported:
     if "_class_name" in described:
         return diffusers.read_component(path, dtype)
     if "architectures" in described or "model_type" in described:
-        what = described.get("architectures") or described.get("model_type")
-        raise ValueError(
-            f"{path} holds {what} of transformers alone, from which no picture comes: open the "
-            "folder of the whole model, with model_index.json"
-        )
-    return _file(native.exported_file(path), dtype, "auto")
+        return _text_encoder(path, described, dtype)
+    exported = native.exported_file(path)
+    return _file(exported, open_state(exported), dtype, options)
+
+
+def _text_encoder(path: Path, described: dict[str, Any], dtype: Any) -> Imported:
+    """A folder of transformers with a CLIP text encoder, whose JSON says what no shape does."""
+    what = described.get("architectures") or described.get("model_type")
+    if "CLIPText" not in str(what) and "clip_text_model" not in str(what):
+        raise ValueError(f"{path} holds {what} of transformers, where CLIP's text encoder is known")
+    found = compvis.read(path, dtype=dtype, state=open_shards(path, "model"))
+    network = found.config["conditioning"]["text"]["network"]
+    network["activation"] = described.get("hidden_act", "quick_gelu")
+    network["heads"] = described.get("num_attention_heads", network["heads"])
+    return found
 
 
 def read_any(
-    path: str | os.PathLike = "", dtype: Any = "float32", ema: bool | str = "auto"
+    path: str | os.PathLike = "",
+    dtype: Any = "float32",
+    ema: bool | str = "auto",
+    *,
+    config: str | os.PathLike = "",
+    new_attention_order: bool = False,
+    autoencoder: str | os.PathLike = "",
+    text: str | os.PathLike = "",
 ) -> Imported:
-    """What a file or folder holds: a model, an autoencoder, or (task "unet") a UNet alone.
+    """What a file or folder holds: a model, or (task "autoencoder", "unet" or "text") a part alone.
 
-    A workdir of ours or what it exported; a pipeline, an autoencoder or a UNet of diffusers; one
-    file in CompVis' or SGM's layout; "" is what ships. `reports` says what is missing, misshapen or
-    unused.
+    A workdir of ours or what it exported; a pipeline, an autoencoder or a UNet of diffusers, or a
+    text encoder of transformers; one file in CompVis' or SGM's layout; "" is the bundled model.
+    `reports` says what is missing, misshapen or unused.
 
     Args:
       dtype: of the parameters.
       ema: see `compvis.read`.
+      config: the YAML that a file of CompVis' or SGM's code was trained with. It says what no
+        tensor does of a model that was never published: heads, noise, scale. It is not looked for
+        beside the file.
+      new_attention_order: see `compvis.read`; a YAML says it as well.
+      autoencoder, text: files or folders of which to take the autoencoder, or the text encoders, in
+        place of the model's own. It may lack them. The scale of the latents stays the model's.
 
     Raises:
       FileNotFoundError: there is nothing, or a part is missing.
-      ValueError: what is there is damaged, or no model of a kind that we know.
+      ValueError: what is there is damaged, or no model of a kind that we know; a YAML that says
+        otherwise than the tensors; parts that do not fit.
     """
-    path = Path(path).expanduser() if str(path) else native.SHIPPED
+    path = Path(path).expanduser() if str(path) else native.BUNDLED
     if not path.exists():
         raise FileNotFoundError(f"no model at {path}: there is no such file or folder")
-    return _folder(path, dtype) if path.is_dir() else _file(path, dtype, ema)
+    others = {}
+    for name, source in (("autoencoder", autoencoder), ("text", text)):
+        if str(source):
+            other = read_any(source, dtype)
+            if not (texts(other.config) if name == "text" else other.config.get(name)):
+                raise ValueError(f"{name}={source} holds none, but {other.about}")
+            others[name] = replace(other, about=f"{source} ({other.about})")
+    options: dict[str, Any] = dict(ema=ema, new_attention_order=new_attention_order)
+    if str(config):
+        original = options["original"] = read_original(config)
+        pixels = original.unet and original.autoencoder["kind"] == "identity"
+        if pixels and "autoencoder" not in others:
+            section = dict(task="autoencoder", autoencoder=original.autoencoder)
+            others["autoencoder"] = Imported(section, {"autoencoder": {}}, "pixels", {})
+    if (path / "model_index.json").is_file():
+        _refuse(path, options)
+        return diffusers.read(path, dtype, **others)
+    if path.is_dir():
+        found = _folder(path, dtype, options)
+    else:
+        found = _file(path, open_state(path), dtype, options | others)
+    if others and found.config["task"] != "diffusion":
+        raise ValueError(f"{path} holds no whole model, but {found.about}: it takes no other parts")
+    if "autoencoder" in others:
+        found = _with_autoencoder(found, others["autoencoder"])
+    if "text" in others:
+        found = _with_text(found, others["text"])
+    return found
 
 
-def open_any(
-    path: str | os.PathLike = "", dtype: Any = "float32", ema: bool | str = "auto"
+def _with_autoencoder(found: Imported, other: Imported) -> Imported:
+    """The model with another's autoencoder; the scale of the latents stays."""
+    its = other.config["autoencoder"]
+    here, there = found.config["unet"].get("out_channels", 4), make_autoencoder(its).embed_dim
+    if here != there:
+        raise ValueError(
+            f"autoencoder={other.about} has latents of {there} channels, the model of {here}"
+        )
+    scale = found.config["autoencoder"].get("scale_factor")
+    if its.get("kind") != "tiny" and scale is not None:
+        its = its | {"scale_factor": scale}
+    return _with_parts(found, {"autoencoder": its}, other, ["autoencoder"])
+
+
+def _with_text(found: Imported, other: Imported) -> Imported:
+    """The model with another's text encoders, of the same width in all."""
+    theirs, config = texts(other.config), found.config
+    width = sum(section["network"]["width"] for section in theirs.values())
+    if width != config["unet"].get("context_dim"):
+        raise ValueError(
+            f"text={other.about} makes a context {width} wide, and the model's UNet takes one of "
+            f"{config['unet'].get('context_dim')}"
+        )
+    own = texts(config).keys()
+    rest = {name: section for name, section in config["conditioning"].items() if name not in own}
+    return _with_parts(found, {"conditioning": theirs | rest}, other, theirs, own)
+
+
+def _with_parts(
+    found: Imported,
+    config: dict[str, Any],
+    other: Imported,
+    names: Collection[str],
+    without: Collection[str] = (),
 ) -> Imported:
+    """The model with networks of another, and what was odd about those."""
+    params, reports = (
+        {name: kept for name, kept in ours.items() if name not in without}
+        | {name: theirs[name] for name in names if name in theirs}
+        for ours, theirs in ((found.params, other.params), (found.reports, other.reports))
+    )
+    return replace(found, config=found.config | config, params=params, reports=reports)
+
+
+def open_any(path: str | os.PathLike = "", *args: Any, **options: Any) -> Imported:
     """As `read_any`, for use: tensors that nothing uses are logged.
 
-    Raises ValueError, too, for keys that are missing or misshapen, and for a UNet alone.
+    Raises ValueError, too, for keys that are missing or misshapen, and for a UNet or a text encoder
+    alone.
     """
-    found = read_any(path, dtype, ema)
-    if found.config["task"] == "unet":
-        raise ValueError(
-            f"{path} holds a UNet alone ({found.about}): open the whole model, whose autoencoder "
-            "and conditioners it needs"
-        )
+    found = read_any(path, *args, **options)
+    if (alone := ALONE.get(found.config["task"])) is not None:
+        raise ValueError(f"{path} holds {alone} ({found.about})")
     for network, report in found.reports.items():
         lacking = [f"{key} is missing" for key in report.missing] + list(report.misshapen)
         if lacking:
@@ -108,6 +215,8 @@ def export(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: choose one of {', '.join(LAYOUTS)}")
+    if config["task"] == "text" and layout != "single_file":
+        raise ValueError(f"task='text': layout {layout!r} has no text encoders alone")
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     LAYOUTS[layout](path, config, params, dtype)

@@ -1,9 +1,14 @@
 """Reads torch checkpoints (`.pth`, `.pt`, `.bin`, `.ckpt`) into NumPy: no torch, nothing executed.
 
 A torch checkpoint is a pickle, and a pickle is a program: it may name any function of any module
-and call it. Here a name is looked up in `_STORAGES` and `_CALLS` below and nowhere else, nothing is
-ever imported, and `BUILD`, the opcode that sets attributes, is ignored. What the calls leave behind
-are descriptions (`_Tensor`, `_Storage`); their bytes are read afterwards, within checked bounds.
+and call it. Here nothing is imported, and nothing called but `_CALLS` below, which rebuild dicts
+and describe tensors (`_Tensor`, `_Storage`); their bytes are read when they are asked for, within
+checked bounds. Whatever else a checkpoint holds beside its weights (arguments, paths, dates,
+optimizers) becomes an `Unread`, which keeps a name and forgets the rest.
+
+So any file could be read. Yet a file that calls what does not make data was made to attack, and is
+refused. What makes data: of Python's own library what `_DATA` lists; of others all classes (which
+have a capital), private helpers (which have an underscore), and `_FUNCTIONS`.
 
 Two containers exist. Since torch 1.6 a zip: `NAME/data.pkl`, and one stored (uncompressed) member
 `NAME/data/KEY` per storage. Before that a plain file: four pickles (magic number, protocol, system,
@@ -11,11 +16,14 @@ the object), a fifth with the storage keys in order, then per storage an int64 l
 Format: torch/serialization.py (`_save`, `_legacy_save`).
 """
 
+import functools
 import io
 import math
 import os
 import pickle
+import re
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -45,57 +53,107 @@ class _Tensor(NamedTuple):
     stride: tuple[int, ...]
 
 
-class _Name(str):
-    """The name of a training framework's class, as text; called, it gives itself."""
+# What makes data in Python's own library: classes of these modules, and names by themselves.
+_DATA = re.compile(
+    r"(argparse|builtins|collections|datetime|decimal|enum|exceptions|fractions|ipaddress|itertools"
+    r"|pathlib(\._local)?|random|typing|uuid|zoneinfo)\._?[A-Z]\w*"
+    r"|(builtins|__builtin__)\.(bool|bytearray|bytes|complex|float|frozenset|int|list|long|object"
+    r"|range|set|slice|str|tuple|unicode|xrange)"
+    r"|array\.(array|_array_reconstructor)|collections\.deque|copy_?reg\._reconstructor"
+    r"|codecs\.encode|datetime\.(date|datetime|time|timedelta|timezone)|functools\.partial"
+    r"|itertools\.\w+|logging\.(\w*Logger|getLogger)|operator\.(getitem|itemgetter)|re\._compile"
+    r"|signal\.Signals|time\.struct_time|zoneinfo\.ZoneInfo\._unpickle"
+    r"|types\.(GenericAlias|MappingProxyType|SimpleNamespace|UnionType)"
+)
+# And elsewhere, beside classes and private helpers.
+_FUNCTIONS = re.compile(r"numpy\.(dtype|ndarray|_?core\.multiarray\.scalar)|torch\.d(evice|type)")
 
-    def __call__(self, *args: Any) -> "_Name":
-        return self
+
+def _makes_data(path: str) -> bool:
+    name = path.rpartition(".")[2]
+    if path.split(".")[0] in {*sys.stdlib_module_names, "__builtin__", "copy_reg", "exceptions"}:
+        # `_operator` implements `operator`, and so on.
+        return bool(_DATA.fullmatch(path) or _DATA.fullmatch(path.removeprefix("_")))
+    private = name.startswith("_") and not name.endswith("__")
+    return private or name[:1].isupper() or bool(_FUNCTIONS.fullmatch(path))
 
 
-def _numpy_dtype(kind: str, *_: Any) -> np.dtype:
-    if kind not in {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}:
-        raise ValueError(f"a NumPy scalar of type {kind!r} is not supported")
-    return np.dtype("<" + kind)
+class Unread:
+    """Something that a checkpoint holds beside its weights, of which its class's name is kept.
+
+    `tensors` says whether tensors went into it when it was made.
+    """
+
+    def __init__(self, name: str, content: Any = ()):
+        self.name, self.tensors = name, _holds_tensors(content)
+
+    def __call__(self, *content: Any) -> "Unread":
+        """What the file believes to be a call; ValueError if that would do more than make data."""
+        if not _makes_data(self.name):
+            raise ValueError(
+                f"refuses to call {self.name}: a checkpoint of weights has no need of it"
+            )
+        return Unread(self.name, content)
+
+    def take(self, *_: Any) -> None:
+        """Whatever the file puts into a list, a set or a dict that is none here."""
+
+    append = extend = add = update = __setitem__ = take
 
 
-def _numpy_scalar(dtype: np.dtype, data: bytes) -> np.generic:
-    return np.frombuffer(data, dtype, count=1)[0]
+def _holds_tensors(content: Any, depth: int = 3) -> bool:
+    if isinstance(content, _Tensor | _Storage):
+        return True
+    return bool(
+        depth
+        and isinstance(content, tuple | list)
+        and any(_holds_tensors(part, depth - 1) for part in content)
+    )
 
 
 def _rebuild_tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> _Tensor:
     return _Tensor(storage, offset, tuple(size), tuple(stride))
 
 
+def _rebuild_from_type(rebuild: Callable, kind: Any, args: tuple, _: Any) -> Any:
+    """A tensor with attributes of its own, or of a class of its own, which may mean anything."""
+    known = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
+    return rebuild(*args) if kind.name in known else Unread(kind.name, args)
+
+
 _STORAGES = {
-    "DoubleStorage": np.dtype("<f8"),
-    "FloatStorage": np.dtype("<f4"),
-    "HalfStorage": np.dtype("<f2"),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype("<i8"),
-    "IntStorage": np.dtype("<i4"),
-    "ShortStorage": np.dtype("<i2"),
-    "CharStorage": np.dtype("i1"),
-    "ByteStorage": np.dtype("u1"),
-    "BoolStorage": np.dtype("?"),
-    "ComplexFloatStorage": np.dtype("<c8"),
-    "ComplexDoubleStorage": np.dtype("<c16"),
+    f"{name}Storage": np.dtype(kind)
+    for name, kind in dict(
+        Double="<f8",
+        Float="<f4",
+        Half="<f2",
+        BFloat16=ml_dtypes.bfloat16,
+        ComplexFloat="<c8",
+        ComplexDouble="<c16",
+        Long="<i8",
+        Int="<i4",
+        Short="<i2",
+        Char="i1",
+        Byte="u1",
+        Bool="?",
+        # Of tensors that nothing here can rebuild.
+        QInt8="u1",
+        QUInt8="u1",
+        QInt32="<i4",
+        Untyped="u1",
+    ).items()
 }
 _CALLS: dict[str, Callable] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch.Size": tuple,
-    "torch.device": lambda *place: ":".join(map(str, place)),
     "collections.OrderedDict": lambda items=(): dict(items),
     "collections.defaultdict": lambda *_: {},
     "builtins.dict": dict,
     "__builtin__.dict": dict,
-    # Learning rate schedules leave NumPy scalars, whose bytes protocol 2 writes as latin-1 text.
-    "numpy.dtype": _numpy_dtype,
-    "numpy.core.multiarray.scalar": _numpy_scalar,
-    "numpy._core.multiarray.scalar": _numpy_scalar,
-    "_codecs.encode": lambda text, encoding: text.encode("latin1"),
 }
 
 
@@ -103,23 +161,20 @@ class _Reader(pickle._Unpickler):
     """The unpickler written in Python; the one in C allocates whatever a memo index asks for."""
 
     def __init__(self, file: BinaryIO):
-        super().__init__(file)
+        super().__init__(file, encoding="latin1")
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        path = f"{module}.{name}"
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
-        if module.split(".")[0] in ("pytorch_lightning", "lightning"):
-            return _Name(path)  # CompVis checkpoints key their callbacks by class
-        if path not in _CALLS:
-            raise ValueError(f"refuses to call {path}: a checkpoint of weights has no need of it")
-        return _CALLS[path]
+        return _CALLS.get(f"{module}.{name}") or Unread(f"{module}.{name}")
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: Any) -> Any:
+        if pid[0] == "module":  # before torch 1.6: a class, with its source text
+            return pid[1]
         kind, dtype, key, _, numel, *view = pid
         if kind != "storage" or not isinstance(dtype, np.dtype) or any(view):
-            raise ValueError(f"a storage described as {pid!r} is not supported")
+            raise ValueError(f"a storage of {getattr(dtype, 'name', dtype)} is not supported")
         if type(numel) is not int or numel < 0:
             raise ValueError(f"a storage of {numel!r} elements makes no sense")
         storage = _Storage(str(key), dtype, numel)
@@ -127,141 +182,179 @@ class _Reader(pickle._Unpickler):
             raise ValueError(f"storage {key} is described in two ways")
         return storage
 
-    def _ignore_state(self) -> None:
+    def _new(self) -> None:
+        """An object of a class, without a call of its constructor."""
+        content, kind = self.stack.pop(), self.stack.pop()
+        self.append(Unread(getattr(kind, "name", str(kind)), content))
+
+    def _new_with_keywords(self) -> None:
+        self.stack.pop()
+        self._new()
+
+    def _set_state(self) -> None:
         self.stack.pop()
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _ignore_state}
+    dispatch = {
+        **pickle._Unpickler.dispatch,
+        pickle.NEWOBJ[0]: _new,
+        pickle.NEWOBJ_EX[0]: _new_with_keywords,
+        pickle.BUILD[0]: _set_state,
+    }
 
 
-def _to_array(tensor: _Tensor, data: bytes, file_bytes: int) -> np.ndarray:
-    """A read-only view of `data`. Python integers do the checks: NumPy's own may overflow."""
+def _check(name: str, tensor: _Tensor, file_bytes: int) -> None:
+    """Raises ValueError for a tensor outside of its storage. Python's integers do not overflow."""
     storage, offset, size, stride = tensor
     numbers = (offset, *size, *stride)
+    if not isinstance(storage, _Storage):
+        raise ValueError(f"{name} has no storage")
     if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError(f"a tensor has shape {size}, strides {stride} and offset {offset!r}")
-    if 0 in size:
-        return np.zeros(size, storage.dtype)
+        raise ValueError(f"{name} has shape {size}, strides {stride} and offset {offset!r}")
     end = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
-    item = storage.dtype.itemsize
-    if end * item > len(data):
-        raise ValueError(f"a tensor of shape {size} needs {end} of {len(data) // item} elements")
-    if math.prod(size) * item > file_bytes:
-        raise ValueError(f"a tensor of shape {size} would be larger than the whole file")
-    return np.ndarray(size, storage.dtype, data, offset * item, [step * item for step in stride])
+    if 0 not in size and end > storage.numel:
+        raise ValueError(f"{name} of shape {size} needs {end} of {storage.numel} elements")
+    if math.prod(size) * storage.dtype.itemsize > file_bytes:
+        raise ValueError(f"{name} of shape {size} would be larger than the whole file")
 
 
-def _resolve(tree: Any, read_storage: Callable[[_Storage], bytes], file_bytes: int) -> Any:
-    """`tree` with arrays in place of tensors; what the pickle shares stays shared."""
-    done: dict[int, Any] = {}
-    unfinished = object()
-
-    def visit(node: Any) -> Any:
-        if id(node) not in done:
-            done[id(node)] = unfinished
-            done[id(node)] = build(node)
-        if done[id(node)] is unfinished:
-            raise ValueError("holds a container that contains itself")
-        return done[id(node)]
-
-    def build(node: Any) -> Any:
-        if isinstance(node, _Tensor):
-            if not isinstance(node.storage, _Storage):
-                raise ValueError("a tensor has no storage")
-            return _to_array(node, read_storage(node.storage), file_bytes)
-        if isinstance(node, dict):
-            return {str(k) if isinstance(k, str) else k: visit(v) for k, v in node.items()}
-        if isinstance(node, (list, tuple)) and not isinstance(node, _Storage):
-            return type(node)(visit(item) for item in node)
-        if isinstance(node, str):
-            return str(node)
-        if node is None or isinstance(node, (bool, int, float, complex, bytes, np.generic)):
-            return node
-        raise ValueError(f"holds {node!r}, which is no number, text, list, dict or tensor")
-
-    return visit(tree)
-
-
-def _read_zip(file: BinaryIO, file_bytes: int) -> Any:
-    with zipfile.ZipFile(file) as archive:
-        members = {info.filename: info for info in archive.infolist()}
-        if sum(info.compress_size for info in members.values()) > file_bytes:
-            raise ValueError("members of the zip overlap, or claim more bytes than the file has")
-        for info in members.values():
-            if info.file_size > _MAX_COMPRESSION * max(info.compress_size, 1):
-                raise ValueError(f"{info.filename} unpacks to {info.file_size} bytes: a zip bomb")
-        pickles = [name for name in members if name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError(f"is a zip with {len(pickles)} data.pkl, where a checkpoint has one")
-        root = pickles[0].removesuffix("data.pkl")
-        if root + "byteorder" in members and archive.read(root + "byteorder") != b"little":
-            raise ValueError("was written on a big-endian machine, which is not supported")
-        tree = _Reader(io.BytesIO(archive.read(pickles[0]))).load()
-        cache: dict[str, bytes] = {}
-
-        def read_storage(storage: _Storage) -> bytes:
-            member = f"{root}data/{storage.key}"
-            expected = storage.numel * storage.dtype.itemsize
-            if member not in members:
-                raise ValueError(f"has no member {member}")
-            if members[member].file_size != expected:
-                found = members[member].file_size
-                raise ValueError(f"{member} has {found} bytes, its tensors expect {expected}")
-            if member not in cache:
-                cache[member] = archive.read(member)
-            return cache[member]
-
-        return _resolve(tree, read_storage, file_bytes)
-
-
-def _read_legacy(file: BinaryIO, file_bytes: int) -> Any:
-    if _Reader(file).load() != _LEGACY_MAGIC:
-        raise ValueError("is a pickle, but not one that torch.save wrote")
-    _Reader(file).load()  # protocol version
-    if not _Reader(file).load().get("little_endian", True):
+def _open_zip(path: Path, file_bytes: int) -> tuple[Any, Callable[[str], bytes]]:
+    """The pickled object, and what reads a storage's bytes."""
+    archive = zipfile.ZipFile(path)
+    members = {info.filename: info for info in archive.infolist()}
+    if sum(info.compress_size for info in members.values()) > file_bytes:
+        raise ValueError("members of the zip overlap, or claim more bytes than the file has")
+    for info in members.values():
+        if info.file_size > _MAX_COMPRESSION * max(info.compress_size, 1):
+            raise ValueError(f"{info.filename} unpacks to {info.file_size} bytes: a zip bomb")
+    pickles = [name for name in members if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError(f"is a zip with {len(pickles)} data.pkl, where a checkpoint has one")
+    root = pickles[0].removesuffix("data.pkl")
+    if root + "byteorder" in members and archive.read(root + "byteorder") != b"little":
         raise ValueError("was written on a big-endian machine, which is not supported")
-    reader = _Reader(file)
+    reader = _Reader(io.BytesIO(archive.read(pickles[0])))
     tree = reader.load()
-    contents = {}
-    for key in _Reader(file).load():
-        (numel,) = struct.unpack("<q", file.read(8))
-        storage = reader.storages[key]
-        size = numel * storage.dtype.itemsize
-        if numel != storage.numel or size > file_bytes - file.tell():
-            raise ValueError(
-                f"storage {key}, {storage.numel} elements, is cut short or mislabelled"
-            )
-        contents[key] = file.read(size)
-    return _resolve(tree, lambda storage: contents[storage.key], file_bytes)
+    for storage in reader.storages.values():
+        member, expected = f"{root}data/{storage.key}", storage.numel * storage.dtype.itemsize
+        if member not in members:
+            raise ValueError(f"has no member {member}")
+        if (found := members[member].file_size) != expected:
+            raise ValueError(f"{member} has {found} bytes, its tensors expect {expected}")
+    return tree, lambda key: archive.read(f"{root}data/{key}")
 
 
-def read_pickle(path: str | os.PathLike) -> dict:
-    """The contents of a torch checkpoint: nested dicts, lists, tuples, numbers, text and arrays.
+def _open_legacy(path: Path, file_bytes: int) -> tuple[Any, Callable[[str], bytes]]:
+    """As `_open_zip`."""
+    places = {}
+    with open(path, "rb") as file:
+        if _Reader(file).load() != _LEGACY_MAGIC:
+            raise ValueError("is a pickle, but not one that torch.save wrote")
+        _Reader(file).load()  # protocol version
+        if not _Reader(file).load().get("little_endian", True):
+            raise ValueError("was written on a big-endian machine, which is not supported")
+        reader = _Reader(file)
+        tree = reader.load()
+        for key in _Reader(file).load():
+            (numel,) = struct.unpack("<q", file.read(8))
+            storage = reader.storages[key]
+            size = numel * storage.dtype.itemsize
+            if numel != storage.numel or size > file_bytes - file.tell():
+                raise ValueError(
+                    f"storage {key}, {storage.numel} elements, is cut short or mislabelled"
+                )
+            places[key] = file.tell(), size
+            file.seek(size, io.SEEK_CUR)
+    if lacking := reader.storages.keys() - places.keys():
+        raise ValueError(f"storage {min(lacking)} is missing")
 
-    Arrays are read-only views with the shape, dtype (bfloat16 by ml_dtypes) and memory order of
-    the saved tensors. Classes of Lightning become their names; a module's `_metadata` is dropped.
+    def read(key: str) -> bytes:
+        offset, size = places[key]
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    return tree, read
+
+
+class Stored(NamedTuple):
+    """A tensor of a checkpoint, and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def _weights(tree: Any) -> dict[str, _Tensor]:
+    """The named tensors of a checkpoint."""
+
+    def has_tensors(node: Any) -> bool:
+        return isinstance(node, dict) and any(isinstance(t, _Tensor) for t in node.values())
+
+    if isinstance(tree, dict):
+        inner = [node for node in tree.values() if has_tensors(node)]
+        only = inner[0] if len(inner) == 1 and not has_tensors(tree) else tree
+        tree = tree["state_dict"] if isinstance(tree.get("state_dict"), dict | Unread) else only
+    if not isinstance(tree, dict):
+        what = tree.name if isinstance(tree, Unread) else type(tree).__name__
+        raise ValueError(f"holds a {what}, where a dict of tensors was expected")
+    for name, value in tree.items():
+        if isinstance(value, Unread) and value.tensors:
+            raise ValueError(f"{name} is a tensor that {value.name} makes, which we do not know")
+        if isinstance(name, Unread) and isinstance(value, _Tensor):
+            raise ValueError(f"a tensor has a {name.name} for a name, where a text was expected")
+    return {name: t for name, t in tree.items() if isinstance(name, str) and isinstance(t, _Tensor)}
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Stored]:
+    """The tensors of a torch checkpoint by name: at its top, in "state_dict", or in its only dict.
+
+    What else is there is not looked at, whatever it is. A tensor is read when it is asked for: a
+    read-only view with the shape, dtype (bfloat16 by ml_dtypes) and memory order of what was saved.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: the file is empty, truncated, not a torch checkpoint, larger unpacked than it can
-        be, or wants something called. The text begins with the path and names what was refused.
+        be; it calls something that makes no data; or a tensor is made by what we do not know. The
+        text begins with the path and names what was refused.
     """
+    path = Path(path)
     with open(path, "rb") as file:
-        file_bytes = Path(path).stat().st_size
         start = file.read(4)
-        file.seek(0)
+    file_bytes = path.stat().st_size
+
+    def explained(error: Exception) -> ValueError:  # a damaged file can fail in any way at all
+        ours = type(error) is ValueError
+        return ValueError(f"{path}: {error if ours else f'damaged or truncated ({error!r})'}")
+
+    try:
+        if not start:
+            raise ValueError("is empty")
+        if start == b"PK\x03\x04":
+            tree, read_storage = _open_zip(path, file_bytes)
+        elif start[:1] == b"\x80":
+            tree, read_storage = _open_legacy(path, file_bytes)
+        else:
+            raise ValueError(f"is not a torch checkpoint: it begins with {start!r}")
+        tensors = _weights(tree)
+        for name, tensor in tensors.items():
+            _check(name, tensor, file_bytes)
+    except Exception as error:
+        raise explained(error) from error
+    # Tensors that share a storage mostly follow each other.
+    bytes_of = functools.lru_cache(maxsize=1)(read_storage)
+
+    def read(tensor: _Tensor) -> np.ndarray:
+        storage, offset, size, stride = tensor
+        item = storage.dtype.itemsize
+        if 0 in size:
+            return np.zeros(size, storage.dtype)
         try:
-            if not start:
-                raise ValueError("is empty")
-            if start == b"PK\x03\x04":
-                tree = _read_zip(file, file_bytes)
-            elif start[:1] == b"\x80":
-                tree = _read_legacy(file, file_bytes)
-            else:
-                raise ValueError(f"is not a torch checkpoint: it begins with {start!r}")
-            if not isinstance(tree, dict):
-                raise ValueError(f"holds a {type(tree).__name__}, where a dict was expected")
-        except Exception as error:  # a damaged pickle can fail in any way at all
-            ours = type(error) is ValueError
-            reason = error if ours else f"damaged or truncated ({error!r})"
-            raise ValueError(f"{os.fspath(path)}: {reason}") from error
-    return tree
+            data = bytes_of(storage.key)
+            return np.ndarray(size, storage.dtype, data, offset * item, [n * item for n in stride])
+        except Exception as error:
+            raise explained(error) from error
+
+    return {
+        name: Stored(tensor.size, tensor.storage.dtype, functools.partial(read, tensor))
+        for name, tensor in tensors.items()
+    }

@@ -50,7 +50,6 @@ OTHERS = {
     "folder: name the folder, which says in JSON what it is",
     r"(encoder|decoder)\.(down_blocks|mid_block|up_blocks)\.": "the autoencoder of a diffusers "
     "folder: name the folder, which says in JSON what it is",
-    r"text_model\.|(transformer\.)?resblocks\.": "a text encoder, of which no picture comes",
 }
 
 
@@ -320,31 +319,75 @@ def _whole_model(state: State) -> Recognised:
     return Recognised(model.title + (" inpainting" if inpainting else ""), config, parts)
 
 
-def recognise(state: State) -> Recognised:
-    """The model that a single file holds: all of it, an autoencoder, or a UNet (task "unet").
+# Text encoders by themselves, by a tensor that only this kind has.
+TEXTS = {
+    "clip": r"(.*?)(?:text_model\.)?embeddings\.token_embedding\.weight",
+    "openclip": r"(.*?)token_embedding\.weight",
+}
 
-    `state` is the file's tensors; only shapes are looked at, and the values of a few buffers.
+
+def _text_alone(state: State, kind: str, prefix: str) -> Recognised:
+    _, section, part = _clip(kind, Shapes(state, prefix), 0)
+    if kind == "clip" and section["network"]["width"] in (1024, 1280):
+        # OpenCLIP's H and bigG in transformers' form, which SD 2 and SDXL have.
+        section |= dict(padding="zero")
+        section["network"] |= dict(activation="gelu")
+    config = dict(task="text", conditioning=dict(text=section))
+    return Recognised("text encoder", config, dict(text=part))
+
+
+def _lacks(state: State) -> str | None:
+    """What a file with a UNet lacks to draw, and what it has: a part of a sentence."""
+    shapes, kinds = Shapes(state), [kind for kind, _ in _conditioners(state)]
+    stage = any(name.startswith(STAGE) for name in state)
+    fields = unet_fields(Shapes(state, UNET))
+    width = fields.get("context_dim")
+    tokens = rf"{_SLOT}\..*token_embedding\.weight"
+    held = sum(shape[1] for name, shape in shapes.items() if re.fullmatch(tokens, name))
+    # Retrieval-augmented diffusion, of 16 channels, is told by what the caller brings.
+    texts = width is None or fields["in_channels"] == 16 or bool(kinds) and not 0 < held < width
+    if stage and texts:
+        return None
+    beside = ["an autoencoder"] * stage + [f"{kind} conditioner" for kind in kinds]
+    lacking = [f"no autoencoder ({STAGE}*): add autoencoder=PATH"] * (not stage)
+    lacking += [
+        f"no text encoders that make a context {width} wide (cond_stage_model.* or conditioner.*): "
+        "add text=PATH"
+    ] * (not texts)
+    return f"holds {' and '.join(['a UNet', *beside])}, but {', and '.join(lacking)}"
+
+
+def recognise(state: State) -> Recognised:
+    """What a single file holds: a whole model, or an autoencoder, a UNet or a text encoder alone.
+
+    Those have the tasks "autoencoder", "unet" and "text", and may stand under any prefix. Of
+    `state`, the file's tensors, only shapes are looked at, and the values of a few buffers.
 
     Raises ValueError, which says what was looked for and what was found.
     """
-    stage, unet = (any(name.startswith(prefix) for name in state) for prefix in (STAGE, UNET))
-    if unet and f"{UNET}input_blocks.0.0.weight" in state:
-        if stage:
-            return _whole_model(state)
-        if _conditioners(state):
-            raise ValueError(f"holds a UNet and what conditions it, but no autoencoder ({STAGE}*)")
-        return _unet_alone(state, UNET)
-    if "encoder.conv_in.weight" in state and "encoder.down.0.block.0.conv1.weight" in state:
-        return _autoencoder_alone(state)
+    if f"{UNET}input_blocks.0.0.weight" in state:
+        if lacking := _lacks(state):
+            if any(name.startswith(STAGE) for name in state) or _conditioners(state):
+                raise ValueError(lacking)
+            return _unet_alone(state, UNET)
+        return _whole_model(state)
     if "input_blocks.0.0.weight" in state:
         return _unet_alone(state, "")
+    for name in state:
+        place = name.removesuffix("encoder.conv_in.weight")
+        if place != name and f"{place}encoder.down.0.block.0.conv1.weight" in state:
+            return _autoencoder_alone(state, place)
     for pattern, what in OTHERS.items():
         name = next((name for name in state if re.match(pattern, name)), None)
         if name:
             raise ValueError(f"is {what} (it has {name})")
+    for kind, pattern in TEXTS.items():
+        for name in state:
+            if match := re.fullmatch(pattern, name):
+                return _text_alone(state, kind, match[1])
     some = ", ".join(list(state)[:3])
     raise ValueError(
         f"is no model in CompVis' or SGM's layout: looked for {UNET}input_blocks.* and {STAGE}*, "
-        "for an autoencoder's encoder.down.*, and for a UNet's input_blocks.*; found "
-        f"{len(state)} tensors, such as {some}"
+        "for an autoencoder's encoder.down.*, a UNet's input_blocks.* or a text encoder's "
+        f"token_embedding; found {len(state)} tensors, such as {some}"
     )

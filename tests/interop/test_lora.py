@@ -10,8 +10,9 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
+from ldm_jax.interop.changes import Factors, delta, merge
 from ldm_jax.interop.layout import shapes
-from ldm_jax.interop.lora import Factors, merge, read_lora
+from ldm_jax.interop.lora import read_lora
 
 TEXT = dict(vocab_size=20, width=8, depth=2, heads=2, max_length=7)
 CONFIG = {
@@ -43,6 +44,7 @@ DOWN = "down_blocks.0.attentions.0.transformer_blocks.0"
 LAYERS = "text_model.encoder.layers"
 KOHYA_DOWN, KOHYA_LAYERS = DOWN.replace(".", "_"), LAYERS.replace(".", "_")
 FIRST = f"{KOHYA_DOWN}_attn1_to_q"
+WIDTH = f"unet_{KOHYA_DOWN}_attn2_to_k"
 FILES = {
     "kohya": {
         KOHYA: {
@@ -221,6 +223,139 @@ def test_merged_convolution_is_that_of_W_plus_scaled_up_of_down(leaves, write):
     np.testing.assert_array_equal(ours.transpose(0, 3, 1, 2), expected)
 
 
+LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+WINDOWS = {"matrix": f"{UNET}/attn2/to_k", "convolution": "unet/input_blocks_2_0"}
+CALLED = {"matrix": WIDTH, "convolution": "unet_down_blocks_0_downsamplers_0_conv"}
+
+
+def torch_shape(shape):
+    return *shape[:-3:-1], *shape[:-2]
+
+
+def loha(rng, out, inputs, *space, rank=2):
+    """LyCORIS' parts and the change that they define, both in torch's layout."""
+    parts, sides = {}, []
+    for i in (1, 2):
+        a, b = integers(rng, out, rank), integers(rng, rank, inputs * int(np.prod(space)))
+        parts |= {f"hada_w{i}_a": a, f"hada_w{i}_b": b}
+        sides.append((a @ b).reshape(out, inputs, *space))
+    return parts, sides[0] * sides[1]
+
+
+def loha_with_cores(rng, out, inputs, *space, rank=2):
+    parts, sides = {}, []
+    for i in (1, 2):
+        a, b, t = (
+            integers(rng, rank, out),
+            integers(rng, rank, inputs),
+            integers(rng, rank, rank, *space),
+        )
+        parts |= {f"hada_w{i}_a": a, f"hada_w{i}_b": b, f"hada_t{i}": t}
+        sides.append(np.einsum("pq...,po,qi->oi...", t, a, b))
+    return parts, sides[0] * sides[1]
+
+
+def kronecker(outer, inner):
+    """Of matrices, for every place of a window."""
+    windows = inner.reshape(*inner.shape[:2], -1)
+    product = np.stack([np.kron(outer, windows[..., i]) for i in range(windows.shape[-1])], axis=-1)
+    return product.reshape(*product.shape[:2], *inner.shape[2:])
+
+
+def lokr(left, right):
+    """`left`: "whole" or "factors"; `right`, too, or "core"."""
+
+    def make(rng, out, inputs, *space, rank=2):
+        parts = {}
+        if left == "whole":
+            outer = parts["lokr_w1"] = integers(rng, 2, 4)
+        else:
+            parts |= dict(lokr_w1_a=integers(rng, 2, rank), lokr_w1_b=integers(rng, rank, 4))
+            outer = parts["lokr_w1_a"] @ parts["lokr_w1_b"]
+        shape = out // 2, inputs // 4
+        if right == "whole":
+            inner = parts["lokr_w2"] = integers(rng, *shape, *space)
+        elif right == "factors":
+            columns = shape[1] * int(np.prod(space))
+            a, b = integers(rng, shape[0], rank), integers(rng, rank, columns)
+            parts |= dict(lokr_w2_a=a, lokr_w2_b=b)
+            inner = (a @ b).reshape(*shape, *space)
+        else:
+            a, b = (integers(rng, rank, n) for n in shape)
+            t = integers(rng, rank, rank, *space)
+            parts |= dict(lokr_w2_a=a, lokr_w2_b=b, lokr_t2=t)
+            inner = np.einsum("pq...,po,qi->oi...", t, a, b)
+        return parts, kronecker(outer, inner)
+
+    return make
+
+
+def locon(rng, out, inputs, *space, rank=2):
+    """LoCon with a middle factor, as kohya's scripts and LyCORIS write it."""
+    down, up = integers(rng, rank, inputs, 1, 1), integers(rng, out, rank, 1, 1)
+    mid = integers(rng, rank, rank, *space)
+    parts = {"lora_down.weight": down, "lora_up.weight": up, "lora_mid.weight": mid}
+    return parts, np.einsum("pq...,op,qi->oi...", mid, up[..., 0, 0], down[..., 0, 0])
+
+
+@pytest.mark.parametrize("kind, make", [
+    *((kind, make) for kind in WINDOWS for make in (loha, lokr("whole", "whole"))),
+    *((kind, lokr(left, "factors")) for kind in WINDOWS for left in ("whole", "factors")),
+    *(("convolution", make) for make in (loha_with_cores, lokr("whole", "core"), locon)),
+])  # fmt: skip
+def test_each_method_makes_the_change_that_it_defines(kind, make, leaves, write):
+    """Δ by hand in torch's layout; alpha over the rank, but where no factor has a rank."""
+    path = f"{WINDOWS[kind]}/kernel"
+    parts, expected = make(np.random.default_rng(0), *torch_shape(leaves[path]))
+    tensors = {f"lora_{CALLED[kind]}.{part}": tensor for part, tensor in parts.items()}
+    ranked = any(part.endswith(("_b", "weight")) for part in parts)
+    (change,) = read_lora(write(tensors | {f"lora_{CALLED[kind]}.alpha": 4.0}), CONFIG).values()
+    assert delta(change).shape == leaves[path]
+    expected = expected.transpose(*range(2, expected.ndim), 1, 0) * (2.0 if ranked else 1.0)
+    np.testing.assert_array_equal(delta(change), expected)
+    kernel = integers(np.random.default_rng(1), *leaves[path])
+    merged = merge(unflatten_dict({path: kernel}, sep="/"), {path: change}, 0.5)
+    np.testing.assert_array_equal(flatten_dict(merged, sep="/")[path], kernel + 0.5 * expected)
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+@pytest.mark.parametrize("norms", ["peft", "of outputs", "of inputs"])
+def test_decomposed_kernels_have_the_norms_of_the_file(norms, kind, leaves, write):
+    """m·(W + sΔ)/‖W + sΔ‖ (Liu et al. 2024): peft's norms are of outputs, LyCORIS' of either."""
+    rng, path = np.random.default_rng(0), f"{WINDOWS[kind]}/kernel"
+    out, inputs, *space = torch_shape(leaves[path])
+    down, up = factors(rng, leaves[path])
+    ones = [1] * len(space)
+    shape = {"of outputs": (out, 1, *ones), "of inputs": (1, inputs, *ones)}.get(
+        norms, (1, out, *ones)
+    )
+    magnitude = rng.uniform(0.5, 2.0, shape).astype(np.float32)
+    if norms == "peft":
+        magnitude = magnitude if space else magnitude[0]
+        tensors = keyed(PEFT, f"unet.{DOWN}.attn2.to_k", (down, up))
+        tensors = (
+            tensors
+            if not space
+            else keyed(PEFT, "unet.down_blocks.0.downsamplers.0.conv", (down, up))
+        )
+        name = next(iter(tensors)).removesuffix(".lora_A.weight") + ".lora_magnitude_vector"
+    else:
+        tensors, name = keyed(KOHYA, CALLED[kind], (down, up)), f"lora_{CALLED[kind]}.dora_scale"
+    lora = read_lora(write(tensors | {name: magnitude}), CONFIG)
+    kernel = integers(rng, *leaves[path])
+    merged = merge(unflatten_dict({path: kernel}, sep="/"), lora, 0.5)
+    found = flatten_dict(merged, sep="/")[path]
+    inner = kernel + 0.5 * change(down, up)
+    kept = -2 if norms == "of inputs" else -1
+    axes = tuple(i for i in range(inner.ndim) if i != inner.ndim + kept)
+    shape = [1] * inner.ndim
+    shape[kept] = -1
+    expected = magnitude.reshape(shape) * inner / np.sqrt(np.sum(inner**2, axes, keepdims=True))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    lengths = np.sqrt(np.sum(np.square(found), axes))
+    np.testing.assert_allclose(lengths, magnitude.reshape(-1), rtol=1e-5)
+
+
 def test_merge_changes_nothing_else_and_keeps_types():
     lora = {"a/b/kernel": Factors(np.ones((2, 1), np.float32), np.full((1, 3), 2.0, np.float32))}
     other = np.arange(4.0)
@@ -299,17 +434,16 @@ def test_folder_that_diffusers_wrote(leaves, write):
 @pytest.mark.parametrize(
     "key, method",
     [
-        (f"lora_unet_{FIRST}.dora_scale", "DoRA"),
-        ("unet.mid_block.attentions.0.proj_in.lora_magnitude_vector", "DoRA"),
-        (f"lora_unet_{FIRST}.hada_w1_a", "LoHa"),
-        (f"lora_unet_{FIRST}.lokr_w2", "LoKr"),
-        (f"lora_unet_{FIRST}.lora_mid.weight", "LoCon with a middle factor"),
+        (f"lora_unet_{FIRST}.oft_blocks", "OFT"),
+        (f"lora_unet_{FIRST}.on_input", "IA3"),
+        (f"lora_unet_{FIRST}.a1.weight", "GLoRA"),
+        (f"lora_unet_{FIRST}.w_norm", "norms"),
         (f"lora_unet_{FIRST}.diff", "not of low rank"),
         ("unet.conv_in.lora_B.bias", "LoRA with biases"),
     ],
 )
 def test_other_methods_are_refused_by_name(key, method, leaves, write):
-    with pytest.raises(ValueError, match=f"{method}.*only plain LoRA can be read: {key}"):
+    with pytest.raises(ValueError, match=f"{method}.*LoRA, LoHa, LoKr and DoRA can be read: {key}"):
         read_lora(write(one_layer(leaves) | {key: np.ones(1, np.float32)}), CONFIG)
 
 
@@ -318,23 +452,24 @@ def zeros(keys, name, down=(4, 8), up=(8, 4)):
 
 
 ZEROS = np.zeros((4, 8), np.float32)
-WIDTH = f"unet_{KOHYA_DOWN}_attn2_to_k"
 SDXL = "unet_input_blocks_7_1_transformer_blocks_{}_attn2_to_k"
 WRONG = {  # tensors beside `one_layer`, which fits, and what is said
     "another key": ({"bundle_emb.cat": ZEROS}, "1 keys are part of no LoRA: bundle_emb.cat"),
     "rank 0": (
         zeros(KOHYA, "unet_out_2", (0, 8, 3, 3), (4, 0, 1, 1)),
-        r"shape \[0, 8, 3, 3\], but",
+        r"down \[0, 8, 3, 3\].* do not change unet/out_2/kernel, which here is "
+        r"\[4, 8, 3, 3\]",
     ),
     "alpha alone": ({"lora_unet_out_2.alpha": ZEROS}, "1 keys are part of no LoRA: lora_unet_out"),
     "down alone": (
         {"lora_unet_time_embed_0.lora_down.weight": ZEROS},
-        "lora_unet_time_embed_0.lora_down.weight has no 'up' beside it",
+        "lora_unet_time_embed_0 has down, and no 'up' beside it",
     ),
     "Stable Diffusion 2": (
         zeros(KOHYA, WIDTH, down=(4, 1024)),
-        rf"{WIDTH}.lora_down.weight has shape \[4, 1024\], but {UNET}/attn2/to_k/kernel here needs "
-        r"\[4, 768\]. It seems to be for Stable Diffusion 2; this model is Stable Diffusion 1",
+        rf"lora_{WIDTH}: down \[4, 1024\], up \[8, 4\] do not change {UNET}/attn2/to_k/kernel, "
+        r"which here is \[8, 768\]. It seems to be for Stable Diffusion 2; this model is Stable "
+        "Diffusion 1",
     ),
     "SDXL": (
         {k: v for i in range(6) for k, v in zeros(KOHYA, SDXL.format(i), down=(4, 2048)).items()},
@@ -348,6 +483,24 @@ WRONG = {  # tensors beside `one_layer`, which fits, and what is said
     "two spellings of a layer": (
         zeros(KOHYA, "unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"),
         f"changes {UNET}/attn1/to_q/kernel twice, the second time as lora_unet_",
+    ),
+    "two methods for a layer": (
+        {f"lora_unet_{FIRST}.{part}": np.eye(8, dtype=np.float32) for part in LOHA},
+        rf"lora_unet_{FIRST}: .*down \[4, 8\].* do not change {UNET}/attn1/to_q/kernel",
+    ),
+    "half a LoHa": (
+        {f"lora_unet_time_embed_0.{part}": np.eye(32, 8, dtype=np.float32) for part in LOHA[:1]}
+        | {f"lora_unet_time_embed_0.{part}": np.eye(8, dtype=np.float32) for part in LOHA[1:2]},
+        "lora_unet_time_embed_0 has hada_w1_a and hada_w1_b, and no 'hada_w2_a' beside it",
+    ),
+    "norms alone": (
+        {"unet.time_embedding.linear_1.lora_magnitude_vector": ZEROS},
+        "unet.time_embedding.linear_1 has lora_magnitude_vector, and no 'up' beside it",
+    ),
+    "norms of another width": (
+        zeros(KOHYA, "unet_time_embed_0", (1, 8), (32, 1))
+        | {"lora_unet_time_embed_0.dora_scale": ZEROS},
+        r"dora_scale \[4, 8\],.* do not change unet/time_embed_0/kernel, which here is \[32, 8\]",
     ),
     "a layer twice": (
         zeros(PEFT, f"unet.{DOWN}.attn1.to_q"),
@@ -378,7 +531,7 @@ def test_a_whole_model_is_no_lora(write):
 @pytest.mark.parametrize(
     "part, value, message",
     [
-        ("lora_up.weight", np.zeros((8, 3), np.float32), r"has shape \[8, 3\], .*\[8, 4\]"),
+        ("dora_scale", np.full((8, 1), np.inf, np.float32), "holds NaN or infinity"),
         ("lora_up.weight", np.full((8, 4), np.nan, np.float32), "holds NaN or infinity"),
         ("alpha", np.float32(np.inf), "holds NaN or infinity"),
         ("alpha", np.ones(2, np.float32), r"has shape \[2\], but should be a number"),

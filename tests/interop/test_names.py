@@ -4,14 +4,10 @@ import numpy as np
 import pytest
 
 from ldm_jax.interop.names import (
-    clip_name,
-    compvis_name,
     diffusers_autoencoder_name,
-    diffusers_tiny_name,
     diffusers_unet_name,
-    ldm_bert_name,
+    name_of,
     old_diffusers_name,
-    open_clip_name,
     to_flax,
     to_torch,
 )
@@ -99,8 +95,8 @@ def test_old_diffusers_names(new, old):
 ])  # fmt: skip
 def test_names_of_a_tiny_autoencoder(path, taesd, diffusers):
     """TAESD's decoder begins with a clamp, which counts."""
-    assert compvis_name("tiny", path) == taesd
-    assert diffusers_tiny_name(path) == diffusers
+    assert name_of("tiny", path) == taesd
+    assert name_of("diffusers_tiny", path) == diffusers
 
 
 @pytest.mark.parametrize("path, compvis, diffusers", [
@@ -119,8 +115,8 @@ def test_names_of_a_tiny_autoencoder(path, taesd, diffusers):
     ("norm/scale", "norm.weight", "model.layer_norm.weight"),
 ])  # fmt: skip
 def test_names_of_ldms_text_transformer(path, compvis, diffusers):
-    assert compvis_name("bert", path) == compvis
-    assert ldm_bert_name(path) == diffusers
+    assert name_of("bert", path) == compvis
+    assert name_of("diffusers_bert", path) == diffusers
 
 
 @pytest.mark.parametrize("path, transformers, open_clip", [
@@ -142,8 +138,8 @@ def test_names_of_ldms_text_transformer(path, compvis, diffusers):
     ("text_projection/kernel", "text_projection.weight", "text_projection"),
 ])  # fmt: skip
 def test_names_of_clip(path, transformers, open_clip):
-    assert clip_name(path) == transformers
-    assert open_clip_name(path) == open_clip
+    assert name_of("clip", path) == transformers
+    assert name_of("openclip", path) == open_clip
 
 
 def test_arrays_turn_round_and_back():

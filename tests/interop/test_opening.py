@@ -10,8 +10,9 @@ import pytest
 
 from ldm_jax.interop import compvis, diffusers, native
 from ldm_jax.interop.files import open_state, write_safetensors
+from ldm_jax.interop.layout import slots
 from ldm_jax.interop.opening import export, open_any, read_any
-from tests.interop.systems import random_params, system
+from tests.interop.systems import edit, kl, random_params, system
 from tests.interop.test_compvis import same
 from tests.interop.test_pickle_reader import Call, Global, tensor, write_zip
 
@@ -125,6 +126,11 @@ def text_encoder(folder, path):
     shutil.copytree(folder / "diffusers" / "text_encoder", path)
 
 
+def vision_encoder(folder, path):
+    text_encoder(folder, path)
+    edit(path / "config.json", architectures=["CLIPVisionModel"])
+
+
 def damaged(folder, path):
     path.mkdir()
     (path / "config.json").write_text("{")
@@ -138,7 +144,8 @@ BAD = {
     "zeros": (holding(bytes(100)), "neither safetensors nor a torch|truncated|damaged"),
     "a truncated file": (truncated, "is truncated"),
     "a UNet alone": (copy_of_unet, "holds a UNet alone"),
-    "a text encoder alone": (text_encoder, r"holds \['CLIPTextModel'\] of transformers alone"),
+    "a text encoder alone": (text_encoder, "holds a text encoder alone: it can be the text=PATH"),
+    "another encoder": (vision_encoder, r"holds \['CLIPVisionModel'\] of transformers, where"),
     "no JSON": (damaged, "config.json is no JSON"),
     "a missing key": (without(UNET + "out.2.bias"), "unet is not whole: .*out.2.bias is missing"),
     "a wrong shape": (
@@ -165,6 +172,169 @@ def test_bad_input_is_named(case, files, tmp_path):
         open_any(path)
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def part_of(folder, path, keep, rename=lambda name: name):
+    """A file with the tensors that `keep` wants, under other names."""
+    tensors = open_state(folder / "compvis.safetensors")
+    write_safetensors(path, {rename(n): t for n, t in tensors.items() if keep(n)})
+    return path
+
+
+def unless(prefix):
+    return lambda name: not name.startswith(prefix)
+
+
+def under(prefix):
+    return lambda name: name.startswith(prefix)
+
+
+STAGE, TEXT = "first_stage_model.", "cond_stage_model."
+LACKING = {
+    "an autoencoder": (
+        unless(STAGE),
+        r"holds a UNet and clip conditioner, but no autoencoder \(first_stage_model.\*\): add "
+        "autoencoder=PATH",
+    ),
+    "a text encoder": (
+        unless(TEXT),
+        r"holds a UNet and an autoencoder, but no text encoders that make a context 64 wide "
+        r"\(cond_stage_model.* or .*\): add text=PATH",
+    ),
+    "both": (under(UNET), "holds a UNet alone: add autoencoder=PATH and, .*, text=PATH"),
+}
+
+
+# A UNet may stand without a prefix.
+@pytest.mark.parametrize("case, bare", [*((case, False) for case in LACKING), ("both", True)])
+def test_a_part_that_a_file_lacks_comes_from_elsewhere(case, bare, files, tmp_path):
+    folder, config, params = files
+    keep, message = LACKING[case]
+    path = part_of(folder, tmp_path / "part", keep, lambda n: n.removeprefix(UNET * bare))
+    with pytest.raises(ValueError, match=message):
+        open_any(path)
+    sources = dict(autoencoder=folder / "ours.safetensors", text=folder / "diffusers")
+    wanted = {"an autoencoder": ["autoencoder"], "a text encoder": ["text"]}.get(case, sources)
+    found = open_any(path, **{name: sources[name] for name in wanted})
+    same(found.params, params)
+    assert found.config == config
+
+
+TEXT_ALONE = {
+    "CLIP's names": lambda folder, path: part_of(
+        folder, path, under(TEXT), lambda n: n.removeprefix(f"{TEXT}transformer.")
+    ),
+    "CLIP's names, newer": lambda folder, path: part_of(
+        folder, path, under(TEXT), lambda n: n.removeprefix(f"{TEXT}transformer.text_model.")
+    ),
+    "the whole model's names": lambda folder, path: part_of(folder, path, under(TEXT)),
+    "a folder of transformers": lambda folder, path: shutil.copytree(
+        folder / "diffusers" / "text_encoder", path
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TEXT_ALONE)
+def test_a_text_encoder_alone_can_be_the_part(case, files, tmp_path):
+    folder, config, params = files
+    encoder = TEXT_ALONE[case](folder, tmp_path / "encoder")
+    assert read_any(encoder).config["task"] == "text"
+    with pytest.raises(ValueError, match="holds a text encoder alone"):
+        open_any(encoder)
+    path = part_of(folder, tmp_path / "part", unless(TEXT))
+    found = open_any(path, text=encoder)
+    same(found.params, params)
+    assert found.config == config
+
+
+def test_an_openclip_encoder_of_transformers_computes_what_stable_diffusion_2_does(tmp_path):
+    network = dict(vocab_size=50, width=1024, depth=1, heads=16, max_length=4)
+    table = slots("clip", network, "diffusers")
+    tensors = {slot.names[0]: np.zeros(slot.foreign, np.float16) for slot in table.values()}
+    write_safetensors(tmp_path / "text", tensors)
+    section = read_any(tmp_path / "text").config["conditioning"]["text"]
+    assert (section["padding"], section["network"]["activation"]) == ("zero", "gelu")
+
+
+@pytest.mark.parametrize("prefix", [STAGE, "vae.", "model.", "a.b.", ""])
+def test_an_autoencoder_stands_under_any_prefix(prefix, files, tmp_path):
+    folder, config, params = files
+    path = part_of(folder, tmp_path / "vae", under(STAGE), lambda n: n.replace(STAGE, prefix, 1))
+    found = open_any(path)
+    fields = config["autoencoder"] | dict(scale_factor=1.0)  # no tensor tells
+    assert found.config == dict(task="autoencoder", autoencoder=fields)
+    same(found.params["autoencoder"], params["autoencoder"])
+    assert not any(report.extra for report in found.reports.values())
+    part = part_of(folder, tmp_path / "part", unless(STAGE))
+    assert open_any(part, autoencoder=path).config == config
+
+
+@pytest.mark.parametrize(
+    "name", ["stable-diffusion-xl-base", "stable-diffusion-2", "ldm-text2im-large-256"]
+)
+def test_every_kind_of_text_encoder_can_be_the_part(name, tmp_path):
+    config = system(name)
+    params = random_params(config)
+    compvis.write(tmp_path / "whole", config, params)
+    tensors = dict(open_state(tmp_path / "whole"))
+    for prefix in (TEXT, "conditioner."):
+        tensors = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
+    write_safetensors(tmp_path / "part", tensors)
+    with pytest.raises(ValueError, match="but no text encoders"):
+        open_any(tmp_path / "part")
+    found = open_any(tmp_path / "part", text=tmp_path / "whole")
+    assert found.config == config
+    same(found.params, params)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_of_two_text_encoders_is_not_enough(place, tmp_path):
+    config = system("stable-diffusion-xl-base")
+    params = random_params(config)
+    compvis.write(tmp_path / "whole", config, params)
+    tensors = open_state(tmp_path / "whole")
+    kept = {n: t for n, t in tensors.items() if not n.startswith(f"conditioner.embedders.{place}")}
+    write_safetensors(tmp_path / "part", kept)
+    with pytest.raises(ValueError, match="clip conditioner, but no text encoders .* 192 wide"):
+        open_any(tmp_path / "part")
+    same(open_any(tmp_path / "part", text=tmp_path / "whole").params, params)
+
+
+@pytest.mark.parametrize("name", ["ours.safetensors", "compvis.safetensors", "diffusers"])
+def test_parts_take_the_place_of_others(name, files, tmp_path):
+    folder, config, params = files
+    other = system("stable-diffusion-1") | dict(autoencoder=kl(0.5, ch_mult=[1, 2, 2]))
+    fresh = random_params(other, seed=1)
+    native.save_model(tmp_path / "other", other, fresh)
+    found = open_any(folder / name, autoencoder=tmp_path / "other", text=tmp_path / "other")
+    # The scale of the latents is what the UNet was trained on.
+    assert found.config["autoencoder"] == other["autoencoder"] | dict(scale_factor=0.18215)
+    same(found.params, params | {name: fresh[name] for name in ("autoencoder", "text")})
+
+
+def test_parts_that_do_not_fit_are_refused(files, tmp_path):
+    folder, *_ = files
+    wide = dict(task="autoencoder", autoencoder=kl(1.0, z=8))
+    compvis.write(tmp_path / "wide", wide, random_params(wide))
+    text = system("stable-diffusion-2")
+    compvis.write(tmp_path / "text", text, random_params(text))
+    for name in ("ours.safetensors", "compvis.safetensors"):
+        with pytest.raises(ValueError, match="wide .* has latents of 8 channels, the model of 4"):
+            open_any(folder / name, autoencoder=tmp_path / "wide")
+        with pytest.raises(ValueError, match="context 128 wide|conditioners are .128. wide"):
+            open_any(folder / name, text=tmp_path / "text")
+    with pytest.raises(ValueError, match=r"text=.*wide holds none, but KL autoencoder"):
+        open_any(folder / "ours.safetensors", text=tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"wide holds no whole model, .* it takes no other parts"):
+        open_any(tmp_path / "wide", autoencoder=tmp_path / "wide")
+    for name, prefix in (("autoencoder", STAGE), ("text", TEXT)):
+        tensors = open_state(folder / "compvis.safetensors")
+        odd = next(n for n in tensors if n.startswith(prefix) and n.endswith("bias"))
+        part_of(folder, tmp_path / "odd", lambda n, odd=odd: n != odd)
+        with pytest.raises(ValueError, match=rf"{name} is not whole: {odd} is missing"):
+            open_any(folder / "ours.safetensors", **{name: tmp_path / "odd"})
+    with pytest.raises(FileNotFoundError, match="no model at nowhere"):
+        open_any(folder / "ours.safetensors", text="nowhere")
 
 
 def test_a_unet_alone_can_be_read(files):

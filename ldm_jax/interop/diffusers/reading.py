@@ -19,7 +19,8 @@ from ldm_jax.interop.diffusers.tokenizers import read_tokenizer
 from ldm_jax.interop.diffusers.unets import UNETS, unet_from
 from ldm_jax.interop.families import array, concat_sections
 from ldm_jax.interop.files import open_shards
-from ldm_jax.interop.layout import Imported, Report, networks, read_params, slots
+from ldm_jax.interop.layout import Imported, Report, read_params, slots
+from ldm_jax.interop.networks import networks, texts
 from ldm_jax.models.build import make_autoencoder
 
 CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -196,29 +197,12 @@ def _read_network(folder: Path, network: str, fields: Fields, dtype: Any) -> tup
     return read_params(state, slots(network, fields, "diffusers"), dtype=dtype)
 
 
-def _other(path: str | os.PathLike, keyword: str, dtype: Any) -> tuple[Imported | None, Fields]:
-    """The model at a path and, of its config, what the keyword asks for; nothing for no path."""
-    from ldm_jax.interop.opening import read_any  # which opens folders with this module
-
-    if not str(path):
-        return None, {}
-    found = read_any(path, dtype)
-    if keyword == "autoencoder":
-        part = found.config.get("autoencoder", {})
-    else:
-        sections = found.config.get("conditioning", {})
-        part = {name: section for name, section in sections.items() if "vocabulary" in section}
-    if not part:
-        raise ValueError(f"{keyword}={path} holds none: it is {found.about}")
-    return found, part
-
-
 def read(
     folder: str | os.PathLike,
     dtype: Any = "float32",
     *,
-    autoencoder: str | os.PathLike = "",
-    text: str | os.PathLike = "",
+    autoencoder: Imported | None = None,
+    text: Imported | None = None,
 ) -> Imported:
     """The model in a folder with a `model_index.json`.
 
@@ -226,8 +210,8 @@ def read(
     caller asks for another.
 
     Args:
-      autoencoder, text: a path that `opening.read_any` opens, of which to take the autoencoder, or
-        the text encoders with their tokenizers, whether or not the folder has some.
+      autoencoder, text: of which to take the autoencoder, or the text encoders with their
+        tokenizers, whether or not the folder has some.
 
     Raises:
       FileNotFoundError: a file of a component is missing.
@@ -238,9 +222,9 @@ def read(
     pipeline = _Pipeline(Path(folder), replaced + (tuple(TEXTS) if text else ()))
     unet, beside = unet_from(pipeline.json("unet"))
     stage = "vqvae" if "vqvae" in pipeline.classes else "vae"
-    first, stage_fields = _other(autoencoder, "autoencoder", dtype)
-    texts, sections = _other(text, "text", dtype)
-    if first is None and not pipeline.has(stage):
+    stage_fields = autoencoder.config["autoencoder"] if autoencoder else {}
+    sections = texts(text.config) if text else {}
+    if autoencoder is None and not pipeline.has(stage):
         remedy = "name a file or folder to take it from, autoencoder=PATH"
         raise pipeline.lacks(f"autoencoder ({stage})", remedy)
     if pipeline.has(stage) and pipeline.classes[stage] in AUTOENCODERS:
@@ -249,10 +233,10 @@ def read(
         kept = {key: own[key] for key in stage_fields.keys() & own.keys() & {"scale_factor"}}
         stage_fields = stage_fields | kept or own
     module = make_autoencoder(stage_fields)
-    if first and module.embed_dim != unet["out_channels"]:
+    if autoencoder and module.embed_dim != unet["out_channels"]:
         raise ValueError(
-            f"autoencoder={autoencoder} has latents of {module.embed_dim} channels, the model of "
-            f"{unet['out_channels']}"
+            f"autoencoder={autoencoder.about} has latents of {module.embed_dim} channels, the "
+            f"model of {unet['out_channels']}"
         )
     sections = _conditioning(pipeline, unet, beside, module.embed_dim, sections or None)
     xl = "sizes" in sections
@@ -275,7 +259,7 @@ def read(
     places |= dict(autoencoder=stage, unet="unet")
     params, reports = {}, {}
     for name, (network, fields) in networks(config).items():
-        other = first if name == "autoencoder" else texts if name != "unet" else None
+        other = autoencoder if name == "autoencoder" else text if name != "unet" else None
         if other:
             params[name], reports[name] = other.params[name], other.reports.get(name, Report())
         else:

@@ -21,7 +21,8 @@ from ldm_jax.interop.diffusers.schedulers import scheduler_to
 from ldm_jax.interop.diffusers.tokenizers import tokenizer_class, write_tokenizer
 from ldm_jax.interop.diffusers.unets import unet_to
 from ldm_jax.interop.files import write_safetensors
-from ldm_jax.interop.layout import Slot, networks, slots, write_params
+from ldm_jax.interop.layout import Slot, slots, write_params
+from ldm_jax.interop.networks import networks
 from ldm_jax.models.build import make_autoencoder
 from ldm_jax.models.clip import CLIPText, layer_index
 

@@ -1,0 +1,90 @@
+"""Changes of kernels, which stand beside the parameters: LoRA and what grew out of it.
+
+A change is W + scale·Δ, where Δ is (alpha/rank) times
+  down·up, of low rank: LoRA (Hu et al. 2021), of a convolution LoCon;
+  (down₁·up₁) ∘ (down₂·up₂), entry by entry: LoHa (Hyeon-Woo et al. 2022, FedPara);
+  outer ⊗ inner, the Kronecker product: LoKr (Yeh et al. 2024, LyCORIS);
+and with DoRA (Liu et al. 2024) m·(W + scale·Δ)/‖W + scale·Δ‖: see `Decomposed`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+
+class Factors(NamedTuple):
+    """`down` (…, in, rank) and `up` (rank, out)."""
+
+    down: np.ndarray
+    up: np.ndarray
+
+
+class Hadamard(NamedTuple):
+    """Two changes, to be multiplied entry by entry."""
+
+    first: Factors
+    second: Factors
+
+
+class Kronecker(NamedTuple):
+    """`outer` (in₁, out₁), each entry of which is to be multiplied by `inner` (…, in₂, out₂)."""
+
+    outer: np.ndarray
+    inner: np.ndarray
+
+
+class Decomposed(NamedTuple):
+    """A change, and the norms that the kernel has after it, whatever the scale (DoRA).
+
+    They are norms over the axes where `magnitude` has 1: for each output (peft, and LyCORIS'
+    `wd_on_output`), or for each input (LyCORIS without it). LyCORIS does otherwise with scales that
+    are not 1: it goes that share of the way to m/‖W + Δ‖.
+    """
+
+    change: Factors | Hadamard | Kronecker
+    magnitude: np.ndarray
+
+
+Change = Factors | Hadamard | Kronecker | Decomposed
+Lora = dict[str, Change]  # by path, "unet/input_blocks_1_1/proj_in/kernel"; alpha is in a factor
+
+
+def delta(change: Change) -> jax.Array:
+    """Δ of a kernel (…, in, out), float32."""
+    if isinstance(change, Decomposed):
+        return delta(change.change)
+    if isinstance(change, Hadamard):
+        return delta(change.first) * delta(change.second)
+    options = dict(precision="highest", preferred_element_type=jnp.float32)
+    if isinstance(change, Factors):
+        return jnp.matmul(*change, **options)
+    blocks = jnp.einsum("io,...jp->...ijop", *change, **options)
+    *space, i, j, o, p = blocks.shape
+    return blocks.reshape(*space, i * j, o * p)
+
+
+def merge(params: dict[str, Any], lora: Lora, scale: float | jax.Array = 1.0) -> dict[str, Any]:
+    """`params` with each kernel that `lora` changes as the formulas above say.
+
+    It is computed in float32 and has the kernel's type. Pure, and `scale` may be traced, so
+    merging inside of a jitted function keeps the LoRA apart, its strength free.
+
+    Raises ValueError for a kernel that `params` lacks or that has another shape.
+    """
+    flat = flatten_dict(params, sep="/", keep_empty_nodes=True)
+    for path, change in lora.items():
+        difference, old = delta(change), flat.get(path)
+        if (found := getattr(old, "shape", None)) != difference.shape:
+            raise ValueError(
+                f"the LoRA changes {path} of shape {difference.shape}, which here is {found}"
+            )
+        kernel = jnp.asarray(old).astype(jnp.float32) + scale * difference
+        if isinstance(change, Decomposed):
+            axes = tuple(i for i, n in enumerate(change.magnitude.shape) if n == 1)
+            norm = jnp.sqrt(jnp.sum(kernel**2, axes, keepdims=True))
+            kernel *= change.magnitude / (norm + np.finfo(np.float32).eps)
+        flat[path] = kernel.astype(old.dtype)
+    return unflatten_dict(flat, sep="/")
