@@ -254,6 +254,10 @@ def test_networks(name, opened, agree):
     variables = {"params": params["unet"]}
     ours = unet.apply(variables, x, np.array([731]), condition.context, y=y, timestep_cond=cond)
     agree(ours, nhwc(pipeline.unet(nchw(x), 731, context, **theirs).sample))
+    # Odd sides: halved to the next larger number, and doubled back to what they were.
+    odd = draw.standard_normal((1, 9, 7, unet.in_channels), np.float32)
+    ours = unet.apply(variables, odd, np.array([731]), condition.context, y=y, timestep_cond=cond)
+    agree(ours, nhwc(pipeline.unet(nchw(odd), 731, context, **theirs).sample))
 
     stage = getattr(pipeline, "vae", None) or pipeline.vqvae
     variables, latents = {"params": params["autoencoder"]}, x[..., : unet.out_channels]
@@ -275,5 +279,19 @@ def test_pictures(name, opened, agree, tmp_path):
     side = 128 if name == "text2im" else 32
     made = pipeline(PROMPT, latents=nchw(noise), num_inference_steps=10, guidance_scale=6.0,
                     height=side, width=side, output_type="np").images  # fmt: skip
+    assert mine.std() > 0.01
+    agree(mine, made, 1 / 255)
+
+
+@pytest.mark.parametrize("guidance", [None, 1.0, 4.0])
+def test_a_distilled_model_gets_the_scale(opened, agree, tmp_path, guidance):
+    """One step, which draws no noise; 8.5 by default, in both."""
+    pipeline, _ = opened("LCM")
+    ours = ldm_jax.load(tmp_path / "dummy")
+    noise = np.random.default_rng(2).standard_normal((1, 16, 16, 4), np.float32)
+    mine = ours(PROMPT, latents=noise, steps=1, guidance=guidance, height=32, width=32)
+    scale = {} if guidance is None else {"guidance_scale": guidance}
+    made = pipeline(PROMPT, latents=nchw(noise), num_inference_steps=1, height=32, width=32,
+                    output_type="np", **scale).images  # fmt: skip
     assert mine.std() > 0.01
     agree(mine, made, 1 / 255)

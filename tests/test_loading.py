@@ -92,9 +92,7 @@ def test_an_autoencoder_alone_encodes_decodes_and_replaces_another(stable, tmp_p
     np.testing.assert_allclose(other.encode(pictures), latents * 0.18215 / 0.5, rtol=1e-4)
     wide = system("sd-vae") | {"autoencoder": kl(0.5, z=8)}
     export(tmp_path / "wide.safetensors", wide, random_params(wide))
-    with pytest.raises(
-        ValueError, match="wide.safetensors .* has latents of 8 channels"
-    ):
+    with pytest.raises(ValueError, match="wide.safetensors .* has latents of 8 channels"):
         ldm_jax.load(tmp_path / "model.safetensors", autoencoder=tmp_path / "wide.safetensors")
 
 

@@ -139,7 +139,8 @@ class UNet(nn.Module):
         timestep_cond: jax.Array | None,
     ) -> None:
         check_channels(x, "UNet with in_channels", self.in_channels)
-        check_sides(x, "UNet latents", 2 ** (len(self.channel_mult) - 1))
+        if self.resblock_updown:  # whose blocks drop what is left of an odd side
+            check_sides(x, "UNet latents", 2 ** (len(self.channel_mult) - 1))
         width = None if context is None else context.shape[-1]
         if width != self.context_dim:
             shape = None if context is None else context.shape

@@ -23,7 +23,12 @@ def shapes(network, *inputs, **named):
     "fields, size, context, message",
     [
         ({}, (8, 8, 7), None, "in_channels=4 got 7"),
-        ({}, (9, 8, 4), None, r"latents \(9, 8\): sides must be multiples of 2"),
+        (
+            dict(resblock_updown=True),
+            (9, 8, 4),
+            None,
+            r"latents \(9, 8\): sides must be multiples of 2",
+        ),
         (dict(context_dim=8), (8, 8, 4), 9, r"context_dim=8 got context=\(1, 3, 9\)"),
         (dict(context_dim=8), (8, 8, 4), None, "context_dim=8 got context=None"),
         ({}, (8, 8, 4), 9, r"context_dim=None got context=\(1, 3, 9\)"),
