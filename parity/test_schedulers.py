@@ -14,7 +14,7 @@ from ldm_jax.diffusion.process import Diffusion
 from ldm_jax.diffusion.samplers import get_sampler
 from ldm_jax.interop.diffusers.components import Json
 from ldm_jax.interop.diffusers.schedulers import diffusion_from, sampling_from
-from parity.problem import SD, denoiser, finish, network, start
+from parity.problem import SCHEDULE, SD, denoiser, finish, network, start
 from parity.test_samplers import run
 
 TABLE = {"beta_schedule": "scaled_linear", "beta_start": SD["start"], "beta_end": SD["end"]}
@@ -40,7 +40,7 @@ GRIDS = [dict(timestep_spacing="leading", steps_offset=offset) for offset in (0,
 GRIDS += [dict(timestep_spacing=spacing, steps_offset=1) for spacing in ("linspace", "trailing")]
 WITH_KARRAS = ("euler", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
 # One step, few, counts that do and do not divide 1,000, and more than half of it.
-STEPS = (1, 2, 7, 30, 50, 600)
+STEPS = (1, 2, 7, 30, 600)
 
 
 def differences(case, grid, karras, monkeypatch, folder):
@@ -54,7 +54,9 @@ def differences(case, grid, karras, monkeypatch, folder):
     assert own["sampler"] == name
     diffusion = Diffusion.from_config(section)
     sampling = Sampling.of(Sampling(name, **options), own)
-    model, mine = network("eps", diffusion.schedule, torch), denoiser("eps", diffusion.schedule)
+    np.testing.assert_array_equal(diffusion.schedule.alphas_cumprod, SCHEDULE.alphas_cumprod)
+    # The one object, so that programs are shared.
+    model, mine = network("eps", SCHEDULE, torch), denoiser("eps", SCHEDULE)
     noise, found = start(np.float64), {}
     for steps in STEPS:
         scheduler.set_timesteps(steps)
