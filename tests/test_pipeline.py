@@ -190,7 +190,7 @@ def test_guidance_without_a_null_condition_is_refused(pipe):
 @pytest.mark.parametrize("arguments, message", [
     (dict(steps=0), "steps=0: this model takes 1 to 1000 steps"),
     (dict(sampler="magic"), "sampler 'magic': choose one of ddim"),
-    (dict(width=50), "width=50: this model draws multiples of 16 pixels, such as 48 or 64"),
+    (dict(width=50), "width=50: this model draws multiples of 8 pixels, such as 48 or 56"),
     (dict(n=0), "at least one picture"),
     (dict(sampler=Sampling(spacing="even")), "spacing 'even': for this schedule choose trailing"),
     (dict(strength=0.5), "mask and strength need an image"),
@@ -202,16 +202,16 @@ def test_guidance_without_a_null_condition_is_refused(pipe):
     (dict(negative_prompt=3), "negative_prompt=3: give one text for all pictures, or a list of 1"),
     (dict(negative_prompt=[None]), "negative_prompt=.None.: give one text for all pictures"),
     (dict(conditions={"crop": (0, 0)}), "this model takes no 'crop'; it takes none"),
-    (dict(height=0), "height=0: this model draws multiples of 16 pixels, such as 16$"),
+    (dict(height=0), "height=0: this model draws multiples of 8 pixels, such as 8$"),
     (dict(batch=0), "batch=0: at least one picture must be drawn at a time"),
-    (dict(image=PICTURE[:50]), "height=50: this model draws multiples of 16 pixels"),
+    (dict(image=PICTURE[:50]), "height=50: this model draws multiples of 8 pixels"),
     (dict(image=PICTURE, width=96), "height and width are the image's, 64 and 64"),
     (dict(image=2.0 * PICTURE), "image values 2 … 2: expected uint8, or float in 0 … 1"),
     (dict(image=PICTURE[0]), r"image of shape \(64, 3\): expected \(H, W, C\)"),
     (dict(image=np.stack([PICTURE] * 3)), "3 of image for 1 pictures: give one, or one for each"),
     (dict(guidance=[1.0, 2.0], steps=3), r"guidance of shape \(2,\): one number, or one for 3"),
     (dict(guidance=Guidance(2.0, weights=[1.0, 2.0])), "2 weights of guidance .* for 1 prompts"),
-    (dict(tile=20), "tile=20: this model draws multiples of 16 pixels, such as 16 or 32"),
+    (dict(tile=20), "tile=20: this model draws multiples of 8 pixels, such as 16 or 24"),
 ])  # fmt: skip
 def test_arguments_out_of_range_are_refused(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):

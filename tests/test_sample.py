@@ -61,7 +61,7 @@ def test_a_picture_of_any_size_is_edited(root, home):
         root, home, "--prompt=cat", "--image=~/picture.png", "--fit=pad", "--steps=2", "--out=~/fit"
     )
     assert done.returncode == 0, done.stderr
-    assert "70×101 (height×width) becomes 80×112" in done.stdout
+    assert "70×101 (height×width) becomes 72×104" in done.stdout
     with Image.open(home / "fit" / "0000-cat.png") as picture:
         assert picture.size == (101, 70)
 
@@ -87,7 +87,7 @@ def test_classes_are_drawn_by_name_or_number(root, home):
         (["--prompt=cat", "--guidance=nan"], "guidance=nan: must be a finite number"),
         (["--prompt=a", "--prompt=b", "--compose=1,inf"], "compose=inf: must be a finite number"),
         (["--prompt=cat", "--guidance_interval=a"], "--guidance_interval=a: give numbers"),
-        (["--prompt=cat", "--width=70"], "width=70: this model draws multiples of 16 pixels, such"),
+        (["--prompt=cat", "--width=70"], "width=70: this model draws multiples of 8 pixels, such"),
     ],
 )
 def test_mistakes_are_one_sentence(root, home, arguments, message):
