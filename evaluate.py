@@ -12,7 +12,9 @@ from ldm_jax.runtime.compile_cache import use_compile_cache
 from ldm_jax.runtime.console import run
 
 MODEL = flags.DEFINE_string("model", "", "A workdir or an exported file; empty: what ships.")
-SOURCE = flags.DEFINE_string("source", "emoji", "Pictures to compare with: emoji, folder or tfds.")
+SOURCE = flags.DEFINE_string(
+    "source", "emoji", "Pictures to compare with: emoji, scenes, folder or tfds."
+)
 PATH = flags.DEFINE_string("path", "", "Folder or name of that source.")
 COUNT = flags.DEFINE_integer("count", 512, "Captions, or labels, to draw one picture for; 0: none.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; the model's own by default.")

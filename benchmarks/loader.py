@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ldm_jax.data.loader import Loader
+from ldm_jax.data.scenes import SceneSource
 from ldm_jax.data.sources import EmojiSource, FolderSource, Source
 
 PICTURES, SIDE = 200, 512
@@ -68,7 +69,7 @@ def measure(source: Source, workers: int, batch_size: int, seconds: float) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", default="0,1,2")
-    parser.add_argument("--source", default="folder", choices=["emoji", "folder"])
+    parser.add_argument("--source", default="folder", choices=["emoji", "scenes", "folder"])
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=10)
     arguments = parser.parse_args()
@@ -77,7 +78,7 @@ def main() -> None:
             write_photographs(Path(folder))
             source = FolderSource(folder, "all", image_size=256)
         else:
-            source = EmojiSource("all")
+            source = EmojiSource("all") if arguments.source == "emoji" else SceneSource()
         for workers in arguments.workers.split(","):
             measure(source, int(workers), arguments.batch_size, arguments.seconds)
 

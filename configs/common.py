@@ -41,7 +41,7 @@ def data(**fields) -> dict:
     """Where pictures come from, and what is done to them."""
     return (
         dict(
-            source="emoji",  # emoji, folder or tfds
+            source="emoji",  # emoji, scenes, folder or tfds
             path="",
             classes=(),  # only these classes; empty: all
             image_size=64,
@@ -50,6 +50,17 @@ def data(**fields) -> dict:
             min_size=0,
             on_error="skip",  # or raise
             augment=(),
+            # See ldm_jax/data/scene_options.py.
+            scenes=dict(
+                kinds=160,
+                names=(),  # of emoji; empty: `kinds` of them
+                objects=(1, 4),
+                size=(0.3125, 0.4375),
+                textures=True,
+                train_scenes=10_000_000,
+                held_out_scenes=2_048,
+                seed=0,
+            ),
             conditions={},  # made of a picture or of files beside it: ldm_jax/data/conditions.py
             workers=0,  # processes that read; 0: threads of this one
         )

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm_jax.conditions.kinds import SIZES
-from ldm_jax.data.sources import Source, open_source
+from ldm_jax.data.sources import Source, open_source, sample
 from ldm_jax.interop.opening import open_any
 from ldm_jax.loading import load
 from ldm_jax.metrics.distance import floor, frechet_distance, kernel_distance
@@ -83,6 +83,7 @@ def drawn_metrics(
             " too: measure its autoencoder alone, --count=0"
         )
     extract = load_extractor()  # first: it may be missing, and drawing takes minutes
+    source = sample(source)
     chosen = np.linspace(0, len(source) - 1, count).round().astype(int)
     examples = [source[i] for i in chosen]
     images = []

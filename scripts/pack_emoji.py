@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm_jax.data.sources import EMOJI_COLUMNS, EMOJI_SIZE, EMOJI_ZIP
+from ldm_jax.data.emoji import EMOJI_COLUMNS, EMOJI_SIZE, EMOJI_ZIP
 from ldm_jax.data.splits import is_held_out
 
 PICTURES = "emoji-datasource-google-16.0.0.tgz"

@@ -5,7 +5,7 @@ parameters as fields. They are chosen in `config.data.conditions`: the name of a
 entry that it makes (`depth`, `low_resolution`, …), its `kind` one of CONDITIONS, by default the
 name itself. They see the example as the augmentations left it, and bring what they read from files
 beside the picture (`picture.depth.png` beside `picture.jpg`) to the same place through its
-`Placement`.
+`Placement`. Where the source itself knows (KNOWN), they take that instead of a file.
 """
 
 import dataclasses
@@ -23,6 +23,8 @@ from ldm_jax.pictures import to_signed
 Example = dict[str, Any]
 # Entries that every source gives.
 OF_EVERY_SOURCE = ("image", "caption", "label")
+# Kinds of condition that a source without files has entries for.
+KNOWN = {"scenes": ("segmentation", "boxes")}
 
 
 class Condition(Protocol):
@@ -139,7 +141,8 @@ class Segmentation(Named):
     """Classes of the pixels, int32 (H, W), from a label picture beside the picture.
 
     Grey or palette, 8 or 16 bits, of any size: a value is a class, below `classes`. Where the
-    picture reaches outside of the file, the file's edge is repeated.
+    picture reaches outside of the file, the file's edge is repeated. Scenes have theirs in the
+    entry `segmentation`.
     """
 
     classes: int = 182
@@ -147,7 +150,10 @@ class Segmentation(Named):
 
     def __call__(self, example, rng):
         del rng
-        path, labels = _map_beside(example, self)
+        if "segmentation" in example:
+            path, labels = example["name"], example["segmentation"]
+        else:
+            path, labels = _map_beside(example, self)
         labels = labels.astype(np.int32)
         if labels.max() >= self.classes or labels.min() < 0:
             raise ValueError(
@@ -184,10 +190,11 @@ class Boxes(Named):
     """Objects as the tokens of LDM's layout models, int32 (3·objects + 2,).
 
     Beside the picture lies a JSON list of {"category_id": 0 …, "bbox": [left, top, width, height]}
-    in pixels of the file, as COCO has them. An object is three tokens: its category, the corner
-    above left and the one below right on a 90 × 90 grid over the picture; two more say which part
-    of the file the picture is. Objects outside of the picture or smaller than `min_area` of it are
-    left out; of more than `objects`, the first after shuffling stay. Places without an object hold
+    in pixels of the file, as COCO has them; scenes have theirs in the entries `categories` and
+    `boxes`. An object is three tokens: its category, the corner above left and the one below right
+    on a 90 × 90 grid over the picture; two more say which part of the file the picture is. Objects
+    outside of the picture or smaller than `min_area` of it are left out; of more than `objects`,
+    the first after shuffling stay. Places without an object hold
     `tokens` − 1 (taming-transformers' ObjectsBoundingBoxConditionalBuilder).
     """
 
@@ -197,8 +204,15 @@ class Boxes(Named):
     suffix: str = "boxes.json"
 
     def __call__(self, example, rng):
-        path = beside(example, self)
-        categories, boxes = self._read(path, example["placement"].original)
+        if "categories" in example:
+            where, categories, boxes = example["name"], example["categories"], example["boxes"]
+        else:
+            where, categories, boxes = self._read(beside(example, self))
+        if categories.size and not 0 <= categories.min() <= categories.max() < self.tokens - 1:
+            raise ValueError(f"{where}: categories lie in 0 … {self.tokens - 2}")
+        height, width = example["placement"].original
+        boxes = boxes + np.pad(boxes[:, :2], ((0, 0), (2, 0)))
+        boxes = boxes / (width, height, width, height)
         boxes = np.clip(example["placement"].boxes(boxes), 0.0, 1.0)
         area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
         kept = rng.permutation(np.flatnonzero(area >= self.min_area))[: self.objects]
@@ -214,8 +228,8 @@ class Boxes(Named):
         places = np.round(np.clip(boxes, 0.0, 1.0) * (sections - 1)).astype(np.int32)
         return places[:, 1::2] * sections + places[:, ::2]
 
-    def _read(self, path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Categories (N,) and boxes (N, 4) as shares of the file."""
+    def _read(self, path: Path) -> tuple[Path, np.ndarray, np.ndarray]:
+        """The path, categories (N,), and boxes (N, 4) as they lie in the file."""
         try:
             objects = json.loads(path.read_text(encoding="utf-8"))
             categories = np.array([int(o["category_id"]) for o in objects], np.int64)
@@ -223,10 +237,7 @@ class Boxes(Named):
         except (ValueError, KeyError, TypeError) as error:
             expected = '[{"category_id": 0, "bbox": [left, top, width, height]}, …]'
             raise ValueError(f"{path}: expected {expected} ({error!r})") from error
-        if categories.size and not 0 <= categories.min() <= categories.max() < self.tokens - 1:
-            raise ValueError(f"{path}: categories lie in 0 … {self.tokens - 2}")
-        boxes[:, 2:] += boxes[:, :2]
-        return categories, boxes / np.array([size[1], size[0]] * 2)
+        return path, categories, boxes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,11 +318,15 @@ def check_conditions(
                     "ldm_jax/data/conditions.py says what each kind reads"
                 )
     for condition in conditions:
-        if condition.suffix and source != "folder":
+        if condition.suffix and source != "folder" and not _known(condition, source):
             raise ValueError(
                 f"data.conditions.{condition.name} reads picture.{condition.suffix} beside each "
                 f"picture, and data.source={source!r} has no files: use data.source='folder'"
             )
+
+
+def _known(condition: Condition, source: str) -> bool:
+    return any(isinstance(condition, CONDITIONS[kind]) for kind in KNOWN.get(source, ()))
 
 
 def check_files(conditions: Sequence[Condition], source: Any) -> None:
@@ -321,8 +336,8 @@ def check_files(conditions: Sequence[Condition], source: Any) -> None:
       FileNotFoundError: counts what is missing, and names the first.
     """
     for condition in conditions:
-        if not condition.suffix:
-            continue
+        if not condition.suffix or not len(source) or "path" not in source.describe(0):
+            continue  # it reads no file, or what the source itself knows
         paths = [beside(source.describe(i), condition) for i in range(len(source))]
         missing = [path for path in paths if not path.is_file()]
         if missing:

@@ -2,10 +2,10 @@
 
 Global position `step * batch_size + row` counts examples since the start of training. It
 determines the epoch (position // n) and the place in that epoch's permutation; each epoch shows
-each example once, and a batch may span two epochs. The augmentation of an example is drawn from
-(seed, position). So resuming needs only the step, and process p of n, which holds rows [p*b,
-(p+1)*b) of the global batch, sees the same data as any other division. Worker processes make whole
-batches, so their number changes nothing either.
+each example once, and a batch may span two epochs. An endless source is not permuted. The
+augmentation of an example is drawn from (seed, position). So resuming needs only the step, and
+process p of n, which holds rows [p*b, (p+1)*b) of the global batch, sees the same data as any other
+division. Worker processes make whole batches, so their number changes nothing either.
 """
 
 import atexit
@@ -62,7 +62,7 @@ class Loader:
       transform: (example, rng) -> example, drawing from `rng` alone; None for none. Threads call
         it at the same time.
       entries: what of an example a batch holds.
-      shuffle: False gives every epoch the order of the source.
+      shuffle: False gives every epoch the order of the source; an endless one has it anyway.
       process_index, process_count: which rows of the global batch to give.
       workers: the number of processes that `iterate` makes batches in; 0 for threads of this one.
         Each is sent `source` and `transform`, which must pickle, and takes seconds to start.
@@ -88,7 +88,8 @@ class Loader:
             raise ValueError("the source is empty")
         if workers < 0:
             raise ValueError(f"workers is {workers}; expected 0 (threads) or more")
-        self.source, self.seed, self.shuffle = source, seed, shuffle
+        self.source, self.seed = source, seed
+        self.shuffle = shuffle and not getattr(source, "endless", False)
         self.batch_size, self.entries, self.workers = batch_size, tuple(entries), workers
         self._rows = _rows(batch_size, process_index, process_count)
         self._transform = transform

@@ -1,4 +1,4 @@
-"""Where pictures come from: the embedded emoji, a folder, a TensorFlow data set.
+"""Where pictures come from: the embedded emoji, scenes of them, a folder, a TensorFlow data set.
 
 A source is a random-access sequence of examples, each a dict:
 
@@ -10,29 +10,23 @@ A source is a random-access sequence of examples, each a dict:
 - `rgba`: uint8 (size, size, 4) and `background`: the colour `image` is composited on; only where
   the picture has transparency;
 - `tags`: tuple of str, other words for the picture; only from the emoji source;
-- `path`: str, absolute, of the picture's file; only from a folder.
+- `path`: str, absolute, of the picture's file; only from a folder;
+- `boxes`, `categories`, `masks`, `segmentation`: what `scenes` knows of its pictures.
 
 Reading an example twice gives the same example: what is random lives in `transforms`.
 """
 
-import io
-import json
-import zipfile
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
+from ldm_jax.data.emoji import EmojiSource
 from ldm_jax.data.folder import FolderSource
 from ldm_jax.data.images import WHITE, Colour, fit_square, picture_entries
-from ldm_jax.data.splits import check_split, in_split
-
-EMOJI_ZIP = Path(__file__).parent / "emoji.zip"
-EMOJI_SIZE = 64
-EMOJI_COLUMNS = 44
+from ldm_jax.data.scenes import SceneSource
+from ldm_jax.data.splits import check_split
 
 
 class Source(Protocol):
@@ -42,6 +36,8 @@ class Source(Protocol):
       classes: their names.
       left_out: how many pictures were found but cannot be used, by reason.
       lost_captions: how many captions were found but cannot be used, by reason.
+      endless: optional; True where examples are made up, each by its index alone: they need no
+        shuffling, and are too many to look at all of them.
     """
 
     classes: tuple[str, ...]
@@ -53,56 +49,8 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def describe(self, index: int) -> dict[str, Any]:
-        """The example without `image`, `placement`, `rgba` and `background`: nothing is decoded."""
+        """The example without its pixels and what belongs to them: nothing is decoded or drawn."""
         ...
-
-
-@cache
-def _read_emoji() -> tuple[tuple[str, ...], list[dict], np.ndarray]:
-    """Groups, records and pictures uint8 (N, 64, 64, 4) of the embedded data, decoded once."""
-    with zipfile.ZipFile(EMOJI_ZIP) as pack:
-        index = json.loads(pack.read("emoji.json"))
-        sheet = np.asarray(Image.open(io.BytesIO(pack.read("sheet.webp"))))
-    tiles = sheet.reshape(-1, EMOJI_SIZE, EMOJI_COLUMNS, EMOJI_SIZE, 4).swapaxes(1, 2)
-    tiles = tiles.reshape(-1, EMOJI_SIZE, EMOJI_SIZE, 4)[: len(index["emoji"])]
-    return tuple(index["groups"]), index["emoji"], tiles
-
-
-class EmojiSource:
-    """1,906 Noto emoji, 64 px, captioned by their CLDR names ("red apple"), classed by CLDR group.
-
-    The held-out tenth is fixed in the file. `scripts/pack_emoji.py` says where all comes from.
-    """
-
-    def __init__(
-        self, split: str = "train", image_size: int = EMOJI_SIZE, background: Colour = WHITE
-    ):
-        check_split(split)
-        self.classes, records, images = _read_emoji()
-        kept = [i for i, record in enumerate(records) if in_split(record["held_out"], split)]
-        self._records = [records[i] for i in kept]
-        self._images = images[kept]
-        self.left_out: dict[str, int] = {}
-        self.lost_captions: dict[str, int] = {}
-        self._size, self._background = image_size, tuple(background)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image = self._images[index]
-        square = fit_square(image, self._size)
-        entries = picture_entries(square, image.shape[:2], self._background)
-        return entries | self.describe(index)
-
-    def describe(self, index: int) -> dict[str, Any]:
-        record = self._records[index]
-        return {
-            "caption": record["name"],
-            "label": record["group"],
-            "name": record["name"],
-            "tags": tuple(record["tags"]),
-        }
 
 
 class TfdsSource:
@@ -199,22 +147,14 @@ def _tfds_split(available: Any, split: str, held_out: float) -> str:
 
 
 class Subset:
-    """The examples of a source whose class is one of `wanted`; labels and classes stay.
+    """The examples of a source at `indices`, which may be none; labels and classes stay.
 
-    `left_out` and `lost_captions` are those of the source. It may be empty.
-
-    Raises:
-      ValueError: the source has no such class; lists those it has.
+    `left_out` and `lost_captions` are those of the source.
     """
 
-    def __init__(self, source: Source, wanted: Sequence[str]):
-        unknown = [name for name in wanted if name not in source.classes]
-        if unknown:
-            raise ValueError(f"no class {unknown[0]!r}; this source has {list(source.classes)}")
-        self.classes, self._source = source.classes, source
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self.classes, self._source, self._indices = source.classes, source, indices
         self.left_out, self.lost_captions = source.left_out, source.lost_captions
-        labels = {source.classes.index(name) for name in wanted}
-        self._indices = [i for i in range(len(source)) if source.describe(i)["label"] in labels]
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -226,7 +166,28 @@ class Subset:
         return self._source.describe(self._indices[index])
 
 
-SOURCES = ("emoji", "folder", "tfds")
+def of_classes(source: Source, wanted: Sequence[str]) -> Subset:
+    """The examples whose class is one of `wanted`.
+
+    Raises:
+      ValueError: the source has no such class; lists those it has.
+    """
+    unknown = [name for name in wanted if name not in source.classes]
+    if unknown:
+        raise ValueError(f"no class {unknown[0]!r}; this source has {list(source.classes)}")
+    labels = {source.classes.index(name) for name in wanted}
+    indices = [i for i in range(len(source)) if source.describe(i)["label"] in labels]
+    return Subset(source, indices)
+
+
+def sample(source: Source, count: int = 10_000) -> Source:
+    """The source itself, or the first `count` examples of an endless one: all that can be read."""
+    if getattr(source, "endless", False) and len(source) > count:
+        return Subset(source, range(count))
+    return source
+
+
+SOURCES = ("emoji", "scenes", "folder", "tfds")
 
 
 def open_source(config: Any, split: str = "train", index: str | Path | None = None) -> Source:
@@ -239,7 +200,8 @@ def open_source(config: Any, split: str = "train", index: str | Path | None = No
       config: ConfigDict with `source`, one of SOURCES, `image_size`, and optionally `path` (a
         folder or the name of a TensorFlow data set), `background` (what transparent pixels are
         composited on, white), `held_out` (0.1; the emoji's is fixed), `on_error` ("skip") and
-        `min_size` (folders), `classes` (only these; all if empty).
+        `min_size` (folders), `scenes` (see `scene_options`), `classes` (only these; all if
+        empty).
       split: "train", "held_out" or "all".
       index: the file that keeps what was found in a folder between starts; None: none.
 
@@ -250,10 +212,15 @@ def open_source(config: Any, split: str = "train", index: str | Path | None = No
     wanted = config.get("classes")
     if not wanted:
         return source
-    subset = Subset(source, wanted)
+    if getattr(source, "endless", False):
+        raise ValueError(
+            f"data.classes={tuple(wanted)}: of data.source={config.source!r} choose the kinds with "
+            "data.scenes.names or data.scenes.kinds"
+        )
+    subset = of_classes(source, wanted)
     if split == "train" and not len(subset):
-        return Subset(_open(config, "all", index), wanted)
-    if split == "held_out" and not len(Subset(_open(config, "train", index), wanted)):
+        return of_classes(_open(config, "all", index), wanted)
+    if split == "held_out" and not len(of_classes(_open(config, "train", index), wanted)):
         return Subset(source, ())
     return subset
 
@@ -266,6 +233,9 @@ def _open(config: Any, split: str, index: str | Path | None) -> Source:
     match config.source:
         case "emoji":
             return EmojiSource(split, **common)
+        case "scenes":
+            options = config.get("scenes", {})
+            return SceneSource(split, config.image_size, dict(options), fraction)
         case "folder":
             return FolderSource(
                 config.path,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.data.loader import batches_once
+from ldm_jax.data.sources import sample
 from ldm_jax.diffusion.noise import per_example
 from ldm_jax.metrics.reconstruction import reconstruction_quality
 from ldm_jax.models.autoencoder import AutoencoderKL
@@ -205,9 +206,10 @@ class AutoencoderTask:
         return image_grid(rows.reshape(64, *images.shape[1:]), columns=16)
 
     def export(self, ema):
-        """Measures `scale_factor`: 1/std over all latents of all training pictures (LDM, §G)."""
+        """Measures `scale_factor`: 1/std over all latents of all training pictures (LDM, §G), or of
+        the first of an endless source."""
         ema, count, total, square = merge(self.frozen, ema), 0.0, 0.0, 0.0
-        for batch in batches_once(self.source, 32, entries=("image",)):
+        for batch in batches_once(sample(self.source), 32, entries=("image",)):
             mean, logvar = (
                 np.float64(a[batch["valid"]]) for a in self._moments(ema, batch["image"])
             )

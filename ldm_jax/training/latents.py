@@ -16,6 +16,7 @@ from ldm_jax.pictures import to_signed
 
 log = logging.getLogger(__name__)
 LATENTS = ("memory", "step")
+IN_MEMORY = 2_000_000  # pictures
 
 
 def moments(autoencoder: Autoencoder, params: Any, images: jax.Array) -> jax.Array:

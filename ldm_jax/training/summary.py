@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.conditions.base import Embedder
+from ldm_jax.data.sources import sample
 from ldm_jax.pictures import image_grid
 from ldm_jax.training.batches import Prepare, training_loader
 
@@ -16,9 +17,15 @@ COLUMNS = 8
 
 
 def log_summary(source: Any, held_out: Any, embedders: Sequence[Embedder] = ()) -> None:
-    """Logs how many pictures and captions there are, and what of them is lost."""
-    captions = [source.describe(i)["caption"] for i in range(len(source))]
+    """Logs how many pictures and captions there are, and what of them is lost.
+
+    Of an endless source, the first are looked at.
+    """
+    seen = sample(source)
+    captions = [seen.describe(i)["caption"] for i in range(len(seen))]
     parts = [f"{len(source):,} pictures, {sum(map(bool, captions)):,} of them with captions"]
+    if seen is not source:
+        parts = [f"{len(source):,} pictures, of which the first {len(seen):,} are looked at"]
     tokenizers = [e.tokenizer for e in embedders if hasattr(e, "tokenizer")]
     for tokenizer in tokenizers[:1]:  # several read the same captions
         distinct = dict.fromkeys(captions)

@@ -18,7 +18,7 @@ from ldm_jax.models.build import Autoencoder, make_autoencoder
 from ldm_jax.training.autoencoder_task import AutoencoderTask
 from ldm_jax.training.diffusion_task import DiffusionTask
 from ldm_jax.training.initialise import check_frozen, loaded_parameters
-from ldm_jax.training.latents import LATENTS, LatentSource
+from ldm_jax.training.latents import IN_MEMORY, LATENTS, LatentSource
 from ldm_jax.training.state import Params, Task
 from ldm_jax.training.text_states import with_states
 from ldm_jax.training.trainable import split
@@ -85,6 +85,12 @@ def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
     resolved["autoencoder"], first_stage = _first_stage(config, resolved, opened)
 
     source, held_out = (open_source(config.data, split, index) for split in ("train", "held_out"))
+    for kept in ("latents", "text_states"):
+        if config[kept] == "memory" and len(source) > IN_MEMORY:
+            raise ValueError(
+                f"{kept}='memory' keeps at most {IN_MEMORY:,} pictures, and data.source="
+                f"{config.data.source!r} has {len(source):,}: use {kept}='step'"
+            )
     for pictures in (source, held_out):
         check_files(conditions, pictures)
     _fit_labels(resolved, source.classes)

@@ -309,7 +309,8 @@ def test_all_processes_end(tmp_path, how):
     )
     try:
         workers = json.loads(parent.stdout.readline())
-        assert len(workers) == 2 and all(map(running, workers))
+        assert len(workers) == 2
+        assert how == "leave" or all(map(running, workers))  # which may have left already
         if how == "kill":
             parent.kill()
             parent.wait()

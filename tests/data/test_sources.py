@@ -11,8 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from ldm_jax.data.emoji import EMOJI_ZIP, EmojiSource
 from ldm_jax.data.placement import Placement
-from ldm_jax.data.sources import EMOJI_ZIP, EmojiSource, Subset, open_source
+from ldm_jax.data.sources import of_classes, open_source
 from ldm_jax.data.splits import is_held_out
 
 
@@ -93,7 +94,7 @@ def test_describe_and_placement():
     assert source.left_out == source.lost_captions == {}
     assert same_but_for_pixels(source, -1)["tags"]
     assert source[0]["placement"] == Placement.centre((64, 64), 32)
-    subset = Subset(source, ["flags"])
+    subset = of_classes(source, ["flags"])
     told = [same_but_for_pixels(subset, i)["label"] for i in range(len(subset))]
     assert told and set(told) == {source.classes.index("flags")}
     assert subset.left_out is source.left_out and subset.lost_captions is source.lost_captions
@@ -102,9 +103,9 @@ def test_describe_and_placement():
 def test_a_subset_decodes_nothing(monkeypatch):
     source = EmojiSource("held_out")
     monkeypatch.setattr(EmojiSource, "__getitem__", None)
-    assert 0 < len(Subset(source, ["flags"])) < len(source)
+    assert 0 < len(of_classes(source, ["flags"])) < len(source)
     with pytest.raises(ValueError, match="no class 'flag'; this source has .'smileys"):
-        Subset(source, ["flag"])
+        of_classes(source, ["flag"])
 
 
 @pytest.mark.parametrize("index", [-1, 208])
@@ -128,7 +129,7 @@ def test_open_source_passes_the_fields_on():
 
 
 def test_unknown_choices():
-    with pytest.raises(ValueError, match="'laion'; choose one of emoji, folder, tfds"):
+    with pytest.raises(ValueError, match="'laion'; choose one of emoji, scenes, folder, tfds"):
         open_source(ConfigDict({"source": "laion", "image_size": 64}))
     with pytest.raises(ValueError, match="data.source='folder' needs data.path"):
         open_source(ConfigDict({"source": "folder", "path": "", "image_size": 64}))

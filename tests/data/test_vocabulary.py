@@ -1,4 +1,4 @@
-"""The two WordPiece vocabularies split the embedded texts alike."""
+"""The WordPiece vocabularies split the embedded texts alike."""
 
 import string
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import ldm_jax.data.sources
+from ldm_jax.data.scenes import SceneSource
 from ldm_jax.data.sources import EmojiSource
+from scripts.build_vocabulary import emoji_texts, needed_pieces, scene_texts
 
 tokenizers = pytest.importorskip("tokenizers")
 FOLDER = Path(ldm_jax.data.sources.__file__).parent / "vocabulary"
@@ -39,6 +41,16 @@ def test_embedded_texts_split_alike():
     assert [e.tokens for e in bert] == [e.tokens for e in emoji]
     unknown = {text for text, e in zip(texts, emoji, strict=True) if "[UNK]" in e.tokens}
     assert unknown == {"✓", "♪", "〒"}  # tags that BERT itself lacks; no caption
+
+
+def test_captions_of_scenes_split_alike():
+    """In the vocabulary of scenes and in BERT's; which the script would make the same again."""
+    captions = [SceneSource().describe(i)["caption"] for i in range(5000)]
+    bert, scenes = (tokenizer(name).encode_batch(captions) for name in ("bert", "scenes"))
+    assert [e.tokens for e in bert] == [e.tokens for e in scenes]
+    assert read("scenes") == needed_pieces(read("bert"), scene_texts())
+    assert read("emoji") == needed_pieces(read("bert"), emoji_texts())
+    assert len(read("scenes")) < 600
 
 
 def test_known_ids():
