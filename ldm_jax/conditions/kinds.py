@@ -137,7 +137,7 @@ class LabelEmbedder:
         return labels
 
     def null(self, count: int) -> np.ndarray:
-        """"No label", or class 0 for a model that has none and drops nothing."""
+        """The label for no label, or class 0 for a model that has none and drops nothing."""
         return np.full(count, -1 if self.zero_null else self.null_class or 0, np.int32)
 
     def negative(self, raw: np.ndarray, entries: dict[str, Any]) -> np.ndarray:

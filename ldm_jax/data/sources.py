@@ -1,18 +1,18 @@
-"""Where pictures come from: the embedded emoji, a folder, a TensorFlow data set.
+"""Sources of pictures: the embedded emoji, a folder, a TensorFlow data set.
 
 A source is a random-access sequence of examples, each a dict:
 
 - `image`: uint8 (size, size, 3);
 - `placement`: the `Placement` of the picture in the file it was made of;
-- `caption`: str, "" where there is none;
+- `caption`: str, "" if there is none;
 - `label`: int, an index into `source.classes`;
 - `name`: str, unique in the source;
-- `rgba`: uint8 (size, size, 4) and `background`: the colour `image` is composited on; only where
+- `rgba`: uint8 (size, size, 4) and `background`: the colour on which `image` is composited; only if
   the picture has transparency;
 - `tags`: tuple of str, other words for the picture; only from the emoji source;
 - `path`: str, absolute, of the picture's file; only from a folder.
 
-Reading an example twice gives the same example: what is random lives in `transforms`.
+Reading an example twice gives the same example; all randomness is in `transforms`.
 """
 
 import io
@@ -40,8 +40,8 @@ class Source(Protocol):
 
     Attributes:
       classes: their names.
-      left_out: how many pictures were found but cannot be used, by reason.
-      lost_captions: how many captions were found but cannot be used, by reason.
+      left_out: number of pictures that were found but cannot be used, by reason.
+      lost_captions: number of captions that were found but cannot be used, by reason.
     """
 
     classes: tuple[str, ...]
@@ -71,7 +71,7 @@ def _read_emoji() -> tuple[tuple[str, ...], list[dict], np.ndarray]:
 class EmojiSource:
     """1,906 Noto emoji, 64 px, captioned by their CLDR names ("red apple"), classed by CLDR group.
 
-    The held-out tenth is fixed in the file. `scripts/pack_emoji.py` says where all comes from.
+    The held-out tenth is fixed in the file. `scripts/pack_emoji.py` names the origins.
     """
 
     def __init__(
@@ -108,13 +108,13 @@ class EmojiSource:
 class TfdsSource:
     """A TensorFlow data set with the features "image" and, if labelled, "label".
 
-    The caption is the name of the class. The held-out split is the set's own "test" or
-    "validation" split; where it has neither, the last `held_out` of "train", or nothing where that
-    would be all of it. A set that is not on disk is downloaded.
+    The caption is the name of the class. The held-out split is the data set's own "test" or
+    "validation" split; if it has neither, the last `held_out` of "train", or nothing if that would
+    be all of it. A data set that is not on disk is downloaded.
 
     Raises:
       ImportError: tensorflow-datasets is not installed.
-      ValueError: there is no such set, or it has no pictures.
+      ValueError: there is no such data set, or it has no pictures.
     """
 
     def __init__(
@@ -185,9 +185,9 @@ class TfdsSource:
 
 
 def _tfds_split(available: Any, split: str, held_out: float) -> str:
-    """Our "train", "held_out" or "all" in the notation of tfds, of the splits a set has.
+    """Our "train", "held_out" or "all" in the notation of tfds, from a data set's splits.
 
-    "" where it is empty.
+    "" if it is empty.
     """
     own = next((name for name in ("test", "validation") if name in available), None)
     if own:
@@ -201,10 +201,10 @@ def _tfds_split(available: Any, split: str, held_out: float) -> str:
 class Subset:
     """The examples of a source whose class is one of `wanted`; labels and classes stay.
 
-    `left_out` and `lost_captions` are those of the source. It may be empty.
+    `left_out` and `lost_captions` are those of the source. The subset may be empty.
 
     Raises:
-      ValueError: the source has no such class; lists those it has.
+      ValueError: the source has no such class; lists its classes.
     """
 
     def __init__(self, source: Source, wanted: Sequence[str]):
@@ -237,11 +237,11 @@ def open_source(config: Any, split: str = "train", index: str | Path | None = No
 
     Args:
       config: ConfigDict with `source`, one of SOURCES, `image_size`, and optionally `path` (a
-        folder or the name of a TensorFlow data set), `background` (what transparent pixels are
-        composited on, white), `held_out` (0.1; the emoji's is fixed), `on_error` ("skip") and
-        `min_size` (folders), `classes` (only these; all if empty).
+        folder or the name of a TensorFlow data set), `background` (the colour under transparent
+        pixels, white), `held_out` (0.1; the emoji's is fixed), `on_error` ("skip") and `min_size`
+        (folders), `classes` (only these; all if empty).
       split: "train", "held_out" or "all".
-      index: the file that keeps what was found in a folder between starts; None: none.
+      index: the file that stores the findings in a folder between starts; None: no file.
 
     Raises:
       ValueError: unknown source or split, no path, or a source without usable pictures.

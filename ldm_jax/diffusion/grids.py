@@ -134,12 +134,12 @@ def _trailing(schedule, steps, family):
     last = schedule.timesteps
     if not isinstance(schedule, DiscreteSchedule):
         return schedule.at(last - np.arange(steps) * last / steps)
-    # numpy's own steps: their last bit decides how halves are rounded, as in diffusers.
+    # np.arange, as in diffusers: the last bit decides how halves are rounded.
     return schedule.at(np.rint(np.arange(last, 0, -last / steps)[:steps]) - 1)
 
 
 def _skipped(schedule, steps, family):
-    """Timesteps that "dpm" leaves out at the end, as far as there is room."""
+    """The number of timesteps that "dpm" leaves out at the end; 0 if all T are used."""
     return 1 if family == "dpm" and steps < schedule.timesteps else 0
 
 

@@ -1,4 +1,4 @@
-"""What a run says of its data before anything compiles."""
+"""The summary of its data that a run logs before anything compiles."""
 
 import logging
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ COLUMNS = 8
 
 
 def log_summary(source: Any, held_out: Any, embedders: Sequence[Embedder] = ()) -> None:
-    """Logs how many pictures and captions there are, and what of them is lost."""
+    """Logs the number of pictures and captions, and what is cut or left out."""
     captions = [source.describe(i)["caption"] for i in range(len(source))]
     parts = [f"{len(source):,} pictures, {sum(map(bool, captions)):,} of them with captions"]
     tokenizers = [e.tokenizer for e in embedders if hasattr(e, "tokenizer")]
