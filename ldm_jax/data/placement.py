@@ -50,7 +50,7 @@ class Placement:
         return dataclasses.replace(self, corner=corner)
 
     def scaled(self, size: tuple[int, int]) -> "Placement":
-        """With the picture and the rest of the file resized, the picture to `size` (height, width)."""
+        """With file and picture resized, so that the picture has `size` (height, width)."""
         factors = [new / old for new, old in zip(size, self.size, strict=True)]
         resized = tuple(round(s * f) for s, f in zip(self.resized, factors, strict=True))
         corner = tuple(round(c * f) for c, f in zip(self.corner, factors, strict=True))
