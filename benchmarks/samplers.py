@@ -1,4 +1,4 @@
-"""Every sampler's error against its cost, on data whose exact answer is known.
+"""Every sampler's error against its cost, on data with a known exact solution.
 
     pip install matplotlib scipy && python -m benchmarks.samplers
 

@@ -179,7 +179,7 @@ def _slot(path: str, shape: tuple[int, ...], *called: str, dimensions: int = 0, 
 
 
 def _heads(unet: UNet, channels: int, name: str) -> int:
-    """The slots of attention without a context, from diffusers' name of its tensor."""
+    """The number of heads of attention without a context, from diffusers' name of its tensor."""
     if unet.num_head_channels > 0:
         return channels // unet.num_head_channels
     if isinstance(unet.num_heads, int):

@@ -1,4 +1,4 @@
-"""Whatever a path holds is found out; what it cannot be is said in one message."""
+"""The content of any path is recognised, or refused in one message."""
 
 import json
 import logging

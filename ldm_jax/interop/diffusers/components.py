@@ -250,14 +250,14 @@ _VQ: Table = (
     Row("z_channels", "latent_channels", 3),
     Row("embed_dim", "vq_embed_dim", None, Codec(lambda n, fields: n or fields["z_channels"])),
     Row("n_embed", "num_vq_embeddings", 256),
-    # Older than the key are LDM's own, whose latents were not scaled. diffusers has since taken
-    # 0.18215 for them, too, and draws garbage (its issue 6725).
+    # Files without the key are LDM's own, whose latents were not scaled. diffusers now uses 0.18215
+    # for them as well, and draws wrong pictures (its issue 6725).
     Row("scale_factor", "scaling_factor", 1.0),
 )
 _ENCODER = ONE._replace(write=lambda width, fields: [width] * len(fields["encoder_blocks"]))
 _DECODER = derived(lambda f: [f["width"]] * len(f["decoder_blocks"]), "those of the encoder")
 _TINY: Table = (
-    # The widths again; and the range of latents that are stored as pictures.
+    # The widths a second time, and the range of latents that are stored as pictures.
     *passed_over("sample_size", "force_upcast", "block_out_channels"),
     *passed_over("latent_magnitude", "latent_shift"),
     *checked(act_fn="relu", upsample_fn="nearest", upsampling_scaling_factor=2),
