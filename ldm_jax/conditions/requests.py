@@ -128,7 +128,7 @@ def requests(
         raise ValueError(f"{len(entries['caption'])} prompts for {len(entries['label'])} labels")
     (count,) = counts
     if not count or n < 1:
-        raise ValueError(f"{count} prompts, n={n}: at least one picture must be asked for")
+        raise ValueError(f"{count} prompts, n={n}: at least one picture must be requested")
     if weights is None:
         return [{key: [v for v in values for _ in range(n)] for key, values in entries.items()}]
     if len(weights) != count:

@@ -134,7 +134,7 @@ class WordPiece:
         return cut(prompt, self._tokenizer.encode(prompt), self.max_length)
 
     def unknown(self, prompt: str) -> list[str]:
-        """The words that become [UNK], as the user wrote them, each as often as it stands there."""
+        """The words that become [UNK], as the user wrote them, with repetitions."""
         encoding = self._tokenizer.encode(prompt)
         return unsaid(prompt, encoding.ids, encoding.offsets, self._tokenizer.token_to_id("[UNK]"))
 

@@ -186,7 +186,7 @@ def _from_lists(
                 which = f"which could be any of {_quoted(found)}"
                 lost[AMBIGUOUS].append(f"{line} names {printable(wanted)}, {which}")
             elif not is_utf8(text):
-                lost[UNREADABLE].append(f"{line} is no UTF-8; save the file as UTF-8")
+                lost[UNREADABLE].append(f"{line} is not UTF-8; save the file as UTF-8")
             elif captions.setdefault(found[0], text.strip()) != text.strip():
                 lost[SECOND].append(
                     f"{line} names {printable(wanted)} a second time; the first line counts"

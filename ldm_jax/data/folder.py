@@ -220,7 +220,7 @@ class FolderSource:
         strange = [name for name in usable if not is_utf8(name)]
         if strange:
             messages.append(
-                f"{root}: {len(strange)} names are no UTF-8, such as {printable(strange[0])}; "
+                f"{root}: {len(strange)} names are not UTF-8, such as {printable(strange[0])}; "
                 "they are kept under this name, and a class of this kind gives no caption"
             )
         if faults:

@@ -136,7 +136,7 @@ class Loader:
                     result = next(results)
                 except RuntimeError as error:
                     raise ChildProcessError(
-                        "a process that reads pictures was killed, perhaps for want of memory: "
+                        "a process that reads pictures was killed, perhaps for lack of memory: "
                         f"try fewer than data.workers={self.workers}"
                     ) from error
                 if self.workers:

@@ -26,11 +26,11 @@ def read_text(path: Path | str, errors: str = "strict") -> str:
         text = content.decode(encoding, errors)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{printable(path)} is no {encoding.removesuffix('-sig').upper()}: byte {error.start} "
+            f"{printable(path)} is not {encoding.removesuffix('-sig').upper()}: byte {error.start} "
             "cannot be read; save it as UTF-8"
         ) from error
     if "\0" in text:  # UTF-16 without a mark, or UTF-32
-        raise ValueError(f"{printable(path)} is no text: it holds zero bytes; save it as UTF-8")
+        raise ValueError(f"{printable(path)} is not text: it holds zero bytes; save it as UTF-8")
     return text
 
 

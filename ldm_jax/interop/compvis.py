@@ -255,7 +255,7 @@ def write(
         lost = [f"it {error}"]
     if lost:
         raise ValueError(
-            f"{Path(path)}: a file of CompVis' layout cannot say this model, so nothing is "
+            f"{Path(path)}: a file of CompVis' layout cannot express this model, so nothing is "
             f"written: {'; '.join(lost)}"
         )
     write_safetensors(path, tensors, {"format": "pt"})

@@ -40,9 +40,7 @@ def _file(path: Path, state: Tensors, dtype: Any, options: dict[str, Any]) -> Im
 def _refuse(path: Path, options: dict[str, Any]) -> None:
     for name, option in (("original", "config"), ("new_attention_order", "new_attention_order")):
         if options.get(name):
-            raise ValueError(
-                f"{path} says all of its model: {option} is for files of CompVis' code"
-            )
+            raise ValueError(f"{path} contains its config: {option} is for files of CompVis' code")
 
 
 def _folder(path: Path, dtype: Any, options: dict[str, Any]) -> Imported:
@@ -51,7 +49,7 @@ def _folder(path: Path, dtype: Any, options: dict[str, Any]) -> Imported:
     try:
         described = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{about} is no JSON: {error}") from error
+        raise ValueError(f"{about} is not JSON: {error}") from error
     if "_class_name" in described:
         return diffusers.read_component(path, dtype)
     if "architectures" in described or "model_type" in described:

@@ -91,7 +91,7 @@ class Unread:
         """The result of a call in the file; ValueError if the call does more than make data."""
         if not _makes_data(self.name):
             raise ValueError(
-                f"refuses to call {self.name}: a checkpoint of weights has no need of it"
+                f"refuses to call {self.name}: a checkpoint of weights does not need it"
             )
         return Unread(self.name, content)
 

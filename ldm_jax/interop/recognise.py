@@ -47,9 +47,9 @@ OTHERS = {
     r"(model\.diffusion_model\.)?(joint_blocks|double_blocks|single_blocks|blocks)\.": "a "
     "diffusion transformer, where UNets are supported",
     r"(down_blocks|mid_block|up_blocks|conv_in|time_embedding)\.": "one network of a diffusers "
-    "folder: name the folder, which says in JSON what it is",
+    "folder: name the folder, whose JSON describes it",
     r"(encoder|decoder)\.(down_blocks|mid_block|up_blocks)\.": "the autoencoder of a diffusers "
-    "folder: name the folder, which says in JSON what it is",
+    "folder: name the folder, whose JSON describes it",
 }
 
 
@@ -246,7 +246,7 @@ def _unet_alone(state: State, prefix: str) -> Recognised:
 
 
 def _config(model: Model, unet: Fields, autoencoder: Fields, sections: Fields) -> Fields:
-    """The config of a model like a published one; files do not say how to sample."""
+    """The config of a model like a published one; files contain no sampling options."""
     dropped = any(section["dropout"] for section in sections.values())
     sampling = model.sampling | dict(steps=50, eta=0.0) | ({} if dropped else dict(guidance=1.0))
     return lists(

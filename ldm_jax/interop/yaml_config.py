@@ -325,7 +325,7 @@ def read_original(path: str | os.PathLike) -> Original:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     tree = _Section(path, "", tree if isinstance(tree, dict) else {})
     name, params = tree.part("model", (*LATENT, "DiffusionEngine", *STAGES))
     if name in STAGES:

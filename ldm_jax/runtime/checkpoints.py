@@ -121,7 +121,7 @@ class Checkpoints:
                 )
             if damaged:
                 lost = max(damaged) - step
-                log.warning("Going on from step %d: %d steps are lost, trained again", step, lost)
+                log.warning("Resuming from step %d: %d steps are lost, trained again", step, lost)
             return step, state
         if damaged:
             listed = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())

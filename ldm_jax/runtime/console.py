@@ -45,7 +45,7 @@ def run(main: Callable[..., None], arguments: tuple[str, ...] = ()) -> None:
         except (AttributeError, KeyError) as error:
             _fail(f"unknown setting in --config: {_unquoted(error)}")
         except flags.Error as error:
-            # An error inside a config file comes with its whole traceback; the last line says why.
+            # An error inside a config file has its whole traceback; the last line is the reason.
             message = str(error).strip()
             _fail(message.splitlines()[-1].strip() if "Traceback" in message else message)
 

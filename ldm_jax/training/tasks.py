@@ -172,7 +172,7 @@ def _first_stage(
         )
     if wanted and make_autoencoder(wanted).downsampling != make_autoencoder(section).downsampling:
         raise ValueError(
-            f"{path} has latents of {_latents(section)}, and this model wants {_latents(wanted)}"
+            f"{path} has latents of {_latents(section)}, and this model needs {_latents(wanted)}"
         )
     return section, found.params.get("autoencoder", {})
 

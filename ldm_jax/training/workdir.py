@@ -93,7 +93,7 @@ def check_config(workdir: Path, config: dict[str, Any], checkpoints: Checkpoints
             "Choose another --workdir, or give the same settings to resume this one."
         )
     if lines:
-        log.info("The run in %s goes on with changes:\n%s", workdir, "\n".join(lines.values()))
+        log.info("The run in %s resumes with changes:\n%s", workdir, "\n".join(lines.values()))
 
 
 def write_config(workdir: Path, config: dict[str, Any]) -> None:

@@ -252,8 +252,8 @@ def test_lines_that_are_no_utf8_are_lost_one_by_one(make, caplog, file):
     assert captions(root) == ["d", "fine", "cafe"]
     assert opened(root).lost_captions == {UNREADABLE: 1}
     line = 1 if file == "metadata.jsonl" else 2
-    assert caplog.messages[0] == f"{root}/{file}:{line} is no UTF-8; save the file as UTF-8"
-    with pytest.raises(ValueError, match=f"{file}:{line} is no UTF-8"):
+    assert caplog.messages[0] == f"{root}/{file}:{line} is not UTF-8; save the file as UTF-8"
+    with pytest.raises(ValueError, match=f"{file}:{line} is not UTF-8"):
         opened(root, on_error="raise")
 
 

@@ -35,7 +35,7 @@ def load(path: Path) -> Fields:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, where an object was expected")
     return content
@@ -306,7 +306,7 @@ _MLP = Codec(
     lambda inner, fields: None if inner == 4 * fields["width"] else inner,
     lambda inner, fields: inner or 4 * fields["width"],
 )
-# The text ends at the highest id, which 2 stands for in transformers, or at the first of this one.
+# The text ends at the highest id, for which transformers writes 2, or at the first `end`.
 _END = Codec(
     lambda end, fields: None if end in (2, fields["vocab_size"] - 1) else end,
     lambda end, _: 2 if end is None else end,

@@ -127,7 +127,7 @@ def _write_size(ours: tuple[Any, int], fields: Ours) -> int | None:
     if len(sizes) > 1 and heads != 1:
         raise ValueError(
             f"unet.num_heads={heads} at widths {[*_places(fields).values()]}, where UNet2DModel "
-            "wants as many channels in every head"
+            "needs the same number of channels in every head"
         )
     return None if len(sizes) > 1 else sizes.pop()
 
@@ -174,7 +174,7 @@ def _write_labels(fields: Ours, content: Fields) -> None:
 
 
 def _read_norms(groups: int | None, fields: Ours) -> None:
-    """Of attention; without a number it has none beside `scale_shift`, else as many as others."""
+    """Groups of attention; by default none with `scale_shift`, else as many as other norms."""
     same = fields.get("groups", 32)
     if (groups or (None if fields.get("use_scale_shift_norm") else same)) != same:
         raise ValueError
