@@ -37,23 +37,23 @@ help:  ## show this list (the default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Options: PYTHON=python3.12 (any target), DEMO_FLAGS='--config.train.steps=60', WORKDIR=runs/demo"
 
-demo: $(RUNTIME)  ## train text-to-image on the embedded pictures, then draw with it and with what ships
+demo: $(RUNTIME)  ## train text-to-image on the embedded pictures, then draw with it and with the bundled model
 	$(BIN)/python train.py --config=configs/txt2img.py:demo --workdir=$(WORKDIR) $(DEMO_FLAGS)
 	$(BIN)/python sample.py --model=$(WORKDIR) $(PROMPTS) --out=$(WORKDIR)/pictures
 	$(BIN)/python sample.py $(PROMPTS) --out=out/shipped
 	@echo "The model just trained:  $(WORKDIR)/pictures/grid.png, its run: $(WORKDIR)/report.html"
-	@echo "The model that ships:    out/shipped/grid.png"
+	@echo "The bundled model:       out/shipped/grid.png"
 
-test: lint  ## lint, then every test but the long ones
+test: lint  ## lint, then every test except the long ones
 	$(BIN)/python -m pytest -m "not long" -n 2 --durations=10
 
 long: $(TEST)  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m long -n 2
 
-parity: $(PARITY)  ## live against diffusers, transformers, CompVis' code … (1.5 GB of torch)
+parity: $(PARITY)  ## compare with diffusers, transformers, CompVis' code … (1.5 GB of torch)
 	$(PARITY_VENV)/bin/python -m pytest parity --disable-warnings
 
-lint: $(TEST)  ## style and the rules of who may import whom
+lint: $(TEST)  ## style and the import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports

@@ -1,4 +1,4 @@
-"""Measures a model on the data it was made for: python evaluate.py --model=runs/txt2img."""
+"""Measures a model on data like its training data: python evaluate.py --model=runs/txt2img."""
 
 import json
 import os
@@ -11,12 +11,12 @@ from ldm_jax.pictures import image_grid, save_png
 from ldm_jax.runtime.compile_cache import use_compile_cache
 from ldm_jax.runtime.console import run
 
-MODEL = flags.DEFINE_string("model", "", "A workdir or an exported file; empty: what ships.")
+MODEL = flags.DEFINE_string("model", "", "A workdir or an exported file; empty: the bundled one.")
 SOURCE = flags.DEFINE_string(
     "source", "emoji", "Pictures to compare with: emoji, scenes, folder or tfds."
 )
 PATH = flags.DEFINE_string("path", "", "Folder or name of that source.")
-COUNT = flags.DEFINE_integer("count", 512, "Captions, or labels, to draw one picture for; 0: none.")
+COUNT = flags.DEFINE_integer("count", 512, "Captions or labels, with one picture each; 0: none.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; the model's own by default.")
 STEPS = flags.DEFINE_integer("steps", 50, "DDIM steps.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the pictures.")

@@ -12,7 +12,7 @@ from ldm_jax.pictures import FITS
 from ldm_jax.runtime.compile_cache import use_compile_cache
 from ldm_jax.runtime.console import run
 
-MODEL = flags.DEFINE_string("model", "", "A workdir or a model file or folder; empty: what ships.")
+MODEL = flags.DEFINE_string("model", "", "A workdir, model file or folder; empty: the bundled one.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", "", "A text file with one prompt a line.")
 LABEL = flags.DEFINE_multi_string(
@@ -29,31 +29,31 @@ OPTIONS = [
 ]
 # Arguments of Pipeline.__call__, by their own names.
 SETTINGS = (
-    flags.DEFINE_string("negative_prompt", None, "What to lead away from."),
+    flags.DEFINE_string("negative_prompt", None, "Prompt of the negative side of guidance."),
     flags.DEFINE_integer("n", 1, "Pictures of each prompt."),
     flags.DEFINE_integer("batch", None, "Pictures drawn at a time; default: all. Saves memory."),
     flags.DEFINE_integer("steps", None, "Steps of the sampler; default: the model's own count."),
-    flags.DEFINE_integer("seed", 0, "Picture i of a seed is always the same."),
+    flags.DEFINE_integer("seed", 0, "Seed; picture i of a seed is always the same."),
     flags.DEFINE_integer("height", None, "Pixels, a multiple of the model's; default: as trained."),
     flags.DEFINE_integer("width", None, "Pixels, a multiple of the model's; default: as trained."),
     flags.DEFINE_integer("tile", None, "Pixels; draw larger pictures in tiles of this side."),
     flags.DEFINE_float("strength", None, "Of a change to --image, 0 (none) … 1."),
 )
 IMAGE = flags.DEFINE_string("image", "", "A picture to change.")
-MASK = flags.DEFINE_string("mask", "", "A picture, white or opaque where to draw --image anew.")
+MASK = flags.DEFINE_string("mask", "", "A picture, white or opaque where --image is redrawn.")
 OUTPAINT = flags.DEFINE_list("outpaint", [], "LEFT,TOP,RIGHT,BOTTOM pixels to add to --image.")
 FIT = flags.DEFINE_enum(
     "fit",
     "crop",
     FITS,
-    "What happens to an --image, and its --mask, whose sides are no multiples of what the model "
-    "draws. crop: the edges are cut off, evenly, to the next smaller multiples; pad: the edges are "
-    "repeated up to the next larger ones, and cut off the result, which has the size of the image; "
-    "resize: scaled to the neighbouring multiples that keep the proportions best.",
+    "How to fit an --image, and its --mask, whose sides are not multiples of the model's. crop: to "
+    "the centre, at the next smaller multiples; pad: repeats the edges up to the next larger ones, "
+    "and cuts the result to the size of the image; resize: to the neighbouring multiples that keep "
+    "the proportions best.",
 )
-SOURCE = flags.DEFINE_string("source", "", "A prompt for --image as it is: invert it (DDIM).")
+SOURCE = flags.DEFINE_string("source", "", "A prompt that describes --image: invert it (DDIM).")
 INTERPOLATE = flags.DEFINE_integer("interpolate", 0, "Pictures between this seed and the next.")
-PREVIEWS = flags.DEFINE_integer("previews", 0, "Moments of the way to show in previews.png.")
+PREVIEWS = flags.DEFINE_integer("previews", 0, "Number of steps to show in previews.png.")
 
 
 def _path(flag) -> str:

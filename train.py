@@ -10,7 +10,7 @@ from ldm_jax.runtime.compile_cache import use_compile_cache
 from ldm_jax.runtime.console import leave, run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/TASK.py[:variant].")
-WORKDIR = flags.DEFINE_string("workdir", "", "Where the run lives and resumes; runs/TASK if empty.")
+WORKDIR = flags.DEFINE_string("workdir", "", "The run's directory, to resume in; empty: runs/TASK.")
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Open and summarise the data, draw first_batch.png, and stop before training."
 )
@@ -26,12 +26,12 @@ def main():
         raise FileNotFoundError(f"no config file {path}; there are {known or 'none here'}")
     name = path.rsplit("/", 1)[-1].removesuffix(".py")
     workdir = WORKDIR.value or f"runs/{'-'.join(part for part in (name, variant) if part)}"
-    # Imported here, so that a mistyped flag is told at once.
+    # Imported here, so that a mistyped flag fails at once.
     from ldm_jax.training.loop import Interrupted, train
 
     try:
         train(CONFIG.value, workdir, dry_run=DRY_RUN.value)
-    except Interrupted:  # has said what is saved
+    except Interrupted:  # its message has been logged
         leave()
 
 

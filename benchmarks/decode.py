@@ -1,4 +1,4 @@
-"""How fast the pictures of a folder are read: decoded whole, as training reads them, and opened.
+"""The speed of reading the pictures of a folder, and of opening the folder.
 
     python -m benchmarks.decode
     python -m benchmarks.decode --open=100000

@@ -1,10 +1,10 @@
-"""How long a full-size Stable Diffusion 1.5 takes to load, and how much memory.
+"""Time and memory to load a full-size Stable Diffusion 1.5.
 
     python -m benchmarks.load --dtype=float32
 
 Writes random weights in the published layout (one file of CompVis', 4.3 GB in float32) unless the
-file is there, loads it in a process of its own, draws one picture with two steps, and prints
-seconds and the peak of resident memory.
+file exists, loads it in a new process, draws one picture with two steps, and prints the seconds and
+the peak of resident memory.
 """
 
 import argparse

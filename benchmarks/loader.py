@@ -1,10 +1,10 @@
-"""How many training pictures a second the loader makes.
+"""The loader's training pictures per second.
 
     python -m benchmarks.loader --workers=0,1,2 --source=folder
 
-The folder is made for the occasion: 512-px JPEGs of noise with the spectrum of photographs, quality
-90, read at 256 px. Prints for each number of workers (0: two threads) images a second, and images a
-second of processor time, which is what one core does whatever else the machine is doing.
+The benchmark makes the folder: 512-px JPEGs of noise with the spectrum of photographs, quality 90,
+read at 256 px. It prints for each number of workers (0: two threads) images per second, and images
+per second of processor time, the speed of one core without other work on the machine.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Every sampler's error against its cost, on data whose exact answer is known.
+"""Every sampler's error against its cost, on data with a known exact solution.
 
     pip install matplotlib scipy && python -m benchmarks.samplers
 
@@ -37,16 +37,16 @@ ORDER["dpmpp_3m_sde"] = 3
 ADVICE = {
     "ddim": "the default; inversion; η between 0 and 1 where some noise helps",
     "ddpm": "all T steps, as the model was trained",
-    "plms": "what the first Stable Diffusion used by default",
+    "plms": "the default of the first Stable Diffusion",
     "euler": "DDIM under another name; with churn, Karras et al.'s stochastic sampler",
     "euler_ancestral": "DDIM with η = 1 under another name; varied pictures at 20–40 steps",
-    "heun": "few steps, each of them good; with churn, Karras et al.'s best",
+    "heun": "few, accurate steps; with churn, Karras et al.'s best",
     "lms": "smooth models and even grids; unstable on coarse ones",
-    "dpmpp_2s_ancestral": "varied pictures, more exact steps than Euler ancestral",
-    "dpmpp_2m": "the one to take for 10–30 steps",
+    "dpmpp_2s_ancestral": "varied pictures, more accurate than Euler ancestral",
+    "dpmpp_2m": "the best choice for 10–30 steps",
     "dpmpp_2m_sde": "varied pictures at 20–50 steps",
     "dpmpp_3m_sde": "varied pictures from 40 steps on",
-    "unipc": "the most exact for 5–15 steps",
+    "unipc": "the most accurate for 5–15 steps",
     "lcm": "consistency-distilled models only, 1–8 steps, spacing lcm",
     "flow_euler": "flow models; DDIM under another name",
     "flow_heun": "flow models, and models whose last timestep has no signal",
@@ -54,7 +54,7 @@ ADVICE = {
 
 
 def run(name: str, noise: jax.Array, evaluations: int, **options: float) -> tuple:
-    """(end, levels) of a sampler that may look at the network so many times."""
+    """(end, start, levels) of a sampler with so many network evaluations."""
     steps = max(1, evaluations // SAMPLERS[name].evaluations)
     levels = sampling_grid(SCHEDULE, steps, "karras")
     table = make_table(name, SCHEDULE, levels, **options)
@@ -74,14 +74,14 @@ def path_error(name: str, evaluations: int) -> float:
 
 
 def law_error(name: str, evaluations: int) -> float:
-    """Wasserstein-1 distance of what is drawn to the data."""
+    """Wasserstein-1 distance of the samples to the data."""
     noise = jax.random.normal(jax.random.key(0), (16, SAMPLES // 16, 1, 1), jnp.float64)
     end, _, _ = run(name, noise, evaluations)
     return float(np.mean(np.abs(np.sort(end.ravel()) - quantiles())))
 
 
 def quantiles() -> np.ndarray:
-    """The data's own, at the middles of SAMPLES equal parts."""
+    """Quantiles of the data, at the middles of SAMPLES equal parts."""
     from scipy.special import ndtri
 
     unit = ndtri((np.arange(SAMPLES) + 0.5) / SAMPLES)
@@ -95,7 +95,7 @@ def draws_noise(name: str) -> bool:
 
 def table() -> str:
     rows = [
-        "| sampler | order | looks a step | draws noise | options | take it for |",
+        "| sampler | order | evaluations per step | adds noise | options | recommended for |",
         "|---" * 6 + "|",
     ]
     for name, sampler in SAMPLERS.items():
@@ -138,7 +138,7 @@ def main():
         panel.set(xlabel="network evaluations", ylabel=label)
         panel.grid(alpha=0.3, which="both")
         panel.legend(fontsize=7)
-    panels[0].set_title("one look from the same noise: the ODE", fontsize=10)
+    panels[0].set_title("from the same noise: the ODE", fontsize=10)
     panels[1].set_title(f"{SAMPLES:,} draws: the SDE", fontsize=10)
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "pictures" / "samplers.png", dpi=110)

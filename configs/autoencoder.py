@@ -1,4 +1,4 @@
-"""Stage 1: the KL autoencoder whose latents everything else works on.
+"""Stage 1: the KL autoencoder whose latents all other configs use.
 
     python train.py --config=configs/autoencoder.py --workdir=runs/autoencoder
     python evaluate.py --model=runs/autoencoder

@@ -26,10 +26,10 @@ def emoji() -> ml_collections.ConfigDict:
     label = dict(
         kind="class",
         dropout=0.1,
-        null=None,  # the label that stands for none; with n_classes of 0 the one after the last
-        network=dict(n_classes=0, embed_dim=128),  # 0: as many as the data has
+        null=None,  # the label for no class; with n_classes of 0 the one after the last
+        network=dict(n_classes=0, embed_dim=128),  # 0: the number of classes of the data
     )
-    # No labels: previews are of held-out pictures' classes.
+    # Without labels, previews use the classes of held-out pictures.
     return common.small_diffusion({"label": label}, dict(labels=(), guidance=2.0), context_dim=128)
 
 

@@ -1,6 +1,6 @@
 """Sections that configs share, with the default of each option.
 
-Where a section has a dataclass, the defaults are the dataclass's.
+If a section has a dataclass, the defaults are those of the dataclass.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ def chooser(file: str, variants: dict[str, Callable], default: str = "emoji") ->
     """`get_config` of a config file, from functions that make its variants."""
 
     def get_config(variant: str = default) -> ml_collections.ConfigDict:
-        """The config of a variant; raises ValueError that lists them."""
+        """The config of a variant; raises ValueError with the list of variants."""
         if variant not in variants:
             raise ValueError(f"no variant {variant!r} of {file}: choose {', '.join(variants)}")
         return ml_collections.ConfigDict(variants[variant]())
@@ -27,18 +27,18 @@ def chooser(file: str, variants: dict[str, Callable], default: str = "emoji") ->
 
 
 def start() -> dict:
-    """Where training starts, and what trains; of every config."""
+    """The initial parameters and the trainable ones, in every config."""
     return dict(
         seed=0,
         init_from="",  # a model to start from: anything that ldm_jax.load opens
-        init_networks=(),  # take only these networks of it ("text", "unet"); empty: all
-        trainable=ALL,  # regular expressions; parameters whose path matches none stay as they are
+        init_networks=(),  # load only these networks ("text", "unet"); empty: all
+        trainable=ALL,  # regular expressions; parameters whose path matches none do not train
         mesh=dict(data=-1, fsdp=1),
     )
 
 
 def data(**fields) -> dict:
-    """Where pictures come from, and what is done to them."""
+    """The source of the pictures, and their augmentation."""
     return (
         dict(
             source="emoji",  # emoji, scenes, folder or tfds
@@ -69,7 +69,7 @@ def data(**fields) -> dict:
 
 
 def folder(image_size: int, **fields) -> dict:
-    """Pictures of a folder of the user's."""
+    """Pictures in a folder of the user."""
     return data(source="folder", image_size=image_size, held_out=0.01, **fields)
 
 
@@ -97,7 +97,7 @@ def optimizer(**fields) -> dict:
 
 
 def train(**fields) -> dict:
-    """How long, and how often what happens, in steps."""
+    """The length and the intervals of a run, in steps."""
     return (
         dict(
             steps=12000,
@@ -120,7 +120,7 @@ def small_diffusion(conditioning: dict, sampling: dict, **unet) -> ml_collection
     config = ml_collections.ConfigDict(dict(task="diffusion") | start())
     # A workdir or a file with a trained autoencoder; empty: the bundled one.
     config.first_stage = ""
-    config.latents = "memory"  # encoded once and kept; or "step": in every step, and augmentable
+    config.latents = "memory"  # encoded once; "step": in every step, with augmented pictures
     config.text_states = "step"  # of frozen text encoders; "memory": once for each caption
     config.data = data()
     config.unet = dict(

@@ -1,19 +1,19 @@
-"""Fine-tuning of anybody's latent diffusion model on a folder of pictures with captions.
+"""Fine-tuning of a latent diffusion model on a folder of pictures with captions.
 
     python train.py --config=configs/finetune.py --workdir=runs/mine \\
         --config.init_from=stable-diffusion-v1-5/ --config.data.path=DIR
     python sample.py --model=runs/mine --prompt="..."
     python -m ldm_jax.convert runs/mine mine/ --to=diffusers
 
-`init_from` takes what `ldm_jax.load` opens: a diffusers folder, a .ckpt, a .safetensors, a workdir.
-Networks, conditions, noise and size are the model's own; its UNet trains, its text encoders and its
-autoencoder stay as they are. To train other parts,
+`init_from` is any path that `ldm_jax.load` opens: a diffusers folder, a .ckpt, a .safetensors, a
+workdir. Networks, conditions, noise and size are the model's own; its UNet trains, its text
+encoders and its autoencoder do not. To train other parts,
 
-    --config.trainable='("^unet/", "^text/")'      the text encoder, too
-    --config.trainable='("/attn2/",)'              cross-attention alone
+    --config.trainable='("^unet/", "^text/")'      the UNet and the text encoder
+    --config.trainable='("/attn2/",)'              only cross-attention
 
-Stable Diffusion 1 at 512 pixels wants 14 GB for parameters, average, gradients and moments, and
-more for what a step computes.
+Stable Diffusion 1 at 512 pixels needs 14 GB for parameters, average, gradients and moments, and
+more memory for the activations of a step.
 """
 
 import ml_collections
@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.first_stage = ""  # another autoencoder of the same latents
     config.latents = "step"
     config.text_states = "step"  # "memory" keeps them: 240 kB a caption for Stable Diffusion 1
-    # image_size 0: as the model was trained.
+    # image_size 0: the model's training size.
     config.data = common.data(source="folder", image_size=0, held_out=0.05)
     config.unet = {}  # empty sections are the model's own
     config.conditioning = None
@@ -38,6 +38,6 @@ def get_config() -> ml_collections.ConfigDict:
         steps=2000, batch_size=4, ema_decay=0.999, log_every=20, checkpoint_every=500
     )
     config.train.preview_every = 500
-    # Of the preview; without prompts, held-out captions. All else is the model's own.
+    # For the preview; without prompts, held-out captions. All other values are the model's own.
     config.sampling = dict(prompts=(), steps=20)
     return config

@@ -1,12 +1,11 @@
-"""The models that others published, and how they were trained.
+"""Training of published models.
 
     python train.py --config=configs/published.py:kl-f8 --workdir=runs/kl-f8 --config.data.path=DIR
     python train.py --config=configs/published.py:sd1 --workdir=runs/sd1 --config.data.path=DIR \\
         --config.first_stage=runs/kl-f8
 
-DIR is a folder of pictures, with the files beside them that its conditions are made of. A diffusion
-model trains on the latents of `first_stage`; its section `autoencoder` says which one the original
-had.
+DIR is a folder of pictures, with the files of the conditions beside them. A diffusion model trains
+on the latents of `first_stage`; its section `autoencoder` is that of the original.
 
 Variants
 
@@ -23,14 +22,14 @@ Variants
     guided         adm-64, adm-128, adm-256, adm-256-uncond, adm-512, without their learned variance
     diffusion
 
-`ldm_jax/published` says what they are, and where that is written; here is training alone. Values
-are those of the same configurations or, for batch, steps and learning rate, of the papers and model
-cards. Steps that are `UNPUBLISHED` are a guess, and batch, rate and loss beside them may be one.
+`ldm_jax/published` has the models and their sources; this file has only training. Values are those
+of the same configurations or, for batch, steps and learning rate, of the papers and model cards.
+Steps that are `UNPUBLISHED` are a guess, and batch, rate and loss of the same row may be one.
 The originals' `--scale_lr` multiplies the base rate by the batch and the number of GPUs; rates here
-are effective ones, of a single GPU for latent diffusion, which is what its paper lists.
-It counts these days of one V100: 14 for celeba256, 18 for the churches, 26 for ffhq256, 60 for the
-bedrooms, 79 for cin256, 271 for cin256-v2, 29 for an f4 autoencoder, 66 for an f8 one. Stable
-Diffusion took 150,000 hours of an A100.
+are effective ones, for latent diffusion of a single GPU, as in its paper. The paper's days of one
+V100 are: 14 for celeba256, 18 for the churches, 26 for ffhq256, 60 for the bedrooms, 79 for cin256,
+271 for cin256-v2, 29 for an f4 autoencoder, 66 for an f8 one. Stable Diffusion took 150,000 hours
+of an A100.
 """
 
 from functools import partial
@@ -40,7 +39,7 @@ from ldm_jax.published import AUTOENCODERS, MODELS
 
 UNPUBLISHED = 400_000
 KL = dict(kl_weight=1e-6, disc_start=50_001, disc_weight=0.5)
-# SGM learns the reconstruction's log-variance as well, which LDM leaves at 0, as we do.
+# SGM also learns the log-variance of the reconstruction, which is 0 in LDM and here.
 SGM_KL = dict(kl_weight=1.0, disc_start=20_001, disc_weight=0.5, perceptual_weight=0.25)
 
 
@@ -88,7 +87,7 @@ def autoencoder(name, batch, steps, layers, loss):
     )
 
 
-# Their text encoders are CLIP's, and stay as they are.
+# Their text encoders are CLIP's, and do not train.
 UNET = ("^unet/",)
 L1 = dict(objective=dict(loss="l1"))
 INPAINTING = L1 | dict(warmup=1000, optimizer=dict(schedule="cosine", lr_end=0.001))
@@ -111,10 +110,10 @@ DIFFUSION = {
     "semantic_synthesis256": dict(lr=4.8e-5, batch=48, steps=360_000) | L1,
     "semantic_synthesis512": dict(lr=8e-6, batch=8) | L1,
     "bsr_sr": dict(lr=6.4e-5, batch=64, steps=860_000),
-    # The rate falls until step 50,000, and stays; batch and rate are those of the smaller one.
+    # The rate falls until step 50,000; batch and rate are those of the smaller model.
     "inpainting_big": dict(lr=1e-6, batch=128, steps=50_000) | INPAINTING,
     "rdm768": dict(lr=1e-4, batch=64),
-    # The last leg, of v1-5, from v1-2, which took 946,000 steps, the first 237,000 of them at 256.
+    # The last part, v1-5 from v1-2. v1-2 took 946,000 steps, the first 237,000 of them at 256.
     "sd1": SD | dict(steps=595_000),
     "sd1-inpainting": SD | dict(lr=7.5e-5, steps=440_000, batch=1024, warmup=2500),
     "sd2": SD | dict(steps=850_000),
@@ -138,7 +137,7 @@ DIFFUSION = {
     "adm-512": ADM | dict(steps=1_940_000),
 }
 
-# How training makes the arrays of conditions; all others lie beside the pictures, picture.NAME.npy.
+# The arrays of conditions that training makes; all others are files, picture.NAME.npy.
 MADE = {
     "label": {},  # the picture's class, which every batch has
     "depth": {"depth": dict(factor=8)},
@@ -147,7 +146,7 @@ MADE = {
     "low_resolution": {"low_resolution": dict(factor=4)},
     "noise_level": {"low_resolution": dict(factor=4, noise_levels=350)},
 }
-# How masks are drawn, by `mask_first`: Stable Diffusion's, LDM's.
+# The recipe of masks, by `mask_first`: Stable Diffusion's, LDM's.
 MASKS = {True: dict(recipe="sd512_large", whole=0.25), False: dict(recipe="ldm")}
 PROMPTS = ("a sunset behind a mountain range", "a virus monster playing guitar, oil on canvas")
 PROMPTS += ("a photograph of an astronaut riding a horse", "a bowl of fruit, still life")

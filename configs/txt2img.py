@@ -1,4 +1,4 @@
-"""Stage 2: a UNet and a text transformer that draw what a caption says.
+"""Stage 2: text to image with a UNet and a text transformer.
 
     python train.py --config=configs/txt2img.py --workdir=runs/txt2img
     python sample.py --model=runs/txt2img --prompt="red apple" --n=8

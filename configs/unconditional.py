@@ -1,4 +1,4 @@
-"""Pictures of nothing in particular: a latent diffusion model without a condition.
+"""Unconditional pictures: a latent diffusion model without a condition.
 
     python train.py --config=configs/unconditional.py --workdir=runs/unconditional
     python sample.py --model=runs/unconditional --n=8

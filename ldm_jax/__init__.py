@@ -13,7 +13,7 @@ __all__ = ["FirstStage", "Pipeline", "__version__", "load", "train"]
 
 
 def train(config, workdir, dry_run=False):
-    """Trains `config` in `workdir`, or goes on there: see `ldm_jax.training.loop.train`."""
-    from ldm_jax.training.loop import train as run  # what only sampling users never wait for
+    """Trains `config` in `workdir`, or resumes there: see `ldm_jax.training.loop.train`."""
+    from ldm_jax.training.loop import train as run  # a slow import, not needed for sampling
 
     return run(config, workdir, dry_run=dry_run)

@@ -1,9 +1,9 @@
-"""From anybody's model file to another layout:
+"""Converts a model from any supported layout to another:
 
     python -m ldm_jax.convert IN OUT --to=diffusers
 
-IN is whatever `ldm_jax.load` opens; the layouts are "single_file" (ours, which says all of it),
-"compvis" (one file, as CompVis' and Stability's code has it) and "diffusers" (a folder).
+IN is any path that `ldm_jax.load` opens; the layouts are "single_file" (ours, with its config),
+"compvis" (one file, as of CompVis' and Stability's code) and "diffusers" (a folder).
 """
 
 from typing import Any
@@ -20,11 +20,11 @@ EMA = flags.DEFINE_enum(
     "ema",
     "auto",
     ["auto", "true", "false"],
-    "Averaged weights, where IN has both; auto: if it must.",
+    "Averaged weights, where IN has both; auto: only if the trained ones are incomplete.",
 )
-YAML = flags.DEFINE_string("yaml", "", "What IN was trained with, if CompVis' or Stability's code.")
-AUTOENCODER = flags.DEFINE_string("autoencoder", "", "Whose autoencoder takes the place of IN's.")
-TEXT = flags.DEFINE_string("text", "", "Whose text encoders take the place of IN's.")
+YAML = flags.DEFINE_string("yaml", "", "The training YAML of IN, for CompVis' or Stability's code.")
+AUTOENCODER = flags.DEFINE_string("autoencoder", "", "A model whose autoencoder replaces IN's.")
+TEXT = flags.DEFINE_string("text", "", "A model whose text encoders replace IN's.")
 NEW_ATTENTION_ORDER = flags.DEFINE_bool(
     "new_attention_order", False, "Whether IN was trained with use_new_attention_order."
 )
@@ -38,7 +38,7 @@ def convert(
     ema: bool | str = "auto",
     **options: Any,
 ) -> None:
-    """Reads, with `options` of `read_any`, says what it is and what is odd about it, and writes.
+    """Reads a model with `options` of `read_any`, prints its networks and odd keys, and writes it.
 
     Raises:
       FileNotFoundError, FileExistsError, ValueError: see `read_any` and `export`; keys that are

@@ -1,4 +1,4 @@
-"""How good a model is, measured: the library call behind `evaluate.py`."""
+"""Metrics of a model: the library call behind `evaluate.py`."""
 
 from pathlib import Path
 
@@ -29,11 +29,11 @@ def evaluate(
     steps: int = 50,
     seed: int = 0,
 ) -> tuple[dict[str, float], np.ndarray | None]:
-    """Metrics of a model file or workdir ("": the bundled one) on the data it was made for.
+    """Metrics of a model file or workdir ("": the bundled model) on data like its training data.
 
-    `psnr` and `ssim` of the autoencoder on held-out pictures of the source; for a model that draws
-    also what `drawn_metrics` measures on `count` training examples (0: skip), and its pictures,
-    uint8 (count, H, W, 3).
+    `psnr` and `ssim` of the autoencoder on held-out pictures of the source; for a model with a UNet
+    also the `drawn_metrics` of `count` training examples (0: none), and their pictures, uint8
+    (count, H, W, 3).
     """
     opened = open_any(model)
     config, params = opened.config, opened.params
@@ -66,14 +66,14 @@ def drawn_metrics(
     batch_size: int = 64,
 ) -> tuple[dict[str, float], np.ndarray]:
     """Draws one picture for the caption or label of each of `count` examples, evenly spaced in the
-    training `source`, or as many of an unconditional model.
+    training `source`, or `count` pictures of an unconditional model.
 
-    Returns metrics and the pictures, uint8 (count, H, W, 3). The metrics, on EfficientNet-Lite0
-    features: FD and KID of the drawn pictures against all of `source`, `fd_floor`, the FD of two
-    halves of `source` itself, and, for captions, retrieval (`ldm_jax.metrics.retrieval`).
+    Returns metrics and the pictures, uint8 (count, H, W, 3). The metrics use EfficientNet-Lite0
+    features: FD and KID of the drawn pictures against all of `source`; `fd_floor`, the FD between
+    two halves of `source`; and, for captions, retrieval (`ldm_jax.metrics.retrieval`).
 
     Raises:
-      ValueError: a model of other conditions, or of none of the source's classes.
+      ValueError: the model has other conditions, or none of the source's classes.
     """
     needed = {entry for embedder in pipe.model.embedders for entry in embedder.needs}
     others = sorted(needed - {"caption", "label"} - SIZES.keys())

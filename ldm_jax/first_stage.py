@@ -1,4 +1,4 @@
-"""An autoencoder by itself: pictures to latents and back. Made by `ldm_jax.load`."""
+"""An autoencoder alone: pictures to latents and back. `ldm_jax.load` makes it."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from ldm_jax.pictures import as_images, to_signed, to_unit
 
 @dataclasses.dataclass(frozen=True)
 class FirstStage:
-    """An autoencoder ready to use; `Pipeline.first_stage` is that of a pipeline."""
+    """An autoencoder with its parameters; `Pipeline.first_stage` is that of a pipeline."""
 
     autoencoder: Autoencoder
     params: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Pictures to disk: what `sample.py` does, callable from anywhere."""
+"""Draws pictures into files: the library call behind `sample.py`."""
 
 import dataclasses
 import json
@@ -24,12 +24,12 @@ from ldm_jax.version import __version__
 
 log = logging.getLogger(__name__)
 
-LONG_RUN = 3000  # pictures × steps from which on a progress bar is worth more than what it costs
+LONG_RUN = 3000  # pictures × steps from which on a progress bar is worth its cost
 FRAME_MS = 80  # of an animated interpolation
 
 
 def load_drawing(path: str, dtype: str = "float32") -> Pipeline:
-    """As `load`, of a model that draws; raises ValueError, too, for an autoencoder alone."""
+    """As `load`, but raises ValueError for an autoencoder alone."""
     pipe = load(path, dtype)
     if isinstance(pipe, FirstStage):
         raise ValueError(
@@ -42,14 +42,13 @@ def load_drawing(path: str, dtype: str = "float32") -> Pipeline:
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """A picture file to change, as `sample.py` names it.
+    """A picture file to change, from the flags of `sample.py`.
 
-    `mask` is a file, white or opaque where to draw anew, see `read_mask`; `outpaint` grows the
-    picture by pixels (left, top, right, bottom) and draws those. With `source`, a prompt that
-    describes the picture, it is inverted to noise first and drawn from there, without guidance
-    unless asked for.
-    `fit`, of `pictures.FITS`, is what happens to a picture, outpainted or not, whose sides are no
-    multiples of what the model draws; after "pad", the result has the size asked for again.
+    `mask` is a file, white or opaque where the picture is redrawn, see `read_mask`. `outpaint` adds
+    pixels (left, top, right, bottom) and draws them. With `source`, a prompt that describes the
+    picture, the picture is inverted to noise and drawn from there, by default without guidance.
+    `fit`, of `pictures.FITS`, is applied to a picture, outpainted or not, whose sides are not
+    multiples of the model's; after "pad" the result is cut to the original size.
     """
 
     image: str
@@ -59,7 +58,7 @@ class Edit:
     fit: str = "crop"
 
     def arguments(self, pipe: Pipeline, steps: int) -> tuple[dict[str, Any], tuple[int, int]]:
-        """What to hand to `pipe`, and the size (height, width) to cut the result to.
+        """The arguments for `pipe`, and the size (height, width) to which to cut the result.
 
         Raises:
           ValueError: files that do not belong together, or cannot be fitted.
@@ -122,15 +121,15 @@ def draw(
 ) -> Path:
     """Draws `settings["n"]` pictures of each prompt into the directory `out`; returns its grid.
 
-    Without prompts: of each of `settings["labels"]`, numbers or names of classes, or of nothing, as
-    the model is. Pictures with depth (LDM3D) leave it beside them as a PNG of 16 bits.
+    Without prompts it draws each of `settings["labels"]`, numbers or names of classes, or, for an
+    unconditional model, nothing in particular. The depth of LDM3D's pictures becomes a 16-bit PNG.
 
-    Every PNG's text chunk "ldm_jax" and `settings.json` hold what is needed to make it again.
+    Every PNG's text chunk "ldm_jax" and `settings.json` hold all settings to draw it again.
     `settings` are the flags of `sample.py` by their names: arguments of `Pipeline.__call__`, and
     fields of `Guidance` and `Sampling`; None is the default. `weak_pipe` is the pipeline of
-    autoguidance, from the file `weak`. `interpolate` draws so many pictures of one prompt on the
-    way from the noise of the seed to that of the next, and `interpolation.gif`. `previews` adds
-    `previews.png`: what the model predicted at so many moments, a row for each picture.
+    autoguidance, from the file `weak`. `interpolate` draws this many pictures of one prompt between
+    the noise of the seed and that of the next, and `interpolation.gif`. `previews` adds
+    `previews.png`: the model's predictions at this many steps, a row for each picture.
     """
     out = Path(out)
     if settings.get("guidance") is None:
@@ -184,7 +183,7 @@ def draw(
     save_png(grid, image_grid(images, columns), about | asked)
     if interpolate:
         frames = [Image.fromarray(image) for image in images]
-        frames = frames + frames[-2:0:-1]  # there and back
+        frames = frames + frames[-2:0:-1]  # forwards and backwards
         path = out / "interpolation.gif"
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
     if watch.seen:  # an edit of strength 0 runs no step
@@ -200,10 +199,10 @@ def draw(
 
 
 class _Watch:
-    """Looks on while the sampler runs: a progress bar, and some of its predictions.
+    """Observes a sampler while it runs: a progress bar, and some of its predictions.
 
-    A program that calls back to the host cannot be kept in the compilation cache, and on a short
-    run compiling is what would take the time, so `callback` is None unless there is a reason.
+    A program that calls back to the host cannot be stored in the compilation cache, and a short run
+    spends most of its time compiling, so `callback` is None unless it is needed.
     """
 
     def __init__(self, steps: int, batches: int, previews: int, bar: bool):
@@ -220,12 +219,12 @@ class _Watch:
 
     def __exit__(self, kind, error, trace) -> None:
         if error is None:
-            jax.effects_barrier()  # the last report may still be on its way
+            jax.effects_barrier()  # the last report may not have arrived
         self.tqdm.close()
 
     def _report(self, done, x0) -> None:
         done = int(done)
-        before = self.reports.get(done, 0)  # batches that have come as far
+        before = self.reports.get(done, 0)  # batches that have finished this step
         self.reports[done] = before + 1
         self.tqdm.update(before * self.steps + done - self.tqdm.n)
         if done in self.wanted:

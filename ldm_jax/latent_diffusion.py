@@ -1,8 +1,7 @@
-"""A latent diffusion model: its networks, its schedule, and the two things done with them.
+"""A latent diffusion model: its networks and schedule, its loss, and its sampling program.
 
-`loss` is what training descends (Rombach et al. 2022, eq. 3); `generate` is the whole way from
-conditions to pictures as one program. Both are pure functions of `params`, a dict of every
-network's parameters by name.
+Training minimises `loss` (Rombach et al. 2022, eq. 3); `generate` makes pictures from conditions in
+one program. Both are pure functions of `params`, a dict of every network's parameters by name.
 """
 
 import dataclasses
@@ -43,8 +42,8 @@ Params = dict[str, Any]
 
 
 class Known(NamedTuple):
-    """A picture to start from: its `latents` (B, h, w, c), and, if only part of it is to change,
-    `mask` (B, h, w, 1), 1 where it does, 0 where it stays, and between where both are blended."""
+    """A picture to start from: its `latents` (B, h, w, c), and, if only a part changes, `mask`
+    (B, h, w, 1): 1 where it changes, 0 where it stays; values between are blended."""
 
     latents: jax.Array
     mask: jax.Array | None
@@ -62,14 +61,14 @@ class LatentDiffusion:
 
     @property
     def latent_channels(self) -> int:
-        """Not the UNet's inputs, of which some may be a condition."""
+        """Channels of the latents; the UNet's input may have more, from a condition."""
         return self.unet.out_channels
 
     @classmethod
     def from_config(cls, config: dict[str, Any], dtype: Any = None) -> "LatentDiffusion":
-        """Builds the networks of a config's `unet`, `autoencoder`, `conditioning`, `diffusion`.
+        """Builds a model from the sections `unet`, `autoencoder`, `conditioning` and `diffusion`.
 
-        `dtype` is their type of arithmetic; None: that of the parameters and inputs.
+        The networks compute in `dtype`; None: the type of the parameters and inputs.
         """
         autoencoder = make_autoencoder(config["autoencoder"], dtype)
         return cls(
@@ -82,7 +81,7 @@ class LatentDiffusion:
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """Names of what trains: all but the first stage."""
+        """Names of the networks that train: all but the first stage."""
         logvar = ("logvar",) if self.objective.learn_logvar else ()
         embedders = (embedder.name for embedder in self.embedders if embedder.network is not None)
         return ("unet", *embedders, *logvar)
@@ -94,7 +93,7 @@ class LatentDiffusion:
         nulls = {embedder.name: jnp.asarray(embedder.null(1)) for embedder in self.embedders}
         for i, embedder in enumerate(self.embedders):
             if embedder.network is not None:
-                # −1 stands for "no prompt" where that is not encoded.
+                # −1 means "no prompt" for embedders that do not encode the empty prompt.
                 inputs = jnp.maximum(nulls[embedder.name], 0)
                 variables = embedder.network.init(jax.random.fold_in(embed_key, i), inputs)
                 params[embedder.name] = variables["params"]
@@ -124,8 +123,8 @@ class LatentDiffusion:
     ) -> jax.Array:
         """Per-example loss (B,) on scaled latents (B, h, w, c).
 
-        `training` turns on the dropout of conditions and of the networks. All that is random is
-        drawn from each example's own key, except the networks' dropout.
+        `training` turns on the dropout of conditions and of the networks. All randomness comes from
+        each example's own key, except the networks' dropout.
         """
         noise_key, condition_key, dropout_key = (jax.random.fold_in(key, i) for i in range(3))
         if training:
@@ -157,10 +156,10 @@ class LatentDiffusion:
     def predict(
         self, params: Params, conditions: list[Conditioning], null: Conditioning, tile: int = 0
     ) -> Callable[[GuidanceTable | None], Network]:
-        """The network under guidance: `predict(guidance)(x, t)`, for any step's guidance.
+        """The network with guidance: `predict(guidance)(x, t)`, for any step's guidance.
 
-        `guidance` None evaluates the first condition alone. With `tile`, latents larger than that
-        many rows or columns are worked on in overlapping tiles.
+        With `guidance` None only the first condition is evaluated. With `tile`, latents with more
+        rows or columns than this are processed in overlapping tiles.
         """
 
         def whole(x, t, condition: Conditioning, **more):
@@ -187,7 +186,7 @@ class LatentDiffusion:
                 return network(x, t, conditions[0], **more)
 
             if self.unet.time_cond_proj_dim is not None:
-                # Distilled with guidance, whose scale the network takes as an input.
+                # Guidance-distilled models have the scale as an input.
                 scale = 1.0 if guidance is None else guidance.scale
                 size = self.unet.time_cond_proj_dim
 
@@ -223,16 +222,16 @@ class LatentDiffusion:
         weak: "tuple[LatentDiffusion, Params] | None" = None,
         callback: Any = None,
     ) -> jax.Array:
-        """Pictures (B, H, W, C) in [0, 1]: conditions in, the whole loop, decoding.
+        """Pictures (B, H, W, C) in [0, 1]: embeds the conditions, samples and decodes.
 
         Args:
-          inputs: one set of the embedders' inputs, or several to be combined by `guidance.weights`.
+          inputs: one set of the embedders' inputs, or several, combined by `guidance.weights`.
           keys: (B,), the examples' own.
           run: the tables of the sampler and of guidance, from `plan`.
-          known: a picture to start from, and what to keep of it.
+          known: a picture to start from, and which part of it to keep.
           latents: (B, h, w, c), unit Gaussian, in place of the starting noise drawn from `keys`.
-          tile: the latents' side from which on they are worked on in tiles; 0: never.
-          weak: a worse model and its parameters, to be guided away from (autoguidance).
+          tile: latents larger than this side are processed in tiles; 0: never.
+          weak: a worse model and its parameters, for the negative side of guidance (autoguidance).
         """
         if latents is None:
             latents = jax.vmap(lambda key: jax.random.normal(key, latent_shape))(keys)
@@ -274,7 +273,7 @@ class LatentDiffusion:
         return self.decode(params, clean, tile)
 
     def invert(self, params: Params, inputs: Inputs, latents: jax.Array, table: Table) -> jax.Array:
-        """Starting noise (B, h, w, c) from which DDIM, without guidance, draws these latents."""
+        """The starting noise (B, h, w, c) from which DDIM without guidance gives these latents."""
         condition = embed(self.embedders, params, inputs)
         network = self.predict(params, [condition], condition)(None)
         denoise = self.diffusion.denoiser(network)

@@ -1,4 +1,4 @@
-"""`load(path)`: from anybody's file to something that draws."""
+"""`load(path)`: a `Pipeline` or a `FirstStage` from any model file or folder."""
 
 from pathlib import Path
 
@@ -21,26 +21,27 @@ def load(
     new_attention_order: bool = False,
     ema: bool | str = "auto",
 ) -> Pipeline | FirstStage:
-    """A model from any file or folder that holds one, whoever wrote it; "" is the bundled one.
+    """The model in a file or folder, of any supported layout; "" is the bundled model.
 
-    A finished run's workdir, a file of ours, a folder of diffusers', a `.ckpt` or `.safetensors` in
-    the layout of CompVis' or Stability's code: found out by looking. docs/models.md lists models.
-    An autoencoder alone becomes a `FirstStage`.
+    The layouts are a finished run's workdir, our single file, a diffusers folder, and a `.ckpt` or
+    `.safetensors` of CompVis' or Stability's code; they are recognised from the content.
+    docs/models.md lists the models. An autoencoder alone becomes a `FirstStage`.
 
     Args:
-      dtype: "bfloat16" halves the memory of the parameters and computes in it.
-      autoencoder: a file or folder of one to use in place of the model's own, of the same latents:
-        a better decoder, a tiny one, or the one that a file lacks.
-      text: a file or folder of text encoders to use in place of the model's own, of the same width.
-      config: the YAML with which a model of CompVis' or Stability's code was trained that was never
-        published: it says what no tensor does, heads, noise and scale.
+      dtype: "bfloat16" halves the memory of the parameters; the networks also compute in it.
+      autoencoder: a file or folder with an autoencoder of the same latents to use in place of the
+        model's own: a better decoder, a tiny one, or the one that the file lacks.
+      text: a file or folder with text encoders of the same width to use in place of the model's.
+      config: the training YAML of an unpublished model of CompVis' or Stability's code. It gives
+        what the tensors do not determine: heads, noise and scale.
       new_attention_order: whether a file of that code has q, k and v before the heads
-        (`use_new_attention_order`), if no YAML says it.
-      ema: averaged weights of such a file (True), trained ones (False), or what it needs ("auto").
+        (`use_new_attention_order`), if there is no YAML.
+      ema: which weights of such a file to use: the averaged (True), the trained (False), or those
+        that it has, the trained first ("auto").
 
     Raises:
-      FileNotFoundError: nothing there. ValueError: it holds no model, or a damaged one; or what is
-        given does not fit it.
+      FileNotFoundError: there is no such path.
+      ValueError: the path holds no model, or a damaged one; or an argument does not fit it.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")

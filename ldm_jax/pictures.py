@@ -1,4 +1,4 @@
-"""Between arrays and picture files: ranges, contact sheets, PNGs that remember their settings."""
+"""Arrays and picture files: value ranges, contact sheets, PNGs with their settings."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ def to_signed(images: Any) -> Any:
 
 
 def to_unit(images: Any) -> Any:
-    """[−1, 1] → [0, 1]; what lies outside stays outside."""
+    """[−1, 1] → [0, 1], without clipping."""
     return (images + 1.0) / 2.0
 
 
@@ -37,7 +37,7 @@ def split_depth(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_images(images: Any, count: int | None = None) -> np.ndarray:
-    """What users hand over → float32 (B, H, W, C) in [0, 1], `count` of them if that is given.
+    """A user's pictures → float32 (B, H, W, C) in [0, 1], `count` of them if that is given.
 
     uint8 or float in [0, 1]; one picture (H, W, C) is taken for each.
 
@@ -88,7 +88,7 @@ def _each(arrays: np.ndarray, count: int, name: str) -> np.ndarray:
 
 
 def multiples_beside(side: int, multiple: int) -> tuple[int, ...]:
-    """The multiples next to a length: itself, or the one below, if that is not 0, and above."""
+    """The nearest multiples of a length: itself, or the ones below (if not 0) and above."""
     below = max(side, 0) // multiple * multiple
     beside = (side,) if below == side else (below, below + multiple)
     return tuple(value for value in beside if value > 0) or (multiple,)

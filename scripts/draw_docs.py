@@ -1,4 +1,4 @@
-"""Draws the pictures of the documentation with the model that ships.
+"""Draws the pictures of the documentation with the bundled model.
 
     python -m scripts.draw_docs
 

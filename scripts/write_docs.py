@@ -20,7 +20,7 @@ def options_table() -> str:
 
 
 def with_options(text: str) -> str:
-    """docs/samplers.md with its table of options as it should be."""
+    """The text of docs/samplers.md with the current table of options."""
     pattern = r"(<!-- options -->\n).*?(<!-- /options -->)"
     return re.sub(pattern, lambda m: f"{m[1]}{options_table()}\n{m[2]}", text, flags=re.DOTALL)
 

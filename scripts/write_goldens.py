@@ -1,4 +1,4 @@
-"""Writes tests/models/golden/: what the original networks compute, and their gradients.
+"""Writes tests/models/golden/: the outputs and gradients of the original networks.
 
     pip install torch==2.13.0 torchvision==0.28.0 numpy einops pillow tqdm lpips==0.1.4
     pip install --no-deps taming-transformers-rom1504
@@ -6,9 +6,10 @@
     git clone https://github.com/openai/guided-diffusion      # 22e0df8
     PYTHONPATH=latent-diffusion:guided-diffusion:. python -m scripts.write_goldens
 
-Each network is small but has the real structure, and every parameter is random: the layers that
-start at zero too, or half of a network would go untested. Weights are not stored. Both sides draw
-them with `random_weights`, name by name, so a file holds names and shapes, inputs, outputs and the
+Each network is small but has the real structure, and every parameter is random, including layers
+that start at zero, because half of a network would be untested otherwise. Weights are not stored:
+both sides draw them with `random_weights` by name. A file holds names and shapes, inputs, outputs
+and the
 gradients of Σ output · `uniform("cotangent/NAME")`. Pictures are NHWC; parameters and their
 gradients have torch's names and layout.
 """

@@ -1,4 +1,4 @@
-"""README and docs say what is so: their tables, snippets and commands."""
+"""The tables, snippets and commands of README and docs are correct."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""What `sample.py` writes for every edit, on the shipped model."""
+"""The files that `sample.py` writes for every edit, with the bundled model."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What a user holds: the shipped model, asked for pictures in every allowed and refused way."""
+"""`Pipeline` on the bundled model: all arguments, and the refused values."""
 
 import dataclasses
 import logging

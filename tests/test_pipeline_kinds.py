@@ -1,4 +1,4 @@
-"""Pipelines of other kinds than the shipped one, small and with random parameters."""
+"""Pipelines of other kinds than the bundled one, small and with random parameters."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,7 @@
-"""The shape of the house: small rooms, each with a sign. Who may import whom: `make lint`."""
+"""The structure of the package: modules of at most 400 lines, each with a docstring.
+
+`make lint` checks the imports.
+"""
 
 import ast
 from pathlib import Path
@@ -12,7 +15,7 @@ MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_room(module):
+def test_module(module):
     text = (ROOT / module).read_text(encoding="utf-8")
     assert text.count("\n") <= 400, "more than 400 lines: make it two modules"
     assert ast.get_docstring(ast.parse(text)), "no module docstring"

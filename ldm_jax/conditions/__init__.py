@@ -1,1 +1,1 @@
-"""What a model is told: see `base`, `kinds`, `requests` and `tokenizer`."""
+"""Conditions of a model: see `base`, `kinds`, `requests` and `tokenizer`."""

@@ -1,8 +1,8 @@
-"""Conditions: raw inputs become what a UNet takes, and are dropped for classifier-free guidance.
+"""Conditions: embedders of raw inputs, and dropping for classifier-free guidance.
 
-An embedder turns an input of its own (tokens, labels, sizes, pictures, …) into parts of a
-`Conditioning`, and says at what rate training replaces that input by the null value. Dropping
-happens to the raw input, per example, so the null condition passes through the same network.
+An embedder turns its raw input (tokens, labels, sizes, pictures, …) into parts of a `Conditioning`,
+and has a rate at which training replaces that input by the null value. Dropping acts on the raw
+input, per example, so the null condition passes through the same network.
 """
 
 from typing import Any, Protocol
@@ -18,8 +18,9 @@ Inputs = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class Conditioning:
-    """What a UNet is told beside x and t: `context` (B, L, D) is cross-attended, `concat`
-    (B, h, w, C) stands beside x, `vector`, numbers (B, D) or labels (B,), beside the time."""
+    """The UNet's inputs besides x and t: `context` (B, L, D) for cross-attention, `concat`
+    (B, h, w, C) joined to x's channels, `vector`, numbers (B, D) or labels (B,), added to the time
+    embedding."""
 
     context: jax.Array | None = None
     concat: jax.Array | None = None
@@ -27,10 +28,10 @@ class Conditioning:
 
 
 class Embedder(Protocol):
-    """`name` is its key in parameters and in the config's `conditioning`; `network` is None for
-    what has no parameters of its own (an attribute `parameters` names the network whose it takes);
-    `needs` are the entries of a batch that `prepare` reads. `guided` says whether guidance leads
-    away from its null value, or both sides of guidance get the same."""
+    """`name` is its key in parameters and in the config's `conditioning`. `network` is None for an
+    embedder without own parameters (an attribute `parameters` names the network that it uses
+    instead). `needs` are the entries of a batch that `prepare` reads. If `guided`, the negative
+    side of guidance gets its null value; if not, both sides get the same input."""
 
     name: str
     network: nn.Module | None
@@ -42,17 +43,17 @@ class Embedder(Protocol):
         """The raw input (B, …) of a host batch."""
 
     def null(self, count: int) -> np.ndarray:
-        """The raw input (count, …) that stands for no condition."""
+        """The raw input (count, …) for no condition."""
 
     def negative(self, raw: np.ndarray, entries: dict[str, Any]) -> np.ndarray:
-        """What guidance leads away from where a picture gets `raw`, (B, …); `entries` are those of
-        a batch that the caller wants to lead away from."""
+        """The raw input (B, …) of guidance's negative side, where the positive side gets `raw`;
+        `entries` are the caller's negative entries of a batch."""
 
     def cut(self, batch: dict[str, Any]) -> list[str]:
-        """What of the batch's texts is lost, in sentences."""
+        """A sentence for each text of the batch that is cut."""
 
     def __call__(self, params: Any, raw: jax.Array, **dropout: Any) -> Conditioning:
-        """Runs the network. `dropout`: `deterministic` and `rngs` of networks that have some."""
+        """Runs the network. `dropout`: `deterministic` and `rngs`, for networks with dropout."""
 
 
 def embed(
@@ -61,8 +62,8 @@ def embed(
     inputs: Inputs,
     dropout_key: jax.Array | None = None,
 ) -> Conditioning:
-    """Runs every embedder; what goes to the same place is joined along channels. `dropout_key`
-    turns the networks' own dropout on."""
+    """Runs every embedder and joins outputs for the same field along channels. `dropout_key` turns
+    the networks' own dropout on."""
     parts = []
     for i, embedder in enumerate(embedders):
         rngs = None if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, i)}
@@ -85,7 +86,7 @@ def embed(
 def drop_conditions(embedders: tuple[Embedder, ...], inputs: Inputs, keys: jax.Array) -> Inputs:
     """Replaces each example's inputs by the null ones at each embedder's own rate.
 
-    `keys` (B,) are the examples' own, so that who is dropped does not depend on the batch.
+    `keys` (B,) are the examples' own, so which examples are dropped does not depend on the batch.
     """
     dropped = dict(inputs)
     for i, embedder in enumerate(embedders):

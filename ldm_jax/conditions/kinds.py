@@ -1,4 +1,4 @@
-"""The kinds of conditions, by the `kind` of a config's sections `conditioning.<name>`."""
+"""The kinds of embedders, by the key `kind` of a config's sections `conditioning.<name>`."""
 
 import dataclasses
 from typing import Any
@@ -26,7 +26,7 @@ from ldm_jax.pictures import to_signed
 
 
 def _negative_prompts(self, raw: np.ndarray, entries: dict[str, Any]) -> np.ndarray:
-    """The negative prompts, or, without any, no prompt."""
+    """The negative prompts or, without them, no prompt."""
     return self.prepare(entries) if "caption" in entries else self.null(len(raw))
 
 
@@ -38,7 +38,7 @@ def _cut_prompts(self, batch: dict[str, Any]) -> list[str]:
 
 
 def _same(self, raw: np.ndarray, entries: dict[str, Any]) -> np.ndarray:
-    """Guidance does not lead away from this: both sides get the same."""
+    """Not guided: both sides of guidance get the same input."""
     return raw
 
 
@@ -49,7 +49,7 @@ def _uncut(self, batch: dict[str, Any]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class TextEmbedder:
-    """Prompts → context, through a text transformer trained with the UNet (LDM's own choice)."""
+    """Prompts → context, through a text transformer trained with the UNet (as in LDM)."""
 
     name: str
     network: TextTransformer
@@ -75,8 +75,8 @@ class TextEmbedder:
 class ClipEmbedder:
     """Prompts → CLIP's features: every token as context, or the whole text as vector, or both.
 
-    With `zero_null` no prompt is features of 0 (SDXL), not those of the empty prompt (SD 1 and 2);
-    its tokens are −1.
+    With `zero_null` the features of no prompt are 0 (SDXL) and its tokens −1; otherwise they are
+    those of the empty prompt (SD 1 and 2).
     """
 
     name: str
@@ -91,7 +91,7 @@ class ClipEmbedder:
     negative, cut = _negative_prompts, _cut_prompts
 
     def prepare(self, batch: dict[str, Any]) -> np.ndarray:
-        """Tokens int32 (B, L) of batch["caption"]; "" is the empty prompt, not none."""
+        """Tokens int32 (B, L) of batch["caption"]; "" is the empty prompt, not "no prompt"."""
         return self.tokenizer(list(batch["caption"]))
 
     def null(self, count: int) -> np.ndarray:
@@ -114,8 +114,8 @@ class ClipEmbedder:
 
 @dataclasses.dataclass(frozen=True)
 class LabelEmbedder:
-    """Labels → a context of one token, or a vector. `null_class`, one of the classes, stands for
-    none; with `zero_null` an embedding of 0 does, whose label is −1."""
+    """Labels → a context of one token, or a vector. "No label" is `null_class`, one of the classes,
+    or, with `zero_null`, an embedding of 0 with the label −1."""
 
     name: str
     network: ClassEmbedder
@@ -137,11 +137,11 @@ class LabelEmbedder:
         return labels
 
     def null(self, count: int) -> np.ndarray:
-        """No label, or, where nothing stands for that and nothing is dropped, class 0."""
+        """The label for no label, or class 0 for a model that has none and drops nothing."""
         return np.full(count, -1 if self.zero_null else self.null_class or 0, np.int32)
 
     def negative(self, raw: np.ndarray, entries: dict[str, Any]) -> np.ndarray:
-        """Labels to lead away from, or, without any, none."""
+        """The negative labels or, without them, no label."""
         return self.prepare(entries) if "label" in entries else self.null(len(raw))
 
     def __call__(self, params, raw, **_) -> Conditioning:
@@ -154,7 +154,7 @@ SIZES = {"original_size": 2, "crop": 2, "target_size": 2, "aesthetic_score": 1}
 
 
 def default_sizes(height: int, width: int) -> dict[str, Any]:
-    """What SDXL is told of a picture that was neither scaled nor cropped."""
+    """SDXL's entries for a picture that was neither scaled nor cropped."""
     size = (height, width)
     return {"original_size": size, "crop": (0, 0), "target_size": size, "aesthetic_score": 6.0}
 
@@ -188,7 +188,7 @@ class SizeEmbedder:
         return np.zeros((count, sum(SIZES[f] for f in self.fields)), np.float32)
 
     def negative(self, raw: np.ndarray, entries: dict[str, Any]) -> np.ndarray:
-        """The sizes to lead away from; a batch of them has them all."""
+        """The negative sizes; a batch with sizes has all of them."""
         return self.prepare(entries)
 
     def __call__(self, params, raw, **_) -> Conditioning:
@@ -197,10 +197,10 @@ class SizeEmbedder:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayEmbedder:
-    """An array that the caller brings, or tokens or a map through a network → `output`.
+    """The caller's array, or tokens or a map through a network → `output`.
 
-    `shape` is one example's, None for sides that may be any. A map may be given as whole numbers
-    without its channels, the class of each pixel: it becomes one-hot on the device.
+    `shape` is that of one example, with None for sides of any length. A map may also be given as
+    integers without a channel axis, the class of each pixel: it becomes one-hot on the device.
     """
 
     name: str
@@ -239,7 +239,7 @@ class ArrayEmbedder:
         return array
 
     def null(self, count: int) -> np.ndarray:
-        """Zeros; a side that may be any is as short as the network takes it."""
+        """Zeros; a side of any length is as short as the network allows."""
         side = 2**self.network.n_stages if isinstance(self.network, SpatialRescaler) else 1
         return np.zeros((count, *(n or side for n in self.shape)), self.dtype)
 
@@ -256,9 +256,9 @@ class ArrayEmbedder:
 class MaskedImageEmbedder:
     """A mask, 1 where to draw, and the latents of the picture without that part → concat.
 
-    The latents are `autoencoder`'s, whose parameters it is called with. `hole` is the pixels' value
-    where the mask is, in [−1, 1]; the mask is scaled to `mask_range`. Stable Diffusion puts the
-    mask first, LDM last and with −1 for "keep" and for the hole.
+    The latents are those of `autoencoder`, with whose parameters it is called. `hole` is the value
+    of masked pixels, in [−1, 1]; the mask is scaled to `mask_range`. Stable Diffusion puts the mask
+    first; LDM puts it last, with −1 for "keep" and for the hole.
     """
 
     name: str
@@ -274,19 +274,19 @@ class MaskedImageEmbedder:
 
     @property
     def parameters(self) -> str:
-        """Whose parameters `__call__` takes."""
+        """The network whose parameters `__call__` takes."""
         return "autoencoder"
 
     def prepare(self, batch: dict[str, Any]) -> np.ndarray:
         """float32 (B, H, W, 1 + C): batch["mask"] in [0, 1], cut at ½, and batch["image"], uint8 or
-        float in [0, 1], brought to [−1, 1], with the hole in it."""
+        float in [0, 1], scaled to [−1, 1], with the hole in it."""
         mask, image = np.asarray(batch["mask"]), to_signed(np.asarray(batch["image"]))
         mask = np.float32(mask > 0.5)
         masked = np.where(mask > 0.0, self.hole, image)
         return np.concatenate([mask, masked], axis=-1, dtype=np.float32)
 
     def null(self, count: int) -> np.ndarray:
-        """All of it to draw, one latent wide."""
+        """A mask of 1, one latent wide."""
         side, channels = self.autoencoder.downsampling, self.autoencoder.in_channels
         mask = np.ones((count, side, side, 1), np.float32)
         image = np.full((count, side, side, channels), self.hole, np.float32)
@@ -369,10 +369,10 @@ EMBEDDERS = {
 def make_embedders(
     config: dict[str, Any], dtype: Any = None, autoencoder: Autoencoder | None = None
 ) -> tuple[Embedder, ...]:
-    """Every section of `config.conditioning`; its `kind` chooses the embedder.
+    """An embedder for every section of `config.conditioning`, chosen by its `kind`.
 
-    `dtype` is the networks' type of arithmetic, `autoencoder` the model's own, which masked
-    pictures go through.
+    The networks compute in `dtype`; `autoencoder` is the model's own, which encodes masked
+    pictures.
     """
     for name, section in config.items():
         if section["kind"] not in EMBEDDERS:

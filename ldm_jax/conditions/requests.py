@@ -1,4 +1,4 @@
-"""What a caller asks for, as the inputs of a model's embedders, one for each picture."""
+"""From a caller's prompts, labels and arrays to the embedders' inputs, one for each picture."""
 
 import difflib
 import logging
@@ -15,14 +15,14 @@ from ldm_jax.pictures import multiples_beside
 
 log = logging.getLogger(__name__)
 Embedders = tuple[Embedder, ...]
-# What guidance leads SDXL's refiner away from.
+# The negative score of SDXL's refiner.
 NEGATIVE_SIZES = {"aesthetic_score": 2.5}
 FEW = 20  # classes that an error lists
 
 
 def check_side(name: str, side: int, multiple: int) -> None:
-    """Raises ValueError for a side of a picture, in pixels, that is no multiple; names the two
-    beside it."""
+    """Raises ValueError for a side of a picture, in pixels, that is no multiple; names the nearest
+    two."""
     beside = multiples_beside(side, multiple)
     if side not in beside:
         raise ValueError(
@@ -32,7 +32,7 @@ def check_side(name: str, side: int, multiple: int) -> None:
 
 
 def check_guidance(embedders: Embedders, scale: Any) -> None:
-    """Raises ValueError for a guidance scale that a model with these embedders cannot follow."""
+    """Raises ValueError for a guidance scale that a model with these embedders cannot use."""
     if np.all(np.asarray(scale) == 1.0):
         return
     guided = [e for e in embedders if e.guided]
@@ -51,8 +51,8 @@ def check_guidance(embedders: Embedders, scale: Any) -> None:
 
 
 def parts(count: int, batch: int | None) -> list[np.ndarray]:
-    """The rows 0 … `count` − 1 in parts of `batch`, or in one; the last part is filled up with the
-    last row, so that all are of one length. Raises ValueError for a `batch` below 1."""
+    """The rows 0 … `count` − 1 in parts of `batch`, or in one part; the last part repeats the last
+    row, so that all have one length. Raises ValueError for a `batch` below 1."""
     if batch is not None and batch < 1:
         raise ValueError(f"batch={batch}: at least one picture must be drawn at a time")
     size = min(batch or count, count)
@@ -61,9 +61,9 @@ def parts(count: int, batch: int | None) -> list[np.ndarray]:
 
 
 def label_index(label: int | str, classes: Sequence[str] = ()) -> int:
-    """The number of a label: of a class's name, or the number itself, as digits or not.
+    """The number of a label, given as a class's name, as a number, or as digits.
 
-    Digits are a number unless a class has that name. Composed and decomposed letters are one.
+    Digits are a number unless a class has that name. Composed and decomposed letters are equal.
 
     Raises:
       ValueError: a name that is none of `classes`; names the nearest.
@@ -88,7 +88,7 @@ def label_index(label: int | str, classes: Sequence[str] = ()) -> int:
 
 
 def label_name(label: int | str, classes: Sequence[str] = ()) -> str:
-    """How a label is called in file names and settings: by its class, or "label 3".
+    """A label's name in file names and settings: its class, or "label 3".
 
     Raises:
       ValueError: as `label_index`.
@@ -111,8 +111,8 @@ def requests(
     `classes` are the names that `labels` may use, in the order of their numbers.
 
     Raises:
-      ValueError: a prompt or labels that the model needs and does not get, or the reverse; an
-        unknown class; nothing to draw; another number of weights than of prompts.
+      ValueError: prompts or labels are missing, or given to a model without; an unknown class;
+        nothing to draw; the number of weights is not that of the prompts.
     """
     needed, entries = _needed(embedders), {}
     for key, argument, value in (("caption", "prompt", prompt), ("label", "labels", labels)):
@@ -128,7 +128,7 @@ def requests(
         raise ValueError(f"{len(entries['caption'])} prompts for {len(entries['label'])} labels")
     (count,) = counts
     if not count or n < 1:
-        raise ValueError(f"{count} prompts, n={n}: at least one picture must be asked for")
+        raise ValueError(f"{count} prompts, n={n}: at least one picture must be requested")
     if weights is None:
         return [{key: [v for v in values for _ in range(n)] for key, values in entries.items()}]
     if len(weights) != count:
@@ -139,10 +139,10 @@ def requests(
 def other_entries(
     embedders: Embedders, given: dict[str, Any] | None, count: int, side: Sequence[int]
 ) -> dict[str, Any]:
-    """What the caller brings beside prompts, labels and pictures, by entry; and all of `SIZES`,
-    (count, 1 or 2), by default those of an uncropped picture of `side` (height, width).
+    """The caller's entries other than prompts, labels and pictures; and all of `SIZES`, (count, 1
+    or 2), by default those of an uncropped picture of `side` (height, width).
 
-    Raises ValueError for an entry that no embedder needs, and for sizes of another shape.
+    Raises ValueError for an entry that no embedder needs, and for sizes of the wrong shape.
     """
     others = [e for e in _needed(embedders) if e not in ("caption", "label", "image", "mask")]
     for name in given or {}:
@@ -160,11 +160,11 @@ def negative_entries(
     count: int,
     side: Sequence[int],
 ) -> dict[str, Any]:
-    """The entries to lead away from: "caption", unless the prompt is None, and sizes, those of
-    `negative` or else those `given`, but for the score.
+    """The negative entries: "caption", unless the prompt is None, and sizes: those in `negative`,
+    for the rest, except the score, those in `given`.
 
-    Raises ValueError for anything but one prompt for all pictures or one for each, for prompts of a
-    model without, and as `other_entries`.
+    Raises ValueError for anything but one prompt for all pictures or one for each, for a prompt to
+    a model without prompts, and as `other_entries`.
     """
     other_entries(embedders, negative, count, side)
     entries = _sizes((given or {}) | NEGATIVE_SIZES | (negative or {}), count, side)
@@ -203,7 +203,7 @@ def inputs_for(embedders: Embedders, batch: dict[str, Any], count: int) -> dict[
     """The embedders' inputs, `count` of each; warns of prompts that are cut.
 
     Raises:
-      ValueError: the batch lacks what an embedder needs, or has another number of them.
+      ValueError: the batch lacks an entry of an embedder, or has a wrong number of them.
     """
     inputs = {}
     for embedder in embedders:
@@ -222,7 +222,7 @@ def inputs_for(embedders: Embedders, batch: dict[str, Any], count: int) -> dict[
 def negatives_for(
     embedders: Embedders, inputs: dict[str, np.ndarray], entries: dict[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The inputs of what guidance leads away from; `entries` as `Embedder.negative` takes them."""
+    """The inputs of guidance's negative side; `entries` as `Embedder.negative` takes them."""
     for embedder in embedders:
         if "caption" in entries:
             for sentence in embedder.cut(entries):

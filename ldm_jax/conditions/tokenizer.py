@@ -1,8 +1,8 @@
-"""Prompts to tokens: BERT's WordPiece, CLIP's byte pairs, SentencePiece, and folders of others.
+"""Prompts to tokens: BERT's WordPiece, CLIP's byte pairs, SentencePiece, and any tokenizer folder.
 
-The first three work over a vocabulary that ships or over the user's own file. The package
-`tokenizers` does the work; importing it by way of `transformers` would cost every start of the
-program another second. `transformers` is imported for a folder alone (`FolderTokenizer`).
+The first three use a bundled vocabulary or the user's own file. They are built on the package
+`tokenizers`; importing it through `transformers` would add a second to every start of the program.
+`transformers` is imported only for a folder (`FolderTokenizer`).
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from tokenizers import (
 
 VOCABULARIES = Path(__file__).parents[1] / "data" / "vocabulary"
 START, END = "<|startoftext|>", "<|endoftext|>"
-# What CLIP uses of its file: 49,408 pieces, less 2 × 256 for single bytes and these two.
+# The merges of its file that CLIP uses: 49,408 pieces, less 2 × 256 single bytes and these two.
 MERGES = 48_894
 # Radford et al. 2021, their code: special tokens, contractions, words, digits, other signs.
 WORDS = (
@@ -37,7 +37,7 @@ WORDS = (
 
 
 def find(vocabulary: str, suffix: str) -> Path:
-    """File of a vocabulary that ships, else of the user's; ValueError if there is neither."""
+    """File of a bundled vocabulary or the user's file; ValueError if there is neither."""
     path = VOCABULARIES / f"{vocabulary}{suffix}"
     path = path if path.exists() else Path(vocabulary)
     if not path.is_file():
@@ -48,7 +48,7 @@ def find(vocabulary: str, suffix: str) -> Path:
 
 
 def stack(sequences: list[list[int]], max_length: int, padding: int) -> np.ndarray:
-    """Ids int32 (B, max_length); of those that do not fit, the first ones and the very last."""
+    """Ids int32 (B, max_length); of a longer list, the first ones and the very last."""
     tokens = np.full((len(sequences), max_length), padding, np.int32)
     for row, ids in zip(tokens, sequences, strict=True):
         if len(ids) > max_length:
@@ -58,14 +58,14 @@ def stack(sequences: list[list[int]], max_length: int, padding: int) -> np.ndarr
 
 
 def cut(prompt: str, encoding: Encoding, max_length: int) -> str:
-    """The end of the prompt that `stack` leaves out; "" if nothing."""
+    """The end of the prompt that `stack` leaves out; "" if nothing is left out."""
     if len(encoding.ids) <= max_length:
         return ""
     return prompt[encoding.offsets[max_length - 1][0] :]
 
 
 def unsaid(prompt: str, ids: list[int], offsets: list[tuple[int, int]], unknown: int) -> list[str]:
-    """The words of the prompt whose id is `unknown`, in their order."""
+    """The words of the prompt whose id is `unknown`, in order."""
     words = [prompt[slice(*at)] for i, at in zip(ids, offsets, strict=True) if i == unknown]
     return [word for word in words if word]
 
@@ -134,7 +134,7 @@ class WordPiece:
         return cut(prompt, self._tokenizer.encode(prompt), self.max_length)
 
     def unknown(self, prompt: str) -> list[str]:
-        """The words that become [UNK], as the user wrote them, each as often as it stands there."""
+        """The words that become [UNK], as the user wrote them, with repetitions."""
         encoding = self._tokenizer.encode(prompt)
         return unsaid(prompt, encoding.ids, encoding.offsets, self._tokenizer.token_to_id("[UNK]"))
 
@@ -149,10 +149,10 @@ class BytePair:
     does not.
 
     `vocabulary` is "clip" (49,408 pieces) or the path of a file of merges in CLIP's format, .txt or
-    .gz; of n merges come 512 + n + 2 pieces. `padding` is "end" (CLIP, as in SD 1 and SDXL's first
-    encoder) or "zero" (OpenCLIP, as in SD 2 and SDXL's second). For these two, diffusers declares
-    "!" to be the padding, and so turns every "!" of a prompt into 0; here, as in OpenCLIP and where
-    the models were trained, it remains the piece it is.
+    .gz; n merges give 512 + n + 2 pieces. `padding` is "end" (CLIP, as in SD 1 and SDXL's first
+    encoder) or "zero" (OpenCLIP, as in SD 2 and SDXL's second). For the latter two, diffusers
+    declares "!" as the padding, and so turns every "!" of a prompt into 0; here, as in OpenCLIP and
+    in the training of the models, "!" keeps its own id.
 
     Raises:
       ValueError: an unknown `padding`; a `vocabulary` that is not found or not in the format.
@@ -194,8 +194,8 @@ class BytePair:
 class SentencePiece:
     """A model of Google's sentencepiece, as T5's tokenizer reads it: pieces… end, padded.
 
-    What rinna's Japanese Stable Diffusion has in CLIP's place. Text is lower-cased. `vocabulary` is
-    the path of the .model; padding is its piece [PAD], or else its own padding, or else the end.
+    rinna's Japanese Stable Diffusion uses it in place of CLIP's. Text is lower-cased. `vocabulary`
+    is the path of the .model; the padding is its piece [PAD], else its own padding, else the end.
 
     Raises:
       ValueError: no such file. ImportError: sentencepiece is not installed.
@@ -248,10 +248,10 @@ class SentencePiece:
 
 @dataclasses.dataclass(frozen=True)
 class FolderTokenizer:
-    """The tokenizer in a folder that others wrote, of any class that `transformers` reads.
+    """The tokenizer in a folder, of any class that `transformers` reads.
 
-    Ids are those of its `padding="max_length", truncation=True`: the folder says which tokens stand
-    at both ends and which pads. Nothing is downloaded, and no code of the folder runs.
+    Ids are those with `padding="max_length", truncation=True`; the folder defines the tokens at
+    both ends and the padding. Nothing is downloaded, and no code of the folder runs.
 
     Raises:
       ValueError: `vocabulary` is no folder that `transformers` can read, or declares no padding.
@@ -264,7 +264,7 @@ class FolderTokenizer:
     def _tokenizer(self):
         if not Path(self.vocabulary).is_dir():
             raise ValueError(f"vocabulary {self.vocabulary!r}: there is no such folder")
-        # It would say at every start that PyTorch is missing.
+        # It would warn at every start that PyTorch is missing.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer  # takes two seconds
 
@@ -299,7 +299,7 @@ class FolderTokenizer:
     def overflow(self, prompt: str) -> str:
         """The part of the prompt that does not fit, as the user wrote it; "" if all does.
 
-        Tokenizers that are not of the package `tokenizers` give it as they spell it.
+        Tokenizers that are not of the package `tokenizers` give it in their own spelling.
         """
         tokenizer = self._tokenizer
         limits = dict(truncation=True, max_length=self.max_length, return_overflowing_tokens=True)

@@ -1,4 +1,4 @@
-"""The captions of a folder: a text beside each picture, and lists of captions.
+"""The captions of a folder: a text file beside each picture, and lists of captions.
 
 - beside `picture.jpg`: `picture.txt`, else `picture.caption`;
 - `metadata.jsonl`, a line for each picture: `{"file_name": "picture.jpg", "text": "..."}`, or
@@ -6,10 +6,10 @@
 - `metadata.csv`, with a first row that names the columns `file_name` and `text`, or `caption`;
   separated by commas, semicolons or tabs.
 
-A list stands in the folder of its pictures or in any above; the deepest one counts, and in it the
-first line for a picture. The name in a line is relative to the list. Where nothing has exactly that
-name, the one picture is taken whose name differs in no more than the direction of slashes, the
-Unicode form and the case of letters.
+A list is in the folder of its pictures or in any folder above; the deepest list counts, and in it
+the first line for a picture. The name in a line is relative to the list. If no picture has exactly
+that name, a picture is used whose name differs only in the direction of slashes, the Unicode form
+and the case of letters, provided there is only one.
 """
 
 import csv
@@ -38,14 +38,14 @@ Line = tuple[int, str, str]  # its number, file_name, text
 
 
 class Captions(NamedTuple):
-    """Captions by the name of the picture; for each that is lost a message, by reason."""
+    """Captions by the name of the picture; a message for each lost caption, by reason."""
 
     texts: dict[str, str]
     lost: dict[str, list[str]]
 
 
 def texts_beside(pictures: Iterable[str], files: Mapping[str, File]) -> dict[str, File]:
-    """Those of `files` that are the text beside one of the pictures."""
+    """The files with the text of one of the pictures."""
     find = make_finder({_stem(name) for name in pictures})
     return {
         name: file
@@ -55,7 +55,7 @@ def texts_beside(pictures: Iterable[str], files: Mapping[str, File]) -> dict[str
 
 
 def read_beside(file: File) -> tuple[str | None, str]:
-    """The text of a file, or None and why there is none; for `index.examine`."""
+    """The text of a file, or None and the reason; for `index.examine`."""
     try:
         return read_text(file.path).strip(), ""
     except ValueError as error:
@@ -88,7 +88,7 @@ def find_captions(
 
 
 def make_finder(names: Iterable[str]) -> Callable[[str], list[str]]:
-    """A function that gives the one of `names` that a name means, or none, or several."""
+    """A function that returns those of `names` that a name may refer to: one, none or several."""
     exact = set(names)
 
     @cache
@@ -131,7 +131,7 @@ def _from_beside(
     beside: Findings,
     lost: dict[str, list[str]],
 ) -> dict[str, str]:
-    """The captions that stand beside the pictures."""
+    """The captions in files beside the pictures."""
     by_stem = defaultdict(list)
     for name in pictures:
         by_stem[_stem(name)].append(name)
@@ -161,7 +161,7 @@ def _from_lists(
     find: Callable[[str], list[str]],
     lost: dict[str, list[str]],
 ) -> dict[str, str]:
-    """The captions that the lists in one folder give."""
+    """The captions of the lists in one folder."""
     captions: dict[str, str] = {}
     for list_name, read in zip(LISTS, (_json_lines, _csv_rows), strict=True):
         file = files.get(posixpath.join(folder, list_name))
@@ -169,7 +169,7 @@ def _from_lists(
             continue
         path = printable(file.path)
         try:
-            # Lines that are no UTF-8 are lost one by one.
+            # Only the lines that are not UTF-8 are lost.
             content = read_text(file.path, errors="surrogateescape")
         except OSError as error:
             lost[UNREADABLE].append(f"{path} cannot be read ({error.strerror})")
@@ -186,7 +186,7 @@ def _from_lists(
                 which = f"which could be any of {_quoted(found)}"
                 lost[AMBIGUOUS].append(f"{line} names {printable(wanted)}, {which}")
             elif not is_utf8(text):
-                lost[UNREADABLE].append(f"{line} is no UTF-8; save the file as UTF-8")
+                lost[UNREADABLE].append(f"{line} is not UTF-8; save the file as UTF-8")
             elif captions.setdefault(found[0], text.strip()) != text.strip():
                 lost[SECOND].append(
                     f"{line} names {printable(wanted)} a second time; the first line counts"
@@ -199,7 +199,7 @@ def _quoted(names: list[str]) -> str:
 
 
 def _relative(root: str, folder: str, name: str) -> str:
-    """The name of a file relative to `root`, given as in a list that lies in `folder`."""
+    """The name of a file relative to `root`, from its name in a list in `folder`."""
     path = posixpath.normpath(posixpath.join(root, folder, name))
     return path.removeprefix(root.rstrip("/") + "/")
 
@@ -237,7 +237,7 @@ def _csv_rows(path: str, content: str) -> Iterator[Line]:
 
 
 def _checked(path: str, number: int, entry: Any, line: str) -> tuple[str, str]:
-    """(file_name, text) of an entry of a list, a dict as it should be."""
+    """(file_name, text) of an entry of a list; raises ValueError for another form."""
     if isinstance(entry, dict):
         name, text = entry.get("file_name"), entry.get("text", entry.get("caption"))
         if isinstance(name, str) and isinstance(text, str):

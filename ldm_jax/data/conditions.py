@@ -1,4 +1,4 @@
-"""What a model is told of a training picture beside its caption and label.
+"""Conditions of training pictures other than caption and label.
 
 Each kind of condition is a pure function (example, rng) -> entries of the batch, with its
 parameters as fields. They are chosen in `config.data.conditions`: the name of a section is the
@@ -21,14 +21,14 @@ from ldm_jax.data.masks import RECIPES, draw_mask
 from ldm_jax.pictures import to_signed
 
 Example = dict[str, Any]
-# Entries that every source gives.
+# Entries that every source provides.
 OF_EVERY_SOURCE = ("image", "caption", "label")
 # Kinds of condition that a source without files has entries for.
 KNOWN = {"scenes": ("segmentation", "boxes")}
 
 
 class Condition(Protocol):
-    """Makes `entries` of an example; reads `picture.SUFFIX` beside it, "" if nothing."""
+    """Makes `entries` of an example; reads `picture.SUFFIX` beside it, "" for no file."""
 
     name: str
     suffix: str
@@ -55,8 +55,8 @@ class Named:
 class Mask(Named):
     """A random mask, float32 (H, W, 1), 1 where the model is to draw.
 
-    `recipe` is one of `masks.RECIPES`; with probability `whole` all of the picture is masked, as
-    Stable Diffusion's inpainting trained (0.25).
+    `recipe` is one of `masks.RECIPES`; with probability `whole` all of the picture is masked, as in
+    the training of Stable Diffusion's inpainting model (0.25).
     """
 
     recipe: str = "lama"
@@ -81,9 +81,9 @@ class Mask(Named):
 class LowResolution(Named):
     """The picture shrunk `factor` times (bicubic, antialiased), float32 (h, w, 3) in [−1, 1].
 
-    With `noise_levels` N, it gets the noise of a timestep below N of DDPM's schedule (linear β
-    from 1e-4 to 0.02 in 1,000 steps), and that number becomes the entry `noise_level`, int32: how
-    Stable Diffusion 2's upscaler trained (N = 350).
+    With `noise_levels` N, noise is added, of a random timestep below N of DDPM's schedule (linear β
+    from 1e-4 to 0.02 in 1,000 steps), and the timestep becomes the entry `noise_level`, int32, as
+    in the training of Stable Diffusion 2's upscaler (N = 350).
     """
 
     factor: int = 4
@@ -115,9 +115,9 @@ class LowResolution(Named):
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What SDXL is told: `original_size` of the file, and `crop`, (top, left) of the picture in
-    the resized file, and `target_size` of the picture, float32 (2,) in pixels; `aesthetic_score`,
-    a constant."""
+    """SDXL's sizes: `original_size` of the file, `crop`, (top, left) of the picture in the resized
+    file, and `target_size` of the picture, float32 (2,) in pixels; `aesthetic_score`, a constant.
+    """
 
     name: str
     aesthetic_score: float = 6.0
@@ -167,8 +167,8 @@ class Segmentation(Named):
 class Depth(Named):
     """Inverse depth (near is bright) from a grey picture beside the picture, float32 (h, w, 1).
 
-    Shrunk `factor` times, to the size of the latents, then stretched to [−1, 1] for each picture,
-    as Stable Diffusion 2 takes it. A flat map becomes 0.
+    It is shrunk `factor` times, to the size of the latents, then scaled to [−1, 1] for each
+    picture, as in Stable Diffusion 2. A constant map becomes 0.
     """
 
     factor: int = 8
@@ -223,7 +223,7 @@ class Boxes(Named):
         return {self.name: np.concatenate([triples.ravel(), crop.ravel()]).astype(np.int32)}
 
     def _corners(self, boxes: np.ndarray) -> np.ndarray:
-        """Tokens (N, 2) of boxes (N, 4) of shares."""
+        """Tokens (N, 2) of boxes (N, 4), which are relative to the picture."""
         sections = int(self.tokens**0.5)
         places = np.round(np.clip(boxes, 0.0, 1.0) * (sections - 1)).astype(np.int32)
         return places[:, 1::2] * sections + places[:, ::2]
@@ -242,7 +242,7 @@ class Boxes(Named):
 
 @dataclasses.dataclass(frozen=True)
 class Array(Named):
-    """An array from `picture.NAME.npy` beside the picture, float32 or int32, as it lies there."""
+    """An array from `picture.NAME.npy` beside the picture, float32 or int32, unchanged."""
 
     @property
     def suffix(self) -> str:
@@ -271,7 +271,7 @@ CONDITIONS = {
 
 
 def make_conditions(config: Mapping[str, Mapping[str, Any]]) -> tuple[Condition, ...]:
-    """Every section of `config.data.conditions`.
+    """The conditions of `config.data.conditions`.
 
     Raises:
       ValueError: an unknown kind, or a parameter that the kind does not have.
@@ -298,14 +298,14 @@ def make_conditions(config: Mapping[str, Mapping[str, Any]]) -> tuple[Condition,
 def check_conditions(
     conditions: Sequence[Condition], needs: Mapping[str, Sequence[str]], source: str
 ) -> None:
-    """That every entry a model needs is made, before anything is read.
+    """Checks, before anything is read, that every entry that a model needs is made.
 
     Args:
       needs: the entries that each section of `config.conditioning` needs.
       source: `config.data.source`.
 
     Raises:
-      ValueError: names the condition, the entry that is missing, and how to bring it.
+      ValueError: names the condition, the missing entry, and how to provide it.
     """
     given = {entry for condition in conditions for entry in condition.entries}
     for name, entries in needs.items():
@@ -330,10 +330,10 @@ def _known(condition: Condition, source: str) -> bool:
 
 
 def check_files(conditions: Sequence[Condition], source: Any) -> None:
-    """That what is read beside the pictures of a folder is there, before training.
+    """Checks, before training, that the conditions' files beside a folder's pictures exist.
 
     Raises:
-      FileNotFoundError: counts what is missing, and names the first.
+      FileNotFoundError: counts the missing files, and names the first.
     """
     for condition in conditions:
         if not condition.suffix or not len(source) or "path" not in source.describe(0):
@@ -353,7 +353,7 @@ def beside(example: Example, condition: Condition) -> Path:
 
 
 def _map_beside(example: Example, condition: Condition) -> tuple[Path, np.ndarray]:
-    """Path and pixels (h, w) of a picture of one channel beside the example's."""
+    """Path and pixels (h, w) of a one-channel picture beside the example's."""
     path = beside(example, condition)
     with Image.open(path) as file:
         pixels = np.asarray(file)
@@ -365,7 +365,7 @@ def _map_beside(example: Example, condition: Condition) -> tuple[Path, np.ndarra
 
 
 def _window_in_file(placement: Any) -> np.ndarray:
-    """(left, top, right, bottom) of the picture as shares of the resized file."""
+    """(left, top, right, bottom) of the picture relative to the resized file."""
     (top, left), (height, width) = placement.corner, placement.size
     rows, columns = placement.resized
     return np.array([left / columns, top / rows, (left + width) / columns, (top + height) / rows])

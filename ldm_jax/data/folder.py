@@ -23,43 +23,43 @@ EXTENSIONS = (
     *("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif", "jpe", "mpo"),
     *("apng", "dib", "jp2", "j2k", "jpx", "tga", "ppm", "pgm", "pbm", "pnm", "qoi", "ico", "psd"),
 )
-# Pictures that Pillow does not read are named and counted, not overlooked.
+# Pictures that Pillow does not read are named and counted as well.
 FOREIGN = (
     *("heic", "heif", "jxl", "svg"),
     *("arw", "cr2", "cr3", "dng", "nef", "orf", "raf", "rw2"),
 )
 _ALL_EXTENSIONS = frozenset(EXTENSIONS + FOREIGN)
-# What an installed Pillow may have been built without.
+# Formats without which an installed Pillow may have been built.
 CODECS = {"avif": "avif", "webp": "webp", "jp2": "jpg_2000", "j2k": "jpg_2000", "jpx": "jpg_2000"}
-# `picture.depth.png` tells of `picture.jpg`, and is no picture itself.
+# `picture.depth.png` is a condition of `picture.jpg`, not a picture of the folder.
 ABOUT_ANOTHER = (".depth", ".mask", ".segmentation")
 MAX_WARNINGS = 10
-MAX_LOST = 3  # captions named of each reason
+MAX_LOST = 3  # number of captions named for each reason
 DAMAGED = "damaged"
 
 
 class FolderSource:
-    """Every picture under a folder, linked ones included, hidden ones not.
+    """All pictures under a folder, including linked but not hidden ones.
 
     - class: the first sub-folder (`root/CLASS/.../picture.jpg`), "" for a picture in the root
       itself; the sorted classes are the same in every split;
     - caption: the text beside it, else from a list (see `captions`), else the class, else "";
-    - held-out: a fixed fraction, by the hash of the path relative to the folder. Where that would
-      hold out every picture, none is; a split may be empty;
+    - held-out: a fixed fraction, by the hash of the path relative to the folder. If that would hold
+      out every picture, none is held out; a split may be empty;
     - each picture is resized on its short side and centre-cropped to `image_size`;
-    - bytes of a name that are no UTF-8 are written `\\xe9` in `name` and `classes`; a class with
-      such a name gives no caption. `path` is the name as the system has it;
-    - `picture.depth.png`, `.mask.png` and `.segmentation.png` beside `picture.*` are no pictures.
+    - bytes of a name that are not UTF-8 are written `\\xe9` in `name` and `classes`; a class with
+      such a name gives no caption. `path` is the name in the file system;
+    - `picture.depth.png`, `.mask.png` and `.segmentation.png` beside `picture.*` are conditions.
 
     Opening reads the header of each file that is new or changed since the index was made, in
-    threads. A file that is no picture or too small (short side under `min_size`, default
-    `image_size // 2`: beyond twofold magnification there is only blur) is skipped with a warning
-    that names it, and counted in `left_out`; captions that cannot be read or that name no picture
-    are counted in `lost_captions`. Both count the whole folder, whatever the split.
+    threads. A file that is not a picture or is too small (short side under `min_size`, by default
+    `image_size // 2`, because larger magnification only blurs) is skipped with a warning that names
+    it, and counted in `left_out`; captions that cannot be read or that name no picture are counted
+    in `lost_captions`. Both count the whole folder, whatever the split.
 
-    Pictures are decoded when read and not kept. One that turns out broken then is named once,
-    counted, and replaced by the next one of its class that can be read (of the whole split, if its
-    class has none), round the end; `describe` gives the replacement from then on.
+    Pictures are decoded when read and not kept. A picture that turns out to be broken then is named
+    once, counted, and replaced by the next readable one of its class (of the whole split, if its
+    class has none), cyclically; `describe` returns the replacement from then on.
 
     Args:
       path: the folder; `~` is expanded. Nothing is written into it.
@@ -67,10 +67,10 @@ class FolderSource:
       image_size: of the square, pixels.
       background: what transparent pixels are composited on.
       held_out: the fraction to hold out, 0 to 1.
-      on_error: "skip", or "raise": a broken picture or text stops.
+      on_error: "skip", or "raise" to stop at a broken picture or text.
       min_size: pixels.
-      index: the file that keeps what was found between starts (see `index`); None: memory does,
-        for this process.
+      index: the file that stores the findings between starts (see `index`); None: they are kept in
+        memory, for this process.
 
     Raises:
       FileNotFoundError: the folder does not exist.
@@ -149,7 +149,7 @@ class FolderSource:
         raise ValueError(f"{printable(self._root)}: no picture can be read any more")
 
     def describe(self, index: int) -> dict[str, Any]:
-        """The example without what is made of its pixels: nothing is read."""
+        """The example without the entries made from its pixels: nothing is read."""
         index = range(len(self))[index]
         return self._describe(self._replaced.get(index, index))
 
@@ -168,7 +168,7 @@ class FolderSource:
         return printable(os.path.join(self._root, name))
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """`index`, and what replaces it, in order: the rest of its class, then the others."""
+        """`index` and its replacements, in order: the rest of its class, then the others."""
         yield index
         later = np.r_[index + 1 : len(self), 0:index]
         same = np.asarray(self._labels)[later] == self._labels[index]
@@ -205,7 +205,7 @@ class FolderSource:
         lost: dict[str, list[str]],
         usable: list[str],
     ) -> list[str]:
-        """What there is to say about the folder."""
+        """The warnings about the folder."""
         root = printable(self._root)
         messages = [
             f"skipped {self._shown(name)}: {fault}"
@@ -220,7 +220,7 @@ class FolderSource:
         strange = [name for name in usable if not is_utf8(name)]
         if strange:
             messages.append(
-                f"{root}: {len(strange)} names are no UTF-8, such as {printable(strange[0])}; "
+                f"{root}: {len(strange)} names are not UTF-8, such as {printable(strange[0])}; "
                 "they are kept under this name, and a class of this kind gives no caption"
             )
         if faults:
@@ -231,7 +231,7 @@ class FolderSource:
 
 
 def _pictures(listing: Listing) -> dict[str, File]:
-    """The files that are pictures by their name."""
+    """The files with the name of a picture."""
     found = {name: file for name, file in listing.files.items() if _is_picture(name)}
     stems = {name.rpartition(".")[0] for name in found}
 
@@ -243,7 +243,7 @@ def _pictures(listing: Listing) -> dict[str, File]:
 
 
 def _faults(listing: Listing, headers: dict[str, Finding], min_size: int) -> dict[str, str]:
-    """Why files cannot be used, by name, sorted."""
+    """The reasons why files cannot be used, by name, sorted."""
     faults = {
         name: fault
         for name, fault in listing.faults.items()
@@ -260,14 +260,14 @@ def _faults(listing: Listing, headers: dict[str, Finding], min_size: int) -> dic
 
 
 def _reason(fault: str) -> str:
-    """A fault without what is particular to one file."""
+    """A fault without the details of one file."""
     if "pixels, " in fault:
         return fault.partition("pixels, ")[2]
     return fault.partition(":")[0]
 
 
 def _read_header(file: File) -> tuple[tuple[int, int] | None, str]:
-    """(height, width) of a picture, or None and why it cannot be used; for `index.examine`."""
+    """(height, width) of a picture, or None and the reason; for `index.examine`."""
     if file.size == 0:
         return None, "the file is empty (0 bytes)"
     extension = _extension(file.path)
@@ -318,7 +318,7 @@ _SAID: dict[str, tuple[list[str], str]] = {}
 
 
 def _say(root: str, split: str, messages: list[str]) -> None:
-    """Warns of what was found; once, where another split of the folder has said the same."""
+    """Logs the warnings; those that another split of the folder has logged are not repeated."""
     said, by = _SAID.get(root, ([], split))
     if said == messages and by != split:
         return

@@ -1,4 +1,4 @@
-"""Reading and fitting pictures: any file Pillow reads becomes an 8-bit square of one size."""
+"""Reading and fitting pictures: any file that Pillow reads becomes an 8-bit square of one size."""
 
 import os
 from typing import Any
@@ -20,8 +20,8 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     ignored.
 
     Raises:
-      Exception: whatever Pillow raises for a file that is not a whole picture (OSError, mostly).
-      ValueError: pixels are floats or integers beyond 16 bits, which have no agreed range.
+      Exception: whatever Pillow raises for a file that is not a whole picture (mostly OSError).
+      ValueError: pixels are floats or integers beyond 16 bits, which have no standard range.
     """
     with Image.open(path) as file:
         return _pixels(ImageOps.exif_transpose(file))
@@ -43,16 +43,16 @@ def read_mask(path: str | os.PathLike) -> np.ndarray:
 def read_square(path: str | os.PathLike, size: int) -> tuple[np.ndarray, tuple[int, int]]:
     """The centre square of a picture file, and (height, width) of the whole file, upright.
 
-    The square is `fit_square(read_image(path), size)`, uint8 (size, size, 3 or 4), but that a JPEG
-    of at least twice that size is decoded at a half, a quarter or an eighth, which is several times
-    faster and differs by about one grey level.
+    The square is `fit_square(read_image(path), size)`, uint8 (size, size, 3 or 4), except that a
+    JPEG of at least twice that size is decoded at a half, a quarter or an eighth, which is several
+    times faster and differs by about one grey level.
 
     Raises:
       Exception: as `read_image`.
     """
     with Image.open(path) as file:
         width, height = file.size
-        drafted = file.draft(None, (size, size))  # only JPEGs; the result is nowhere under `size`
+        drafted = file.draft(None, (size, size))  # only JPEGs; no side becomes less than `size`
         if drafted is None or file.size == (width, height):
             image = _pixels(ImageOps.exif_transpose(file))
             return fit_square(image, size), image.shape[:2]
@@ -67,8 +67,8 @@ def read_shape(path: str | os.PathLike) -> tuple[int, int]:
     """(height, width) of a picture file, upright, from its header alone: no pixel is decoded.
 
     Raises:
-      Exception: whatever Pillow raises for a file that does not begin as a picture.
-      ValueError: pixels are floats, which have no agreed range.
+      Exception: whatever Pillow raises for a file that does not begin like a picture.
+      ValueError: pixels are floats, which have no standard range.
     """
     with Image.open(path) as file:
         if file.mode == "F":
@@ -80,7 +80,7 @@ def read_shape(path: str | os.PathLike) -> tuple[int, int]:
 
 
 def _lies(file: Image.Image) -> bool:
-    """Whether EXIF says that the picture is to be turned by a quarter."""
+    """Whether the EXIF orientation exchanges height and width."""
     return file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
 
 
@@ -89,7 +89,7 @@ def _no_range(mode: str) -> str:
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    """What `read_image` returns, of an upright picture."""
+    """The result of `read_image` for an upright picture."""
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image)
         if grey.dtype.kind == "f" or grey.min() < 0 or grey.max() > 65535:
@@ -104,7 +104,7 @@ def fit_square(
 ) -> np.ndarray:
     """The centre square of uint8 (H, W, C), resized to (size, size, C), bicubic and antialiased.
 
-    Where the picture ends within its last pixels, `extent` is its exact (height, width).
+    If the picture ends within its last pixels, `extent` is its exact (height, width).
     """
     height, width = extent or image.shape[:2]
     if image.shape[:2] == (height, width) == (size, size):
@@ -122,7 +122,7 @@ def fit_square(
 
 
 def composite(image: np.ndarray, background: Colour) -> np.ndarray:
-    """uint8 (..., 4) RGBA over a colour gives uint8 (..., 3); RGB passes through."""
+    """uint8 (..., 4) RGBA over a colour → uint8 (..., 3); RGB is returned unchanged."""
     if image.shape[-1] == 3:
         return image
     alpha = image[..., 3:].astype(np.uint16)
@@ -133,7 +133,7 @@ def composite(image: np.ndarray, background: Colour) -> np.ndarray:
 def picture_entries(
     square: np.ndarray, original: tuple[int, int], background: Colour
 ) -> dict[str, Any]:
-    """The entries of an example that come from its picture; see `sources`.
+    """The entries of an example that are made from its picture; see `sources`.
 
     Args:
       square: uint8 (size, size, 3 or 4), the centre square of the file.

@@ -1,8 +1,8 @@
-"""The files of a folder, and what was found in them, remembered by their size and date.
+"""The files of a folder and the findings in them, stored by the files' size and date.
 
-Opening each of 100,000 pictures takes minutes on slow storage, listing them takes a second. So what
-a file says (the size of a picture, the text of a caption) is read once and kept in an index: in a
-file, if the caller gives a path, and else in memory, for the other splits of the same folder.
+Opening each of 100,000 pictures takes minutes on slow storage, listing them takes a second. So the
+findings (the size of a picture, the text of a caption) are read once and kept in an index: in a
+file, if the caller gives a path, else in memory, for the other splits of the same folder.
 """
 
 import json
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 # A newer Pillow may read what an older one could not.
 FORMAT = f"ldm_jax index 1, Pillow {PIL.__version__}"
-CHUNK = 64  # files a thread takes at once
-NEVER = -1  # no file's time: a finding that is made again at the next start
+CHUNK = 64  # number of files that a thread reads at once
+NEVER = -1  # not the time of any file: the finding is made again at the next start
 
 
 class File(NamedTuple):
@@ -38,7 +38,7 @@ class File(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What a file of this size and time holds: `value`, as JSON has it, or why not: `fault`."""
+    """The content of a file of this size and time: `value`, JSON-able, or the reason, `fault`."""
 
     size: int
     mtime: int
@@ -56,8 +56,8 @@ class Listing(NamedTuple):
 
     Attributes:
       files: by name, the path relative to the folder with "/".
-      faults: why a name is no file that can be read, or a folder (its name ends in "/") cannot be
-        entered.
+      faults: by name, the reason why a file cannot be read, or a folder (its name ends in "/")
+        cannot be entered.
       repeated: links to folders that are entered under another name, and that name.
     """
 
@@ -69,9 +69,8 @@ class Listing(NamedTuple):
 def list_files(root: str) -> Listing:
     """Lists all files under the folder `root`, at any depth, without hidden ones.
 
-    Links are followed. Each real folder is entered once, under its own name where that lies within
-    `root`, and else under the first of the links to it; so a link to a folder above itself ends
-    there.
+    Links are followed. Each real folder is entered once, under its own name if that is within
+    `root`, else under the first link to it; so a link to a folder above itself is not followed.
     """
     listing = Listing({}, {}, {})
     entered = {_identity(str(above)): "" for above in Path(root).resolve().parents}
@@ -117,12 +116,12 @@ def _identity(folder: str) -> tuple[int, int]:
 
 @contextmanager
 def folder_index(root: str, path: str | Path | None) -> Iterator[dict[str, Findings]]:
-    """The index of the folder `root`, to be brought up to date with `examine`.
+    """The index of the folder `root`, to be updated with `examine`.
 
-    Gives the findings by kind; a kind that is not there yet is the caller's to add. At the end,
-    after an interruption too, an index that changed is written to `path`, whole or not at all. One
-    that is damaged, or was made by another version, is made anew; one that cannot be written is
-    done without, with a warning.
+    Yields the findings by kind; the caller adds missing kinds. At the end, also after an
+    interruption, an index that changed is written to `path`, whole or not at all. An index that is
+    damaged, or was made by another version, is made again; if it cannot be written, a warning is
+    logged.
     """
     if path is None:
         yield _MEMORY.setdefault(root, {})
@@ -142,14 +141,14 @@ def examine(
     read: Callable[[File], tuple[Any, str]],
     title: str,
 ) -> None:
-    """Brings findings up to date: those of `files`, of which only new and changed ones are read.
+    """Updates the findings of `files`; only new and changed files are read.
 
     Args:
       findings: changed in place.
       files: by name.
-      read: gives (value, "") or (None, why the file cannot be used); called in threads. An OSError
-        becomes a fault that is not remembered: the file may be whole, and the storage not.
-      title: of the progress bar, which appears where this takes more than a second.
+      read: returns (value, "") or (None, reason why the file cannot be used); called in threads. An
+        OSError becomes a fault that is not stored, because its cause may be the storage.
+      title: of the progress bar, which appears if this takes more than a second.
     """
     for name in findings.keys() - files.keys():
         del findings[name]
@@ -165,7 +164,7 @@ def examine(
     chunks = [new[i : i + CHUNK] for i in range(0, len(new), CHUNK)]
     bar = tqdm(total=len(new), desc=title, unit="file", delay=1, dynamic_ncols=True)
     with bar, ThreadPoolExecutor() as pool:
-        for found in pool.map(look, chunks):  # an interruption cancels what has not begun
+        for found in pool.map(look, chunks):  # an interruption cancels the rest
             findings.update(found)
             bar.update(len(found))
 

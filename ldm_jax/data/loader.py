@@ -35,12 +35,12 @@ from ldm_jax.data.transforms import Example, Transform
 
 Batch = dict[str, Any]
 
-# Iterators that may be open at exit, to be closed while the modules they need are still there.
+# Iterators that may be open at exit, to be closed before the modules that they need are unloaded.
 _OPEN: weakref.WeakSet[Iterator] = weakref.WeakSet()
 
 ENTRIES = ("image", "label", "caption")
 
-# Where Linux keeps the memory that processes share.
+# Linux's directory of memory that processes share.
 SHARED_MEMORY = "/dev/shm"
 
 # Keep the two uses of one seed apart.
@@ -48,12 +48,12 @@ _ORDER, _AUGMENT = 0, 1
 
 
 def example_rng(seed: int, position: int) -> np.random.Generator:
-    """The generator that the transform of the example at a global position draws from."""
+    """The random generator for the transform of the example at a global position."""
     return np.random.default_rng((seed, _AUGMENT, position))
 
 
 class Loader:
-    """Batches of `source`: see the module's docstring for what they depend on.
+    """Batches of `source`; the module's docstring says what determines them.
 
     Args:
       source: a random-access sequence of examples, see `sources`.
@@ -99,8 +99,8 @@ class Loader:
 
         Returns:
           Each of `entries`: strings as a list of b str, numbers and arrays stacked, (b, ...).
-          Integers that are numbers or of 64 bits become int32, floats likewise float32; other
-          arrays keep their type. "index" int64 (b,) is the index in the source.
+          Python integers and 64-bit integers become int32, floats likewise float32; other arrays
+          keep their type. "index" int64 (b,) is the index in the source.
 
         Raises:
           ValueError: an example lacks an entry, its entry is neither text nor numbers, or the
@@ -115,15 +115,15 @@ class Loader:
         return _collate(examples, indices, self.entries)
 
     def iterate(self, start_step: int = 0, prefetch: int = 2) -> Iterator[tuple[int, Batch]]:
-        """Gives (step, batch) from `start_step` on, without end.
+        """Yields (step, batch) from `start_step` on, without end.
 
-        Meanwhile at least the next `prefetch` batches are made: each in a thread of its own, or in
-        the `workers` processes, where up to four more a process may wait. Closing the generator
-        ends processes, and threads as soon as the batches they are at are made.
+        At least the next `prefetch` batches are made in advance: each in a thread of its own, or in
+        the `workers` processes, where up to four more per process may wait. Closing the generator
+        ends processes at once, and threads after their current batches.
 
         Raises:
-          Exception: what reading raised, when the turn of its batch has come; if it cannot pass
-            from a worker to this process, a ValueError, OSError or RuntimeError that says the same.
+          Exception: the error of reading a batch, when that batch is due; if it cannot be pickled,
+            a ValueError, OSError or RuntimeError with the same text.
           ChildProcessError: a worker was killed.
         """
         batches = self._iterate(start_step, prefetch)
@@ -137,7 +137,7 @@ class Loader:
                     result = next(results)
                 except RuntimeError as error:
                     raise ChildProcessError(
-                        "a process that reads pictures was killed, perhaps for want of memory: "
+                        "a process that reads pictures was killed, perhaps for lack of memory: "
                         f"try fewer than data.workers={self.workers}"
                     ) from error
                 if self.workers:
@@ -147,23 +147,23 @@ class Loader:
                 yield step, result.batch
 
     def _start(self, start_step: int, prefetch: int) -> grain.DatasetIterator:
-        # One element a step: to start later is to start the range later.
+        # One element per step, so a later start is a later start of the range.
         results = grain.MapDataset.range(start_step, sys.maxsize).map(self._result)
         if not self.workers:
             return iter(results.to_iter_dataset(grain.ReadOptions(prefetch, prefetch)))
         if not flags.FLAGS.is_parsed():
-            # grain reads flags as it starts a worker; without a command line, their defaults.
+            # grain reads flags when it starts a worker; without a command line, use their defaults.
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(
             self.workers, per_worker_buffer_size=max(1, -(-prefetch // self.workers))
         )
         sent = results.map(partial(_as_bytes, workers=self.workers))
         iterator = iter(sent.to_iter_dataset(grain.ReadOptions(0, 0)).mp_prefetch(options))
-        # Asking for the state creates the iterators of all workers, so that closing finds them.
+        # Reading the state creates the iterators of all workers, so that closing ends them.
         iterator.get_state()
-        # The workers inherit that SIGINT and SIGTERM do not reach them: a terminal sends Ctrl-C to
-        # all of them, and this process decides how to stop. Not earlier: starting the process that
-        # tracks shared memory, as the line above may, unblocks them.
+        # The workers inherit the blocking of SIGINT and SIGTERM: a terminal sends Ctrl-C to all
+        # processes, and this process decides how to stop. Not before the line above, which may
+        # start the process that tracks shared memory, and that unblocks them.
         with _signals_blocked():
             iterator.start_prefetch()
         return iterator
@@ -199,8 +199,8 @@ def batches_once(
     """The whole source once and in order, for evaluation; nothing from an empty one.
 
     The last batch is padded to the full size by repeating the last example, so that nothing
-    recompiles; "valid" bool (b,) is False there. Otherwise as `Loader.batch`, but `transform` draws
-    from (seed, index). Every process gets the same number of batches.
+    recompiles; "valid" bool (b,) is False there. Otherwise as `Loader.batch`, but the randomness of
+    `transform` depends on (seed, index). Every process gets the same number of batches.
     """
     rows = _rows(batch_size, process_index, process_count)
     for start in range(0, len(source), batch_size):
@@ -212,7 +212,7 @@ def batches_once(
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> range:
-    """The rows of the global batch that one process holds."""
+    """The rows of the global batch of one process."""
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(f"batch_size {batch_size} is not divisible by {process_count} processes")
     if not 0 <= process_index < process_count:
@@ -245,7 +245,7 @@ def _collate(examples: list[Example], indices: list[int], entries: Sequence[str]
 
 
 def _stack(entry: str, values: list[Any], names: list[str]) -> np.ndarray | list[str]:
-    """One entry of all examples as the batch holds it."""
+    """One entry of all examples, as in the batch."""
     if all(isinstance(value, str) for value in values):
         return values
     arrays = [_array(entry, value, name) for value, name in zip(values, names, strict=True)]
@@ -281,30 +281,31 @@ def _array(entry: str, value: Any, name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Packed:
-    """An error on its way to another process."""
+    """An error that is sent to another process."""
 
-    pickled: bytes  # b"" where it does not pickle
-    plain: Exception  # what Python itself has for it, with the same text
+    pickled: bytes  # b"" if it does not pickle
+    plain: Exception  # the nearest built-in exception, with the same text
     trace: str
 
 
 @dataclass(frozen=True)
 class _Result:
-    """What a step gave: a batch or an error. Opaque to grain."""
+    """The result of a step: a batch or an error. Opaque to grain."""
 
     batch: Batch | None = None
     error: Exception | _Packed | None = None
 
 
 def _as_bytes(result: _Result, workers: int) -> np.ndarray:
-    """What a worker sends: grain moves one array through shared memory.
+    """The message of a worker: one array, which grain sends through shared memory.
 
-    Long captions beside it would go through a pipe, and no process can end while its pipe is full.
+    Long captions outside of the array would use a pipe, and no process can end while its pipe is
+    full.
     """
     _prepare_worker()
     sent = np.frombuffer(pickle.dumps(result, pickle.HIGHEST_PROTOCOL), np.uint8)
     if os.path.isdir(SHARED_MEMORY):
-        # Writing where nothing is left kills the process. Each worker writes one batch at a time.
+        # Writing to full shared memory kills the process. Each worker writes one batch at a time.
         free = shutil.disk_usage(SHARED_MEMORY).free
         if free < workers * sent.nbytes:
             problem = OSError(
@@ -327,11 +328,11 @@ def _packed(error: Exception) -> _Packed:
 
 
 def _restored(error: Exception | _Packed) -> Exception:
-    """The error itself, else the nearest that says the same."""
+    """The error itself, else the nearest built-in one with the same text."""
     if not isinstance(error, _Packed):
         return error
     restored = error.plain
-    # A class that wants other arguments than its text can fail here, or say something else.
+    # A class with arguments other than its text may fail here, or have another text.
     with suppress(Exception):
         loaded = pickle.loads(error.pickled)
         if str(loaded) == str(error.plain):
@@ -342,9 +343,9 @@ def _restored(error: Exception | _Packed) -> Exception:
 
 @cache
 def _prepare_worker() -> None:
-    """Makes a worker end quickly when it is told to, and when its parent is killed."""
-    # Last of all, when what it sent has left: clearing an interpreter away takes a second. Not 0,
-    # which grain takes for a worker that is still at work.
+    """Makes a worker end quickly on request, and when its parent is killed."""
+    # At exit, after its messages were sent, because the end of an interpreter takes a second. Not
+    # 0, which to grain means that the worker is still running.
     util.Finalize(None, os._exit, args=(1,), exitpriority=-100)
 
     def follow_parent() -> None:
@@ -356,7 +357,7 @@ def _prepare_worker() -> None:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Neither this thread nor what it starts sees SIGINT and SIGTERM."""
+    """Blocks SIGINT and SIGTERM for this thread and the processes that it starts."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield

@@ -1,4 +1,4 @@
-"""Random masks for training to inpaint: 1 where to draw anew.
+"""Random masks for inpainting training: 1 where the model is to draw.
 
 A mask is either a polyline or a few boxes (LaMa, Suvorov et al. 2022; Stable Diffusion's
 `synthetic_mask`). Lengths are pixels of a picture of `side`, and scale with the picture. Latent
@@ -13,10 +13,10 @@ from PIL import Image, ImageDraw
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How to draw. Ranges are inclusive; an angle is in radians.
+    """Parameters of random masks. Ranges are inclusive; angles are in radians.
 
     Attributes:
-      side: of the picture that the lengths are meant for.
+      side: of the picture to which the lengths refer.
       lines: the probability of a polyline, else boxes.
       strokes, length, width: of a polyline: how many, and how long and wide each.
       boxes, box_side, margin: how many boxes, their sides, and their distance from the border.
@@ -75,7 +75,7 @@ def _polyline(draw, recipe, scale, size, rng):
         thickness = max(round(scale * _between(rng, recipe.width)), 1)
         end = np.clip(start + length * np.array([np.sin(angle), np.cos(angle)]), 0, size)
         draw.line([*start, *end], fill=1, width=thickness)
-        for x, y in (start, end):  # round ends, which join the strokes
+        for x, y in (start, end):  # round ends connect the strokes
             r = thickness / 2
             draw.ellipse([x - r, y - r, x + r, y + r], fill=1)
         start = end

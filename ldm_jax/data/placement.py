@@ -1,8 +1,8 @@
-"""Where the pixels of a training picture come from in the file it was made of.
+"""The position of a training picture's pixels in its file.
 
-A source fits a file to the training size, and augmentations move it further. What is known of the
-file beside its pixels (boxes, a segmentation, a depth map, the sizes that SDXL is told) goes the
-same way through the `Placement` that both leave in the example.
+A source fits a file to the training size, and augmentations move it further. Both update the
+example's `Placement`, which transforms other data of the file (boxes, a segmentation, a depth map,
+SDXL's sizes) in the same way.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Placement:
         return dataclasses.replace(self, corner=corner)
 
     def scaled(self, size: tuple[int, int]) -> "Placement":
-        """With the picture resized to `size` (height, width), and all that is around it."""
+        """With file and picture resized, so that the picture has `size` (height, width)."""
         factors = [new / old for new, old in zip(size, self.size, strict=True)]
         resized = tuple(round(s * f) for s, f in zip(self.resized, factors, strict=True))
         corner = tuple(round(c * f) for c, f in zip(self.corner, factors, strict=True))
@@ -61,12 +61,12 @@ class Placement:
         return dataclasses.replace(self, size=(height, width))
 
     def apply(self, array: np.ndarray, smooth: bool, outside: float | None = None) -> np.ndarray:
-        """Brings an array over the whole file to the picture: (h, w) of any size, the file's
-        aspect → `size`.
+        """Transforms an array over the whole file to one over the picture: (h, w) of any size with
+        the file's aspect ratio → `size`.
 
         Args:
           array: uint8, int32 or float32 (h, w).
-          smooth: bicubic and antialiased; False takes the nearest value, as labels need.
+          smooth: bicubic and antialiased; False: the nearest value, for labels.
           outside: the value outside of the file; None repeats its edge.
         """
         image = Image.fromarray(array[:, ::-1] if self.mirrored else array)
@@ -89,9 +89,9 @@ class Placement:
         return filled
 
     def boxes(self, boxes: np.ndarray) -> np.ndarray:
-        """Boxes (N, 4) of (left, top, right, bottom) as shares of the file → of the picture.
+        """Boxes (N, 4) of (left, top, right, bottom), relative to the file → to the picture.
 
-        They may reach outside of 0 … 1.
+        The results may be outside of 0 … 1.
         """
         left, top, right, bottom = np.moveaxis(np.asarray(boxes, np.float64), -1, 0)
         if self.mirrored:

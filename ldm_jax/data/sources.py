@@ -4,16 +4,16 @@ A source is a random-access sequence of examples, each a dict:
 
 - `image`: uint8 (size, size, 3);
 - `placement`: the `Placement` of the picture in the file it was made of;
-- `caption`: str, "" where there is none;
+- `caption`: str, "" if there is none;
 - `label`: int, an index into `source.classes`;
 - `name`: str, unique in the source;
-- `rgba`: uint8 (size, size, 4) and `background`: the colour `image` is composited on; only where
+- `rgba`: uint8 (size, size, 4) and `background`: the colour on which `image` is composited; only if
   the picture has transparency;
 - `tags`: tuple of str, other words for the picture; only from the emoji source;
 - `path`: str, absolute, of the picture's file; only from a folder;
 - `boxes`, `categories`, `masks`, `segmentation`: what `scenes` knows of its pictures.
 
-Reading an example twice gives the same example: what is random lives in `transforms`.
+Reading an example twice gives the same example; all randomness is in `transforms`.
 """
 
 from collections.abc import Sequence
@@ -56,13 +56,13 @@ class Source(Protocol):
 class TfdsSource:
     """A TensorFlow data set with the features "image" and, if labelled, "label".
 
-    The caption is the name of the class. The held-out split is the set's own "test" or
-    "validation" split; where it has neither, the last `held_out` of "train", or nothing where that
-    would be all of it. A set that is not on disk is downloaded.
+    The caption is the name of the class. The held-out split is the data set's own "test" or
+    "validation" split; if it has neither, the last `held_out` of "train", or nothing if that would
+    be all of it. A data set that is not on disk is downloaded.
 
     Raises:
       ImportError: tensorflow-datasets is not installed.
-      ValueError: there is no such set, or it has no pictures.
+      ValueError: there is no such data set, or it has no pictures.
     """
 
     def __init__(
@@ -133,9 +133,9 @@ class TfdsSource:
 
 
 def _tfds_split(available: Any, split: str, held_out: float) -> str:
-    """Our "train", "held_out" or "all" in the notation of tfds, of the splits a set has.
+    """Our "train", "held_out" or "all" in the notation of tfds, from a data set's splits.
 
-    "" where it is empty.
+    "" if it is empty.
     """
     own = next((name for name in ("test", "validation") if name in available), None)
     if own:
@@ -203,7 +203,7 @@ def open_source(config: Any, split: str = "train", index: str | Path | None = No
         `min_size` (folders), `scenes` (see `scene_options`), `classes` (only these; all if
         empty).
       split: "train", "held_out" or "all".
-      index: the file that keeps what was found in a folder between starts; None: none.
+      index: the file that stores the findings in a folder between starts; None: no file.
 
     Raises:
       ValueError: unknown source or split, no path, or a source without usable pictures.

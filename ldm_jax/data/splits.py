@@ -1,4 +1,4 @@
-"""Which examples of a source train, and which are held out."""
+"""The split of a source into training and held-out examples."""
 
 import hashlib
 

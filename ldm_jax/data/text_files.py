@@ -1,4 +1,4 @@
-"""Text that people write: UTF-8, or what its byte-order mark says."""
+"""Text files of users: UTF-8, or the encoding of their byte-order mark."""
 
 import codecs
 from pathlib import Path
@@ -15,10 +15,10 @@ def read_text(path: Path | str, errors: str = "strict") -> str:
 
     Args:
       path: of the file.
-      errors: "strict", or "surrogateescape", which keeps bytes that are no UTF-8 as surrogates.
+      errors: "strict", or "surrogateescape", which keeps bytes that are not UTF-8 as surrogates.
 
     Raises:
-      ValueError: it is no text, or no UTF-8 where no mark says what else it is; names the file.
+      ValueError: it is not text or, without a byte-order mark, not UTF-8; names the file.
     """
     content = Path(path).read_bytes()
     encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
@@ -26,22 +26,22 @@ def read_text(path: Path | str, errors: str = "strict") -> str:
         text = content.decode(encoding, errors)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{printable(path)} is no {encoding.removesuffix('-sig').upper()}: byte {error.start} "
+            f"{printable(path)} is not {encoding.removesuffix('-sig').upper()}: byte {error.start} "
             "cannot be read; save it as UTF-8"
         ) from error
-    if "\0" in text:  # as UTF-16 without a mark has, and UTF-32
-        raise ValueError(f"{printable(path)} is no text: it holds zero bytes; save it as UTF-8")
+    if "\0" in text:  # UTF-16 without a mark, or UTF-32
+        raise ValueError(f"{printable(path)} is not text: it holds zero bytes; save it as UTF-8")
     return text
 
 
 def printable(path: Path | str) -> str:
-    """A path that can be written anywhere: bytes of it that are no UTF-8 become `\\xe9`."""
+    """A path as valid UTF-8: other bytes become `\\xe9`."""
     text = str(path)
     if is_utf8(text):
         return text
     try:
         return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    except UnicodeEncodeError:  # a surrogate that stands for no byte
+    except UnicodeEncodeError:  # a surrogate that represents no byte
         return text.encode(errors="backslashreplace").decode()
 
 

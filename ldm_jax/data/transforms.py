@@ -1,7 +1,7 @@
-"""Augmentations: pure functions (example, rng) -> example on the dicts that `sources` gives.
+"""Augmentations: pure functions (example, rng) -> example on the dicts of `sources`.
 
-All are drawn per example from the generator passed in and from nothing else. Images are
-uint8 (H, W, 3) before and after. What moves pixels moves the example's `placement` along.
+All randomness comes from the generator `rng`. Images are uint8 (H, W, 3) before and after.
+Transforms that move pixels also update the example's `placement`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ Transform = Callable[[Example, np.random.Generator], Example]
 
 
 def background(example: Example, rng: np.random.Generator) -> Example:
-    """Half the time, puts a picture with transparency on a random colour; opaque ones stay."""
+    """With probability ½, puts a picture with transparency on a random colour."""
     if "rgba" not in example or rng.random() < 0.5:
         return example
     colour = tuple(int(c) for c in rng.integers(0, 256, 3))
@@ -25,7 +25,7 @@ def background(example: Example, rng: np.random.Generator) -> Example:
 
 
 def flip(example: Example, rng: np.random.Generator) -> Example:
-    """Half the time, mirrors left and right; a caption that says which side becomes wrong."""
+    """With probability ½, mirrors left and right; a caption that names a side becomes wrong."""
     if rng.random() < 0.5:
         return example | {"image": example["image"][:, ::-1]} | _placed(example, "flipped")
     return example
@@ -41,7 +41,7 @@ def shift(example: Example, rng: np.random.Generator) -> Example:
 
 
 def zoom(example: Example, rng: np.random.Generator) -> Example:
-    """Scales by 0.8 to 1.25, log-uniformly, and cuts or pads to the old size at a random place."""
+    """Scales by 0.8 to 1.25, log-uniformly, and crops or pads to the old size at random."""
     image = example["image"]
     height, width = image.shape[:2]
     scale = np.exp(rng.uniform(np.log(0.8), np.log(1.25)))
@@ -58,7 +58,7 @@ def zoom(example: Example, rng: np.random.Generator) -> Example:
 def color(example: Example, rng: np.random.Generator) -> Example:
     """Permutes the colour channels, then contrast and brightness by up to a fifth.
 
-    For an autoencoder with few pictures to learn from. With captions it makes "red" wrong.
+    For autoencoders with few training pictures. Captions with colours become wrong.
     """
     image = example["image"][..., rng.permutation(3)].astype(np.float32)
     contrast, brightness = rng.uniform(0.8, 1.2), rng.uniform(-0.2, 0.2)
@@ -67,9 +67,9 @@ def color(example: Example, rng: np.random.Generator) -> Example:
 
 
 def tags(example: Example, rng: np.random.Generator) -> Example:
-    """Half the time, says one to three of caption and tags instead: "fruit", "diet, red apple".
+    """With probability ½, the caption becomes one to three of caption and tags: "diet, red apple".
 
-    A model trained so knows single words, and draws another picture of "fruit" from another seed.
+    A model trained with this also knows single words, and other seeds give other pictures of them.
 
     Raises:
       ValueError: the example has no "tags"; those of the emoji source may be empty.
@@ -83,7 +83,7 @@ def tags(example: Example, rng: np.random.Generator) -> Example:
     return example | {"caption": ", ".join(words[i] for i in chosen)}
 
 
-# In the order in which they are applied: a background must be under the picture before it moves.
+# In the order of application: the background is needed before the picture moves.
 TRANSFORMS: dict[str, Transform] = {
     "background": background,
     "flip": flip,
@@ -126,9 +126,9 @@ def _between(rng: np.random.Generator, slack: int) -> int:
 
 
 def _window(example: Example, image: np.ndarray, top: int, left: int) -> np.ndarray:
-    """Cuts the window of the example's own size out of `image` (h, w, 3), from (top, left).
+    """Crops a window of the example's own size from `image` (h, w, 3), at (top, left).
 
-    Outside of `image` it is filled with the colour the picture stands on, or by repeating the edge.
+    Outside of `image` it is filled with the picture's background colour, or by repeating the edge.
     """
     height, width = example["image"].shape[:2]
     below, right = top + height - image.shape[0], left + width - image.shape[1]

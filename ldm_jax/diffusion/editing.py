@@ -1,4 +1,4 @@
-"""Editing: what turns a sampler of new pictures into one that works on a given picture."""
+"""Editing of a given picture: strength, inpainting, interpolation and tiles, for any sampler."""
 
 from collections.abc import Callable
 
@@ -10,32 +10,32 @@ from ldm_jax.diffusion.schedule import Level
 
 
 def skipped_steps(steps: int, strength: float) -> int:
-    """How many of `steps` an edit of that strength leaves out: those above its noise level.
+    """How many of `steps` an edit of this strength skips: those above its noise level.
 
-    0 leaves the picture as it is, 1 starts from (almost) pure noise.
+    Strength 0 leaves the picture unchanged, 1 starts from (almost) pure noise.
 
     Raises:
       ValueError: a strength outside [0, 1].
     """
     if not 0.0 <= strength <= 1.0:
         raise ValueError(f"strength={strength:g}: must lie in 0 (the picture stays) … 1 (redrawn)")
-    # The tolerance forgives 0.29 · 100 = 28.999999999999996.
+    # The tolerance is for products such as 0.29 · 100 = 28.999999999999996.
     return steps - int(strength * steps + 1e-9)
 
 
 def noised(latents: jax.Array, noise: jax.Array, level: Level) -> jax.Array:
-    """α·latents + σ·noise: a draw of the forward process."""
+    """α·latents + σ·noise: a sample of the forward process."""
     return level.alpha * latents + level.sigma * noise
 
 
 def keep_known(
     known: jax.Array, mask: jax.Array
 ) -> Callable[[jax.Array, Level, jax.Array], jax.Array]:
-    """Inpainting with any model: ahead of each step, what is known is put back, as noisy as x.
+    """Inpainting with any model: before each step, the known latents are restored, as noisy as x.
 
-    `known` (B, h, w, c) are clean latents, `mask` (B, h, w, 1) is 1 where x is to be drawn anew and
-    0 where `known` stays (RePaint without resampling, Lugmayr et al. 2022, eq. 8; CompVis' DDIM,
-    whose mask is the opposite). A `before_step` of `sample`; put `known` back once more at the end.
+    `known` (B, h, w, c) are clean latents, `mask` (B, h, w, 1) is 1 where x is redrawn and 0 where
+    `known` stays (RePaint without resampling, Lugmayr et al. 2022, eq. 8; CompVis' DDIM, whose mask
+    is the opposite). A `before_step` of `sample`; the caller restores `known` again at the end.
     """
 
     def put_back(x: jax.Array, level: Level, keys: jax.Array) -> jax.Array:
@@ -48,8 +48,8 @@ def keep_known(
 def slerp(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
     """From a (weight 0) to b (weight 1) on the great circle between them (Shoemake 1985).
 
-    Gaussian noise lies near a sphere, where a straight line would cut through. `a` and `b` share
-    a shape (…); the result has that of `weight` in front. Parallel ends are interpolated linearly.
+    Gaussian noise lies near a sphere, and points of a straight line do not. `a` and `b` have one
+    shape (…), the result (weight's shape, …). Parallel ends are interpolated linearly.
     """
     cosine = jnp.sum(a * b) / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
     angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
@@ -64,7 +64,7 @@ def slerp(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def tile_starts(size: int, tile: int, stride: int) -> np.ndarray:
-    """Where the tiles along one side begin: every `stride`, the last one flush with the end."""
+    """The starts of the tiles along one side: every `stride`; the last tile ends at the end."""
     if size <= tile:
         return np.zeros(1, int)
     return np.append(np.arange(0, size - tile, stride), size - tile)
@@ -81,9 +81,9 @@ def tiled(
 
     LDM's convolutional sampling (Rombach et al. 2022, §4.3.2) for any size: the tiles of a side
     begin every (1 − overlap)·tile and the last ends with the picture, so every pixel is covered.
-    Weights fall linearly from each tile's middle. `apply` is called once on (tiles·B, …), the
-    tiles outermost; what it makes is `scale` times as large. A picture no larger than a tile
-    passes unchanged.
+    Weights fall linearly from each tile's middle. `apply` is called once on (tiles·B, …), with
+    tiles outermost; its output is `scale` times as large. A picture no larger than a tile is one
+    tile.
 
     Raises:
       ValueError: an overlap outside [0, 1).

@@ -1,17 +1,18 @@
-"""The noise levels that a sampler visits, from noisy to clean; not a training draw of timesteps.
+"""The noise levels that a sampler visits, from noisy to clean; not the random times of training.
 
-Two kinds of grid. A spacing of time ("trailing", …) picks timesteps and takes their levels; a
-spacing of noise ("karras", "exponential") picks σ/α and looks up the time that belongs to it.
+There are two kinds of grids. A spacing of time ("trailing", …) chooses timesteps and uses their
+levels; a spacing of noise ("karras", "exponential") chooses σ/α and computes the times.
 
-diffusers' schedulers take one spacing in different ways, and so do we, by `family` of a sampler:
+diffusers' schedulers compute one spacing in different ways, and so does this module, by the
+`family` of a sampler:
 
   ddim   a step of "leading", "linspace" and "trailing" goes T // S timesteps down, wherever the
-         next one starts; below the table it ends where the model says.
+         next one starts; below the table it ends at the level that `end` names.
   plain  each step ends where the next one starts, and the last one is clean.
   euler  as plain. "linspace" does not round; karras and exponential lie between the ends of the
          model's own spacing of time.
-  dpm    as plain. "leading" and "linspace" have S + 1 timesteps, without the last; the times of
-         karras and exponential are whole.
+  dpm    as plain. "leading" and "linspace" are S + 1 timesteps without the last; the times of
+         karras and exponential are integers.
 """
 
 from typing import NamedTuple
@@ -21,13 +22,13 @@ import numpy as np
 from ldm_jax.diffusion.schedule import DiscreteSchedule, EDMSchedule, FlowSchedule, Level, Schedule
 
 CLEAN = Level(np.zeros(1), np.ones(1), np.zeros(1))
-KARRAS_RHO = 7.0  # Karras et al. 2022, §3: errors spread evenly over the steps
+KARRAS_RHO = 7.0  # Karras et al. 2022, §3: spreads the errors evenly over the steps
 LCM_TEACHER_STEPS = 50  # the grid on which latent consistency models are distilled
 COMPVIS = ("compat", "quad", "dpm")  # spacings of CompVis' samplers, which end at the first entry
 
 
 class Grid(NamedTuple):
-    """Where each of S steps starts, `here`, and where it ends, `after`: levels, float64 (S,)."""
+    """The levels at which each of S steps starts, `here`, and ends, `after`: float64 (S,)."""
 
     here: Level
     after: Level
@@ -43,7 +44,7 @@ class Grid(NamedTuple):
 
     @property
     def levels(self) -> Level:
-        """(S + 1,): where each step starts, and where the last one ends."""
+        """(S + 1,): the start of each step, and the end of the last one."""
         return Level(*(np.append(v, e[-1]) for v, e in zip(self.here, self.after, strict=True)))
 
 
@@ -62,26 +63,26 @@ def sampling_grid(
 
     Spacings of time, for discrete schedules; for flow ones "trailing" and "linspace":
       trailing: starts at the last timestep (Lin et al. 2023). The default.
-      leading: every T // S-th timestep, plus `offset`; linspace: takes both ends.
+      leading: every T // S-th timestep, plus `offset`; linspace: includes both ends.
       quad: CompVis' DDIM with `ddim_discretize="quad"`, each timestep once.
       compat: CompVis' DDIM, every T // S-th timestep plus one; its number of steps may be larger.
       dpm: CompVis' DPM-Solver, real timesteps from T − 1 to 0.
       lcm: of a latent consistency model (Luo et al. 2023); turbo: of SDXL-Turbo, tenths of T.
-    Spacings of noise, between the schedule's own ends unless `base` says otherwise:
+    Spacings of noise, between the schedule's ends, or those of `base`:
       karras: Karras et al. 2022, eq. 5, ρ = 7. exponential: even in log σ.
 
     Args:
       steps: how many, at least 1, and for discrete schedules at most T.
       family: "ddim", "plain", "euler" or "dpm", see above.
-      offset: timesteps added to "leading" (diffusers' `steps_offset`), as far as there is room.
+      offset: timesteps added to "leading" (diffusers' `steps_offset`), at most up to T − 1.
       end: of the family "ddim" and spacings of time: "clean", or "first", the table's first entry
-        (diffusers' `set_alpha_to_one` and its contrary). None: clean, but first for `COMPVIS`.
+        (diffusers' `set_alpha_to_one`, true or false). None: clean, but "first" for `COMPVIS`.
       shift: of a flow schedule, t ← s·t/(1 + (s − 1)·t) (Esser et al. 2024, eq. 23).
-      base: of the family "euler": the spacing of time between whose ends those of noise lie.
+      base: of the family "euler": the spacing of time whose ends spacings of noise use.
 
     Raises:
       ValueError: steps out of range, a spacing that is unknown or not for this schedule, a grid
-        that does not descend, a shift of another schedule or not above 0.
+        that does not descend, a shift for a schedule without, or one not above 0.
     """
     discrete = isinstance(schedule, DiscreteSchedule)
     largest = schedule.timesteps if discrete else 100_000
@@ -133,12 +134,12 @@ def _trailing(schedule, steps, family):
     last = schedule.timesteps
     if not isinstance(schedule, DiscreteSchedule):
         return schedule.at(last - np.arange(steps) * last / steps)
-    # numpy's own steps: their last bit decides how halves are rounded, as in diffusers.
+    # np.arange, as in diffusers: the last bit decides how halves are rounded.
     return schedule.at(np.rint(np.arange(last, 0, -last / steps)[:steps]) - 1)
 
 
 def _skipped(schedule, steps, family):
-    """Timesteps that "dpm" leaves out at the end, as far as there is room."""
+    """The number of timesteps that "dpm" leaves out at the end; 0 if all T are used."""
     return 1 if family == "dpm" and steps < schedule.timesteps else 0
 
 

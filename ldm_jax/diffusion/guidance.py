@@ -28,9 +28,9 @@ def classifier_free(
     """uncond + scale·Σ_k w_k·(cond_k − uncond) in one batch (Ho & Salimans 2022; LDM's convention).
 
     With one condition, scale 1 is the plain conditional model and 0 the unconditional one. With
-    several it is their conjunction (Liu et al. 2022, eq. 11), `weights` (K,) of each. `conditions`
-    and `null` are pytrees with a leading batch dimension, stacked here as [null, cond_1, …].
-    `rescale` φ in [0, 1] pulls the result's spread back to the conditional one's (`rescaled`).
+    several it is their conjunction (Liu et al. 2022, eq. 11) with `weights` (K,). `conditions` and
+    `null` are pytrees with a leading batch dimension, stacked here as [null, cond_1, …]. `rescale`
+    φ in [0, 1] moves the result's standard deviation to the conditional one's (`rescaled`).
     """
     every = jax.tree.map(lambda *parts: jnp.concatenate(parts), null, *conditions)
     weights = jnp.ones(len(conditions)) if weights is None else weights
@@ -46,8 +46,8 @@ def classifier_free(
 
 
 def autoguidance(strong: Network, weak: Network, scale: jax.Array) -> Network:
-    """weak + scale·(strong − weak): away from a worse model of the same thing (Karras et al. 2024,
-    eq. 2). Either may itself be guided."""
+    """weak + scale·(strong − weak), where `weak` is a worse model of the same latents (Karras et
+    al. 2024, eq. 2). Either may itself be guided."""
 
     def guided(x, t):
         bad = weak(x, t)
@@ -57,8 +57,8 @@ def autoguidance(strong: Network, weak: Network, scale: jax.Array) -> Network:
 
 
 def where_guided(guided: Network, plain: Network, active: jax.Array) -> Network:
-    """`guided` while `active`, else `plain`, which costs but one evaluation (Kynkäänniemi et al.
-    2024). Only the one that is asked for runs."""
+    """`guided` while `active`, else `plain`, which costs only one evaluation (Kynkäänniemi et al.
+    2024). Only one of them runs."""
     return lambda x, t: jax.lax.cond(active, guided, plain, x, t)
 
 
@@ -71,7 +71,7 @@ def rescaled(guided: jax.Array, plain: jax.Array, phi: jax.Array | float) -> jax
 
 def dynamic_threshold(denoise: Denoiser, percentile: jax.Array, limit: float = 1.0) -> Denoiser:
     """x0 clipped to its own percentile (in [0, 1]) of |x0|, if beyond `limit`, and scaled back to
-    `limit` (Saharia et al. 2022, §2.3), per example. ε follows x0, so x stays as it is.
+    `limit` (Saharia et al. 2022, §2.3), per example. ε is recomputed from x0, so x is unchanged.
     """
 
     def thresholded(x: jax.Array, level: Level) -> Prediction:

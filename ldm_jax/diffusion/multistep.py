@@ -1,8 +1,8 @@
-"""Samplers that look at the network once a step, and remember what it said before.
+"""Samplers that evaluate the network once per step and reuse earlier predictions.
 
 All of them are linear: the next x is a combination of this x, of the last few predictions (of x0,
 or of ε) and of fresh noise. Only the coefficients differ, so here a sampler is a function from
-noise levels to a table, in float64 on the host, and `multistep` below is the step of each.
+noise levels to a table, in float64 on the host, and all share the step function `multistep`.
 
 Notation: x = α·x0 + σ·ε here, (α', σ') where the step ends, s = σ/α, λ = −ln s (half the log-SNR),
 h = λ' − λ. In the exponential-integrator form (Lu et al. 2022b, eq. 9) a step of first order is
@@ -21,7 +21,7 @@ from ldm_jax.diffusion.schedule import Level, Schedule
 
 Table = dict[str, np.ndarray | Level]
 History = tuple[jax.Array, ...]
-LMS_ORDER, UNIPC_ORDER = 4, 2  # their steps carry as much history as these ask for
+LMS_ORDER, UNIPC_ORDER = 4, 2  # these determine how much history their steps carry
 LCM_TIME_SCALE, LCM_SIGMA_DATA = 10.0, 0.5  # Luo et al. 2023: c_skip and c_out of their models
 
 
@@ -66,7 +66,7 @@ def add_churn(
     if not amount:
         return here, {}
     gamma = min(amount / len(here.t), np.sqrt(2.0) - 1.0)
-    # Where no signal is left there is nothing above.
+    # Without signal there is no higher level.
     churned = (here.ratio >= low) & (here.ratio <= high) & np.isfinite(here.ratio)
     ratio = np.where(churned, here.ratio, 1.0)
     raised = schedule.from_ratio(ratio * (1.0 + gamma))
@@ -80,7 +80,7 @@ def ddim(schedule: Schedule, grid: Grid, eta: float = 0.0) -> Table:
     """Denoising diffusion implicit models (Song et al. 2021, eq. 12 and 16).
 
     η = 1 is ancestral sampling: on all T timesteps the posterior of Ho et al. 2020, eq. 6–7. In σ/α
-    it is k-diffusion's Euler ancestral: the same split of σ' into what is walked and what is drawn.
+    it is k-diffusion's Euler ancestral: the same split of σ' into the step's and the noise's part.
     """
     here, after = grid
     drawn = (
@@ -114,7 +114,7 @@ def euler(
 
 
 def lcm(schedule: Schedule, grid: Grid) -> Table:
-    """Latent consistency models (Luo et al. 2023, algorithm 3): to x0, and noised afresh."""
+    """Latent consistency models (Luo et al. 2023, algorithm 3): to x0, then fresh noise."""
     here, after = grid
     scaled = here.t * LCM_TIME_SCALE
     total = scaled**2 + LCM_SIGMA_DATA**2
@@ -124,8 +124,8 @@ def lcm(schedule: Schedule, grid: Grid) -> Table:
 
 
 def dpmpp_2m(schedule: Schedule, grid: Grid) -> Table:
-    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2); first order where a long last step or the
-    lack of a past asks for it."""
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2); first order where the last step is long or
+    there is no earlier prediction."""
     here, after = grid
     a, b = first_order(here, after, after.sigma)
     slope = b * _over_twice_r(here, after)
@@ -138,7 +138,7 @@ def _over_twice_r(here: Level, after: Level) -> np.ndarray:
     before = earlier(h, 1, np.inf)
     with np.errstate(invalid="ignore"):
         value = np.where(np.isinf(before) | np.isinf(h), 0.0, h / (2.0 * before))
-    if len(h) < 15:  # as the authors' code: few steps are long, and the last is the longest
+    if len(h) < 15:  # as in the authors' code: few steps are long, and the last is the longest
         value[-1] = 0.0
     return value
 
@@ -209,9 +209,9 @@ def lms(schedule: Schedule, grid: Grid) -> Table:
 def plms(schedule: Schedule, grid: Grid) -> Table:
     """Pseudo linear multistep (Liu et al. 2022, eq. 12), Adams–Bashforth weights in DDIM's step.
 
-    As CompVis does, the first step averages ε here and where the second step starts (see
-    `plms_step`). Where it does not end there, it is, as in diffusers, a step of its own length down
-    to there.
+    As in CompVis' code, the first step averages ε at its start and at the start of the second step
+    (see `plms_step`). If it does not end there, it is, as in diffusers, a step of its own length
+    down to there.
     """
     here, after = needs_signal("plms", grid)
     weights = np.zeros((len(here.t), 4))
@@ -238,7 +238,7 @@ def plms(schedule: Schedule, grid: Grid) -> Table:
 
 
 def plms_step(x, history: History, c, denoise: Denoiser, noise):
-    """`multistep("eps")`, but for a first step that is a pseudo improved Euler step."""
+    """`multistep("eps")`, except that the first step is a pseudo improved Euler step."""
     del noise
     eps = denoise(x, c["level"]).eps
 
@@ -257,7 +257,7 @@ def plms_step(x, history: History, c, denoise: Denoiser, noise):
 def unipc(schedule: Schedule, grid: Grid) -> Table:
     """Unified predictor-corrector (Zhao et al. 2023, algorithms 5–8), B(h) = e^h − 1, on x0.
 
-    Every evaluation serves twice: it corrects the step that led to it, then predicts the next.
+    Every evaluation is used twice: to correct the step before it, and to predict the next.
     """
     here, after = grid
     h = log_steps(here, after)
@@ -265,11 +265,11 @@ def unipc(schedule: Schedule, grid: Grid) -> Table:
     predictor, corrector = np.zeros((steps, UNIPC_ORDER)), np.zeros((steps, UNIPC_ORDER + 1))
     a, b = first_order(here, after, after.sigma)
     for i in range(steps):
-        # Earlier points to lean on: few at the start, and, as the authors do, few at the end.
+        # The number of earlier points: few at the start and, as in the authors' code, at the end.
         past, most = 0, 0 if np.isinf(h[i]) else min(UNIPC_ORDER - 1, i, steps - 1 - i)
         while past < most and np.isfinite(h[i - past - 1]):
             past += 1
-        # Where those points lie, in units of h from the start of the step; its end is at 1.
+        # The positions of those points, in units of h from the start of the step; its end is 1.
         r = -np.cumsum(h[i - past : i][::-1]) / h[i] if past else np.zeros(0)
         predictor[i] = _unipc_weights(r, h[i], corrector=False, slots=UNIPC_ORDER)
         if i + 1 < steps and np.isfinite(h[i]):
@@ -306,7 +306,7 @@ def _unipc_weights(r: np.ndarray, h: float, corrector: bool, slots: int) -> np.n
         factorial *= k + 1
         phi = phi / z - 1.0 / factorial
     if len(nodes) == 1:
-        rho = np.array([0.5])  # as the authors': the solution of one equation, to leading order
+        rho = np.array([0.5])  # as in the authors' code: the solution to leading order
     else:
         rho = np.linalg.solve(np.vander(nodes, increasing=True).T, moments)
     for k, (node, weight) in enumerate(zip(nodes, rho, strict=True)):
@@ -317,7 +317,7 @@ def _unipc_weights(r: np.ndarray, h: float, corrector: bool, slots: int) -> np.n
 
 
 def unipc_step(x, history: History, c, denoise: Denoiser, noise):
-    """Correct what led here, then predict. `history`: x before, and past x0 predictions."""
+    """Corrects the last step, then predicts. `history`: x before, and past x0 predictions."""
     del noise
     before, *past = history
     x0 = denoise(x, c["level"]).x0
@@ -329,7 +329,7 @@ def unipc_step(x, history: History, c, denoise: Denoiser, noise):
 
 
 def needs_signal(name: str, grid: Grid) -> Grid:
-    """The grid; refuses one without signal at its start, where ε alone does not tell x0."""
+    """The grid; raises for one without signal at its start, where ε does not determine x0."""
     if grid.here.alpha[0] == 0.0:
         raise ValueError(
             f"sampler {name!r} needs some signal at its first level, and this schedule has none "

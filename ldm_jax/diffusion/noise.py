@@ -1,7 +1,7 @@
-"""Randomness that belongs to an example, not to a batch.
+"""Random numbers per example, independent of the batch.
 
-Example i of a batch draws from `fold_in(key, i)`: what it gets does not depend on how many others
-there are, nor on how the batch is spread over devices and hosts.
+Example i of a batch uses `fold_in(key, i)`, so its numbers do not depend on how many others there
+are, nor on how the batch is distributed over devices and hosts.
 """
 
 from collections.abc import Callable

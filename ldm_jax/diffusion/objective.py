@@ -1,8 +1,8 @@
-"""The training objective: a draw of times, a noised input, a weighted distance.
+"""The training objective: random times, noised inputs, a weighted distance.
 
-A weight is written once, as a factor of the squared error of x0, and carried over to whatever the
-network predicts: since x0 = A·x + B·output, an error of the output is one of x0 divided by B. With
-SNR = α²/σ² that makes, for instance, min-SNR's min(SNR, γ) on x0 the known min(SNR, γ)/SNR on ε and
+A weight is defined once, as a factor of the squared error of x0, and converted to the network's
+parameterisation: since x0 = A·x + B·output, the error of the output is that of x0 divided by B.
+With SNR = α²/σ², for instance, min-SNR's min(SNR, γ) on x0 becomes min(SNR, γ)/SNR on ε and
 min(SNR, γ)/(SNR + 1) on v.
 """
 
@@ -26,7 +26,7 @@ class Objective:
 
     loss, huber_delta: see `per_example_loss`. weighting, weighting_parameter: see `loss_weight`.
     draw, draw_mean, draw_std: see `draw_times`. offset_noise: see `draw_noise`.
-    input_perturbation: this much more noise in the input than in the target (Ning et al. 2023).
+    input_perturbation: additional noise in the input, not in the target (Ning et al. 2023).
     simple_weight, vlb_weight: factors of the weighted loss and of LDM's variational bound.
     learn_logvar, logvar_init: LDM's L/exp(logvar_t) + logvar_t, with one trained number per t.
     """
@@ -56,8 +56,8 @@ def diffusion_loss(
 ) -> jax.Array:
     """Per-example loss (B,) of `network(x, t)` on clean latents (B, h, w, c).
 
-    Everything random is drawn from each example's own key, but for stratified times. `logvar` (T,)
-    are the trained log-variances, None where `learn_logvar` is off.
+    All randomness except stratified times comes from each example's own key. `logvar` (T,) are the
+    trained log-variances, None where `learn_logvar` is off.
     """
     keys = [jax.random.fold_in(key, i) for i in range(3)]
     o, count, schedule = objective, len(latents), diffusion.schedule
@@ -68,9 +68,9 @@ def diffusion_loss(
     noise = eps
     if o.input_perturbation:
         noise = eps + o.input_perturbation * draw_noise(keys[2], latents.shape)
-    x, told = network_inputs(kind, level.alpha * latents + level.sigma * noise, level, sigma_data)
+    x, time = network_inputs(kind, level.alpha * latents + level.sigma * noise, level, sigma_data)
     goal = target(kind, latents, eps, level, sigma_data)
-    raw = per_example_loss(o.loss, network(x, told.reshape(count)), goal, o.huber_delta)
+    raw = per_example_loss(o.loss, network(x, time.reshape(count)), goal, o.huber_delta)
     weight = loss_weight(o.weighting, kind, level, sigma_data, o.weighting_parameter)
     loss = weight.reshape(count) * raw
     if logvar is not None:
@@ -108,8 +108,8 @@ def draw_times(
 def draw_noise(key: jax.Array, shape: tuple[int, ...], offset: float = 0.0) -> jax.Array:
     """Unit Gaussian noise (B, h, w, c), each example from its own key.
 
-    `offset` adds that much of a Gaussian constant over h and w, so a model learns to change the
-    mean (Guttenberg 2023, "Diffusion with offset noise").
+    `offset` is the scale of an additional Gaussian constant over h and w, so that a model learns to
+    change the mean (Guttenberg 2023, "Diffusion with offset noise").
     """
     noise = per_example(jax.random.normal, jax.random.fold_in(key, 0), shape)
     if offset:
@@ -146,7 +146,7 @@ WEIGHTS = {
     "sigmoid": lambda snr, p, sd: snr * jax.nn.sigmoid(p - jnp.log(snr)),
     # Karras et al. 2022, table 1: (σ² + σ_data²)/(σ·σ_data)².
     "edm": lambda snr, p, sd: snr + 1.0 / sd**2,
-    # Each kind's own error, weighed evenly, whatever the network predicts.
+    # The error of the named quantity with weight 1, whatever the network predicts.
     "eps": lambda snr, p, sd: snr,
     "x0": lambda snr, p, sd: jnp.ones_like(snr),
     "v": lambda snr, p, sd: snr + 1.0,
@@ -177,8 +177,8 @@ def vlb_weights(schedule: DiscreteSchedule, kind: str, v_posterior: float = 0.0)
     """(T,) factors of the output's squared error in the variational bound, as in LDM's `ddpm.py`.
 
     For "eps" they are Ho et al. 2020, eq. 12, with the variance (1 − v)·β̃ + v·β. For "x0" the
-    original computes ½√ᾱ/(2 − ᾱ), a slip of precedence for ½√ᾱ/(2(1 − ᾱ)), which is kept because
-    released configurations were written beside it; for "v" it is 1. The first is the second's.
+    original computes ½√ᾱ/(2 − ᾱ), an operator-precedence error for ½√ᾱ/(2(1 − ᾱ)), which is kept
+    because released configurations use it; for "v" it is 1. Entry 0 is a copy of entry 1.
     """
     abar, betas = schedule.alphas_cumprod, schedule.betas
     before = np.append(1.0, abar[:-1])

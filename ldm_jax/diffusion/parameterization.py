@@ -1,4 +1,4 @@
-"""What a network is told and what it says, and its conversion to (x0, ε): one table for every use.
+"""The inputs and outputs of a network, and their conversion to (x0, ε), in one table.
 
 At a level x = α·x0 + σ·ε a network predicts, by kind,
 
@@ -8,9 +8,9 @@ At a level x = α·x0 + σ·ε a network predicts, by kind,
     flow   the velocity ε − x0 of a straight path (Liu et al. 2023; Esser et al. 2024)
     edm    F with x0 = c_skip·x/α + c_out·F(c_in·x/α, ln(σ/α)/4) (Karras et al. 2022, table 1)
 
-where σ_data, `sigma_data`, is the latents' standard deviation; no other kind has a use for it.
-Every kind is affine: x0 = A·x + B·output. From that and x = α·x0 + σ·ε all else follows: ε, the
-training target, and the factor between an error of x0 and an error of the output.
+where σ_data, `sigma_data`, is the latents' standard deviation; no other kind uses it. Every kind is
+affine: x0 = A·x + B·output. With x = α·x0 + σ·ε this determines ε, the training target, and the
+factor between an error of x0 and an error of the output.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ Denoiser = Callable[[jax.Array, Level], "Prediction"]
 
 
 class Prediction(NamedTuple):
-    """A denoiser's belief about x_t: the clean latents and the noise, each shaped like x_t."""
+    """A denoiser's prediction for x_t: the clean latents and the noise, each shaped like x_t."""
 
     x0: jax.Array
     eps: jax.Array
@@ -56,8 +56,8 @@ def to_prediction(
 ) -> Prediction:
     """(x0, ε) of a network's output; the level's arrays broadcast against x.
 
-    At a level without signal "eps" says nothing of x0, and at one without noise "x0" nothing of ε:
-    both divide by zero there.
+    At a level without signal "eps" does not determine x0, and at one without noise "x0" does not
+    determine ε: both divide by zero there.
     """
     _, alpha, sigma = level
     a, b = x0_coefficients(kind, level, sigma_data)
@@ -72,7 +72,7 @@ def to_prediction(
 
 
 def target(kind: str, x0: jax.Array, eps: jax.Array, level: Level, sigma_data: float) -> jax.Array:
-    """What the network should have said, the inverse of `to_prediction`."""
+    """The training target of the output, the inverse of `to_prediction`."""
     _, alpha, sigma = level
     if kind == "eps":
         return eps
@@ -87,7 +87,7 @@ def target(kind: str, x0: jax.Array, eps: jax.Array, level: Level, sigma_data: f
 def network_inputs(
     kind: str, x: jax.Array, level: Level, sigma_data: float
 ) -> tuple[jax.Array, jax.Array]:
-    """(x, t) as the network wants them: as they are, or, for "edm", c_in·x/α and ln(σ/α)/4."""
+    """The network's inputs (x, t): unchanged or, for "edm", c_in·x/α and ln(σ/α)/4."""
     if kind != "edm":
         return x, level.t
     scaled = x / jnp.sqrt(level.sigma**2 + (level.alpha * sigma_data) ** 2)
@@ -97,7 +97,7 @@ def network_inputs(
 def make_denoiser(kind: str, network: Network, sigma_data: float) -> Denoiser:
     """`denoise(x, level) -> Prediction` from `network(x, t)`, x (B, …) and t (B,).
 
-    The level is a scalar one, the same for the whole batch, as samplers use it.
+    The level is scalar, the same for the whole batch, as in samplers.
     """
 
     def denoise(x: jax.Array, level: Level) -> Prediction:

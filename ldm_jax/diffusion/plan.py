@@ -1,7 +1,7 @@
-"""What a caller asks of a run, `Guidance` and `Sampling`, and the tables that it becomes.
+"""A caller's options, `Guidance` and `Sampling`, and the tables that are made from them.
 
-Each field's metadata names the flag of `sample.py` that sets it and says what it does: flags and
-the tables of docs/samplers.md are made from them.
+Each field's metadata holds its flag in `sample.py` and a description: the flags and the tables of
+docs/samplers.md are made from them.
 """
 
 import dataclasses
@@ -17,8 +17,7 @@ from ldm_jax.diffusion.schedule import DiscreteSchedule, EDMSchedule, Level
 
 
 def check_finite(**arguments: Any) -> None:
-    """Raises ValueError, by name, for what is no number, or has one that is not finite; None
-    passes."""
+    """Raises ValueError, by name, for a value that is not a number or not finite; None passes."""
     for name, value in arguments.items():
         if value is None:
             continue
@@ -32,8 +31,8 @@ def check_finite(**arguments: Any) -> None:
 
 
 def option(default: Any, flag: str, help: str, example: str, kind: type = float) -> Any:
-    """A field with its flag's name, what it does, an example of its value, and the kind of values:
-    float, str, or tuple, numbers with commas between."""
+    """A field with its flag's name, a description, an example, and the type of its values: float,
+    str, or tuple (numbers with commas between)."""
     about = {"flag": flag, "help": help, "example": example, "kind": kind}
     return dataclasses.field(default=default, metadata=about)
 
@@ -45,7 +44,7 @@ def flags(cls: type) -> dict[str, dataclasses.Field]:
 
 
 def from_flags(cls: type, values: dict[str, Any]) -> Any:
-    """A `Guidance` or `Sampling` of flags' values, by flag; those that are None are left out."""
+    """A `Guidance` or `Sampling` from the values of flags, by flag, without those that are None."""
     given = {name: values.get(name) for name in flags(cls)}
     return cls(**{flags(cls)[name].name: v for name, v in given.items() if v is not None})
 
@@ -56,16 +55,16 @@ class Guidance:
 
     Attributes:
       scale: one number, or one for each step; 1 is the conditional model alone, at half the cost.
-        None takes the model's own.
-      interval: (low, high), shares of the model's time, 0 clean and 1 noise, outside which there is
-        no guidance (Kynkäänniemi et al. 2024).
+        None: the model's own.
+      interval: (low, high), shares of the model's time, 0 clean and 1 noise, outside of which there
+        is no guidance (Kynkäänniemi et al. 2024).
       rescale: 0…1, against over-exposure (Lin et al. 2023, eq. 16).
       threshold: percentile in (0, 1] of dynamic thresholding (Saharia et al. 2022); None: off.
-      weights: one for each prompt, of which all make one picture (Liu et al. 2022, eq. 11).
-      weak: a worse pipeline of the same latents, to lead away from in place of the unconditional
-        prediction (autoguidance, Karras et al. 2024).
-      negative: values of other conditions than the prompt to lead away from, by entry, such as
-        "crop" or "aesthetic_score".
+      weights: one for each prompt; all prompts make one picture (Liu et al. 2022, eq. 11).
+      weak: a worse pipeline of the same latents, whose prediction replaces the unconditional one
+        (autoguidance, Karras et al. 2024).
+      negative: values of conditions other than the prompt for the negative side of guidance, by
+        entry, such as "crop" or "aesthetic_score".
 
     Raises:
       ValueError: a number that is not finite or out of its range.
@@ -77,7 +76,7 @@ class Guidance:
     interval: tuple[float, float] | None = option(
         None,
         "guidance_interval",
-        "LOW,HIGH: guidance only while the share of noise is in there; elsewhere a step costs half",
+        "LOW,HIGH: guidance only while the share of noise is in this range; other steps cost half",
         "0.2,0.8",
         tuple,
     )
@@ -91,10 +90,10 @@ class Guidance:
         "0.995",
     )
     weights: Sequence[float] | None = option(
-        None, "compose", "a weight for each prompt: all of them make one picture", "1,0.5", tuple
+        None, "compose", "a weight for each prompt: all prompts make one picture", "1,0.5", tuple
     )
     weak: Any = option(
-        None, "weak", "a worse model of the same latents to lead away from", "runs/early", str
+        None, "weak", "a worse model of the same latents, for autoguidance", "runs/early", str
     )
     negative: dict[str, Any] | None = None
 
@@ -117,7 +116,7 @@ class Guidance:
 
     @classmethod
     def of(cls, asked: "Guidance | float | Sequence[float] | None", own: float) -> "Guidance":
-        """What was asked, in full; `own` is the model's own scale."""
+        """`asked` as a complete `Guidance`; `own` is the model's own scale."""
         asked = asked if isinstance(asked, cls) else cls(asked)
         return dataclasses.replace(asked, scale=own) if asked.scale is None else asked
 
@@ -145,31 +144,31 @@ class Sampling:
     Attributes:
       sampler: one of `samplers.SAMPLERS`; None: the model's own.
       spacing: of the steps, see `grids.sampling_grid`; None: the model's own.
-      shift: of models of straight paths: more steps where there is more noise.
+      shift: of flow models: more steps where there is more noise.
       eta: of samplers that draw noise, 0: none, 1: as much as DDPM.
       churn, churn_min, churn_max, churn_scale: of "euler" and "heun": S_churn, S_tmin, S_tmax and
         S_noise of Karras et al. 2022, algorithm 2.
       Options that are None are the sampler's own.
 
     Raises:
-      ValueError: no such sampler, an option that it does not take, or a number that is not finite
-        or negative.
+      ValueError: an unknown sampler, an option that it does not have, or a number that is not
+        finite or negative.
     """
 
     sampler: str | None = option(
-        None, "sampler", "the method, see above; default: the model's own", "dpmpp_2m", str
+        None, "sampler", "the method; default: the model's own", "dpmpp_2m", str
     )
     spacing: str | None = option(
-        None, "spacing", "the grid of its steps, see below; default: the model's own", "karras", str
+        None, "spacing", "the grid of its steps; default: the model's own", "karras", str
     )
     shift: float | None = option(
         None, "shift", "of flow models: t ← s·t/(1 + (s − 1)·t), more steps at more noise", "3"
     )
     eta: float | None = option(None, "eta", "0: draws no noise; 1: as much as DDPM", "1")
-    churn: float | None = option(None, "churn", "noise stirred in by euler and heun", "40")
-    churn_min: float | None = option(None, "churn_min", "σ/α from which on it is", "0.05")
-    churn_max: float | None = option(None, "churn_max", "σ/α up to which it is", "50")
-    churn_scale: float | None = option(None, "churn_scale", "its standard deviation", "1.003")
+    churn: float | None = option(None, "churn", "noise added by euler and heun", "40")
+    churn_min: float | None = option(None, "churn_min", "lowest σ/α with churn", "0.05")
+    churn_max: float | None = option(None, "churn_max", "highest σ/α with churn", "50")
+    churn_scale: float | None = option(None, "churn_scale", "standard deviation of churn", "1.003")
 
     def __post_init__(self):
         taken = {} if self.sampler is None else get_sampler(self.sampler).options
@@ -187,10 +186,10 @@ class Sampling:
 
     @classmethod
     def of(cls, asked: "Sampling | str | None", own: dict[str, Any]) -> "Sampling":
-        """What was asked, in full; `own` is the section `sampling` of the model's config.
+        """`asked` as a complete `Sampling`; `own` is the section `sampling` of the model's config.
 
-        The model's own η goes with its own sampler, its own spacing of noise with all that have one
-        in diffusers.
+        The model's own η is used only with its own sampler, its own spacing of noise with all
+        samplers that have one in diffusers.
         """
         asked = asked if isinstance(asked, cls) else cls(asked)
         if asked.sampler is None:
@@ -203,14 +202,14 @@ class Sampling:
 
     @property
     def options(self) -> dict[str, float]:
-        """Those of the sampler that are given."""
+        """The sampler's options that are set."""
         names = ("eta", "churn", "churn_min", "churn_max", "churn_scale")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 class GuidanceTable(NamedTuple):
-    """Guidance of every step: the scale (S,), the weights of several conditions (S, K), how far to
-    rescale (S,), and where it is on at all (S,), None for everywhere."""
+    """Guidance of every step: the scale (S,), the weights of several conditions (S, K), the amount
+    of rescaling (S,), and whether it is on (S,), None if it is on in all steps."""
 
     scale: np.ndarray
     weights: np.ndarray
@@ -219,7 +218,7 @@ class GuidanceTable(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What is traced of a run of the sampler; its structure, not its numbers, decides the program.
+    """The traced inputs of a run; their structure, not their numbers, determines the program.
 
     The run starts from `start.alpha` times the known latents, if there are any, plus `start.sigma`
     times the noise. `percentile` is that of dynamic thresholding, None: off.
@@ -240,14 +239,14 @@ def plan(
     skip: int | None = None,
     trace: bool = False,
 ) -> Run:
-    """The tables of a run, on the host. Guidance of 1 at every step is left out altogether.
+    """The tables of a run, on the host. Guidance of 1 at every step is left out.
 
     Args:
-      skip: steps that an edit leaves out at the start; even 0 makes the program of an edit.
-      trace: whether known latents are in what the run starts from, and not noise alone.
+      skip: number of steps that an edit skips; 0 also gives the program of an edit, None does not.
+      trace: whether the run starts from known latents and noise, and not from noise alone.
 
     Raises:
-      ValueError: steps, a spacing, an option or a number of scales that this model does not take.
+      ValueError: steps, a spacing, an option or a number of scales that this model does not allow.
     """
     sampling, guidance = Sampling.of(sampling, {}), Guidance.of(guidance, 1.0)
     schedule, family = diffusion.schedule, SAMPLERS[sampling.sampler].family

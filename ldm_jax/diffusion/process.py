@@ -10,10 +10,10 @@ from ldm_jax.diffusion.schedule import Schedule, make_schedule
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
-    """How latents are noised, what the network's output means, and which levels sampling visits.
+    """The noise schedule, the meaning of the network's output, and the model's own grid.
 
     Attributes:
-      schedule: in a config the arguments of `make_schedule`.
+      schedule: in a config, the arguments of `make_schedule`.
       parameterization: one of `parameterization.KINDS`.
       sigma_data: of the parameterization "edm".
       spacing, offset, end: of the model's own grid, see `grids.sampling_grid`.
@@ -35,13 +35,13 @@ class Diffusion:
         return make_denoiser(self.parameterization, network, self.sigma_data)
 
     def time_spacing(self, spacing: str | None) -> str:
-        """A spacing, or, where that is none of time, the model's own."""
+        """A spacing of time: the given one or, if it is of noise or None, the model's own."""
         return self.spacing if spacing in (None, *NOISE) else spacing
 
     def grid(
         self, steps: int, family: str, spacing: str | None = None, shift: float | None = None
     ) -> Grid:
-        """The levels of a run of `steps` steps; `spacing` None is the model's own."""
+        """The levels of a run of `steps` steps; `spacing` None: the model's own."""
         spacing = spacing or self.spacing
         foreign = spacing in COMPVIS and spacing != self.spacing
         return sampling_grid(

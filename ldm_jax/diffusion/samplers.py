@@ -1,10 +1,10 @@
 """Samplers: from noise to latents in one `lax.scan`.
 
 A sampler is two pure functions. `coefficients(schedule, grid, **options)` makes a table of every
-step's numbers, in float64 on the host: all mathematics of schedules, orders and η is there.
-`step(x, history, c, denoise, noise)` applies one row of it. `sample` scans any of them over a
-denoiser `denoise(x, level) -> Prediction(x0, eps)`; only the shapes, the number of steps and the
-sampler are static, so no change of η, strength or grid compiles anything anew.
+step's numbers, in float64 on the host; it contains all mathematics of schedules, orders and η.
+`step(x, history, c, denoise, noise)` applies one row of it. `sample` scans any sampler over a
+denoiser `denoise(x, level) -> Prediction(x0, eps)`. Only the shapes, the number of steps and the
+sampler are static, so changing η, strength or grid compiles nothing.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from ldm_jax.diffusion.schedule import Level, Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A method: its table, its step, how many earlier arrays it carries, what it costs, and which
-    family of grids it takes."""
+    """A method: its table, its step, the number of earlier arrays that it carries, its evaluations
+    per step, and its family of grids."""
 
     coefficients: Callable[..., Table]
     step: Callable
@@ -36,7 +36,7 @@ class Sampler:
 
     @property
     def options(self) -> dict[str, float]:
-        """What may be set, e.g. eta, with the defaults."""
+        """The options, such as eta, with their defaults."""
         parameters = inspect.signature(self.coefficients).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
@@ -46,12 +46,12 @@ _heun, _two_s = two_stage.heun_step, two_stage.dpmpp_2s_step
 
 
 def _euler_ancestral(schedule: Schedule, grid: Grid, eta: float = 1.0) -> Table:
-    """Euler's step down, then noise up (k-diffusion): DDIM in other words."""
+    """Euler's step down, then noise up (k-diffusion); equal to DDIM."""
     return multistep.ddim(schedule, grid, eta)
 
 
 def _flow_euler(schedule: Schedule, grid: Grid) -> Table:
-    """Euler's method for dx/dt = ε − x0 on straight paths; DDIM in other words."""
+    """Euler's method for dx/dt = ε − x0 on straight paths; equal to DDIM."""
     return multistep.ddim(schedule, grid)
 
 
@@ -75,14 +75,14 @@ SAMPLERS = {
     "flow_heun": Sampler(two_stage.flow_heun, _heun, evaluations=2),
 }
 
-# From latents to noise, so not among the ways to draw.
+# From latents to noise, so not one of SAMPLERS.
 DDIM_INVERSE = Sampler(
     two_stage.ddim_inverse, two_stage.ddim_inverse_step(refinements=3), evaluations=4
 )
 
 
 def get_sampler(name: str) -> Sampler:
-    """A sampler by name; raises ValueError that lists them."""
+    """A sampler by name; raises ValueError with the list of names."""
     if name not in SAMPLERS:
         raise ValueError(f"sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
@@ -94,17 +94,17 @@ def make_table(
     """The coefficients of a sampler on a grid; `options` are the sampler's.
 
     With `skip`, even 0, the table has a column "active" that turns the first steps off, and the
-    method starts, without a past, at step `skip`: the shapes stay, so that another strength
+    method starts, without history, at step `skip`. The shapes stay the same, so a new strength
     compiles nothing.
 
     Raises:
-      ValueError: an unknown sampler, or a grid that it cannot take.
+      ValueError: an unknown sampler, or a grid that it cannot use.
     """
     sampler = get_sampler(name)
     steps = len(grid.here.t)
     if skip is None:
         return sampler.coefficients(schedule, grid, **options)
-    # Nothing is left of a whole skip: its rows are those of the last step, all turned off.
+    # If every step is skipped, the rows are those of the last step, all turned off.
     late = grid.rows(np.s_[min(skip, steps - 1) :])
     table = sampler.coefficients(schedule, late, **options)
     rows = np.maximum(np.arange(steps) - skip, 0)
@@ -124,9 +124,9 @@ def sample(
 ) -> jax.Array:
     """Latents (B, h, w, c) from x of that shape at the table's first level.
 
-    `keys` (B,) are the examples' own; step i draws from `fold_in(key, i)`. `per_step` is a pytree
-    of (S, …) arrays whose row of the step `denoise` gets as a third argument: guidance, say.
-    `before_step(x, level, keys)` may change x ahead of each step. `callback` is called on the host
+    `keys` (B,) are the examples' own; step i uses `fold_in(key, i)`. `per_step` is a pytree of
+    (S, …) arrays, such as guidance; `denoise` gets the row of the step as a third argument.
+    `before_step(x, level, keys)` may change x before each step. `callback` is called on the host
     from inside the program with the number of finished steps and the step's first prediction of x0.
     """
     dtype = x.dtype

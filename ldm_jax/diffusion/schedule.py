@@ -1,14 +1,14 @@
-"""Noise schedules: which mixture of clean latents and noise belongs to a time t.
+"""Noise schedules: the mixture of clean latents and noise at a time t.
 
-Every forward process here is x_t = α_t·x0 + σ_t·ε. What the samplers do depends on the ratio σ/α
-(Karras et al. 2022 call it σ, their α being 1), half the negative logarithm of the signal-to-noise
-ratio. Three families differ in how t leads to it:
+Every forward process here is x_t = α_t·x0 + σ_t·ε. Samplers depend on the ratio σ/α (Karras et al.
+2022 call it σ, as their α is 1); its logarithm is minus half the log signal-to-noise ratio. Three
+families differ in how t determines it:
 
 - `DiscreteSchedule`, α² + σ² = 1: a table of T levels, ᾱ_t = Π(1 − β_s) (Ho et al. 2020, eq. 4);
 - `FlowSchedule`, α = 1 − t/T, σ = t/T: rectified flow (Liu et al. 2023; Lipman et al. 2023);
 - `EDMSchedule`, α = 1, σ = t (Karras et al. 2022).
 
-Each offers `at(t)`, float64 on the host for the samplers' tables; `from_ratio(σ/α)`, its inverse;
+Each has `at(t)`, float64 on the host for the samplers' tables; `from_ratio(σ/α)`, its inverse;
 `level(t)`, traced float32 for training; and `time(u)`, the t of a uniform u in [0, 1).
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 
 
 class Level(NamedTuple):
-    """Noise levels x = alpha·x0 + sigma·ε, and the time `t` that a network is told of each."""
+    """Noise levels x = alpha·x0 + sigma·ε, and the network's input `t` at each."""
 
     t: jax.Array | np.ndarray
     alpha: jax.Array | np.ndarray
@@ -60,7 +60,7 @@ class DiscreteSchedule:
         return 1.0 - self.alphas_cumprod / np.append(1.0, self.alphas_cumprod[:-1])
 
     def at(self, t: np.ndarray) -> Level:
-        """Levels of real t in [0, T−1]: the table, and lines of log α between its entries."""
+        """Levels of real t in [0, T−1]: log α is linear in t between the table's entries."""
         t = np.asarray(t, np.float64)
         below = np.floor(t).astype(int)
         part = t - below
@@ -69,7 +69,7 @@ class DiscreteSchedule:
         return Level(t, alpha, np.sqrt(1.0 - alpha**2))
 
     def from_ratio(self, ratio: np.ndarray) -> Level:
-        """Levels of given σ/α; t on lines of its logarithm between the table's entries."""
+        """Levels of given σ/α; t is linear in its logarithm between the table's entries."""
         ratio = np.asarray(ratio, np.float64)
         with np.errstate(divide="ignore"):
             table = np.log(self.sigma / self.alpha)
@@ -96,7 +96,7 @@ class DiscreteSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class FlowSchedule:
-    """α = 1 − t/T, σ = t/T for real t in [0, T]; the network is told t."""
+    """α = 1 − t/T, σ = t/T for real t in [0, T]; the network's input is t."""
 
     timesteps: int = 1000
 
@@ -174,12 +174,12 @@ def make_schedule(
     """A schedule by the name LDM's configurations use; `start` and `end` bound β.
 
     "linear" is the square of a line between √start and √end, which other libraries call
-    "scaled_linear"; "sqrt_linear" is the plain line, "sqrt" the root of one; "cosine" and its other
-    name "squaredcos_cap_v2" take neither bound. "flow" and "edm" are the continuous families.
-    `zero_terminal_snr` stretches a discrete one until its last level is pure noise.
+    "scaled_linear"; "sqrt_linear" is the plain line, "sqrt" its root; "cosine", also called
+    "squaredcos_cap_v2", uses neither bound. "flow" and "edm" are the continuous families.
+    `zero_terminal_snr` rescales a discrete schedule so that its last level is pure noise.
 
     Raises:
-      ValueError: an unknown name, or one that cannot be stretched.
+      ValueError: an unknown name, or one that cannot be rescaled.
     """
     if name in ("flow", "edm"):
         if zero_terminal_snr:

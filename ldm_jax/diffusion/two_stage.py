@@ -1,7 +1,7 @@
-"""Samplers that look at the network more than once a step.
+"""Samplers that evaluate the network more than once per step.
 
-Notation as in `ldm_jax.diffusion.multistep`. Where a step ends on clean latents there is no level
-to look from a second time, and these are Euler steps.
+Notation as in `ldm_jax.diffusion.multistep`. A step that ends on clean latents has no level for a
+second evaluation, and is an Euler step.
 """
 
 import jax
@@ -77,7 +77,7 @@ def heun_step(x, history: History, c, denoise: Denoiser, noise):
 def dpmpp_2s_ancestral(schedule: Schedule, grid: Grid, eta: float = 1.0) -> Table:
     """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1, r = ½) down to s_down, then noise up to s'.
 
-    The second look is from the level half-way in λ, s_mid = √(s·s_down).
+    The second evaluation is at the level half-way in λ, s_mid = √(s·s_down).
     """
     here, after = grid
     with np.errstate(divide="ignore"):
@@ -101,7 +101,7 @@ def dpmpp_2s_ancestral(schedule: Schedule, grid: Grid, eta: float = 1.0) -> Tabl
 
 
 def dpmpp_2s_step(x, history: History, c, denoise: Denoiser, noise):
-    """Half a step, and from there the x0 of the whole one; then fresh noise."""
+    """Half a step, whose end gives the x0 of the whole step; then fresh noise."""
     x0 = denoise(x, c["level"]).x0
 
     def midpoint():
@@ -121,8 +121,8 @@ def ddim_inverse(schedule: Schedule, grid: Grid) -> Table:
 def ddim_inverse_step(refinements: int):
     """The step whose DDIM step leads back to x: x' = a·x + b·ε(x', t').
 
-    ε is first taken at x, as others leave it; each refinement takes it again at the x' found so
-    far, and that fixed point undoes DDIM exactly.
+    ε is first evaluated at x, where other implementations stop; each refinement evaluates it again
+    at the current x'. The fixed point inverts DDIM exactly.
     """
 
     def step(x, history: History, c, denoise: Denoiser, noise):

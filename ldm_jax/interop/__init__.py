@@ -1,1 +1,1 @@
-"""Other people's weights, in and out: each file here reads or writes one layout."""
+"""Reading and writing of weights: each module reads or writes one layout."""

@@ -1,4 +1,4 @@
-"""Changes of kernels, which stand beside the parameters: LoRA and what grew out of it.
+"""Changes of kernels that are kept beside the parameters: LoRA and its variants.
 
 A change is W + scale·Δ, where Δ is (alpha/rank) times
   down·up, of low rank: LoRA (Hu et al. 2021), of a convolution LoCon;
@@ -23,25 +23,25 @@ class Factors(NamedTuple):
 
 
 class Hadamard(NamedTuple):
-    """Two changes, to be multiplied entry by entry."""
+    """Two changes that are multiplied entry by entry."""
 
     first: Factors
     second: Factors
 
 
 class Kronecker(NamedTuple):
-    """`outer` (in₁, out₁), each entry of which is to be multiplied by `inner` (…, in₂, out₂)."""
+    """The Kronecker product of `outer` (in₁, out₁) and `inner` (…, in₂, out₂)."""
 
     outer: np.ndarray
     inner: np.ndarray
 
 
 class Decomposed(NamedTuple):
-    """A change, and the norms that the kernel has after it, whatever the scale (DoRA).
+    """A change, and the norms of the changed kernel, whatever the scale (DoRA).
 
-    They are norms over the axes where `magnitude` has 1: for each output (peft, and LyCORIS'
-    `wd_on_output`), or for each input (LyCORIS without it). LyCORIS does otherwise with scales that
-    are not 1: it goes that share of the way to m/‖W + Δ‖.
+    They are norms over the axes where `magnitude` has length 1: for each output (peft, and LyCORIS'
+    `wd_on_output`), or for each input (LyCORIS without it). LyCORIS treats scales other than 1
+    differently: it interpolates to m/‖W + Δ‖.
     """
 
     change: Factors | Hadamard | Kronecker
@@ -67,10 +67,10 @@ def delta(change: Change) -> jax.Array:
 
 
 def merge(params: dict[str, Any], lora: Lora, scale: float | jax.Array = 1.0) -> dict[str, Any]:
-    """`params` with each kernel that `lora` changes as the formulas above say.
+    """`params` with the changes of `lora`, by the formulas above.
 
-    It is computed in float32 and has the kernel's type. Pure, and `scale` may be traced, so
-    merging inside of a jitted function keeps the LoRA apart, its strength free.
+    Computed in float32; the result has the kernel's type. Pure, and `scale` may be traced, so the
+    LoRA can be added inside a jitted function with any scale.
 
     Raises ValueError for a kernel that `params` lacks or that has another shape.
     """

@@ -1,4 +1,4 @@
-"""One file in the layout of CompVis' or SGM's code, as their checkpoints are: read and written."""
+"""Reading and writing of single files in the layout of CompVis' or SGM's checkpoints."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from ldm_jax.models.build import make_autoencoder
 
 AVERAGED = "model_ema.diffusion_model"
 CONDITIONER = r"cond_stage_model\.|conditioner\."
-# The parts of a UNet's names; longer ones before those that they begin with.
+# The parts of a UNet's names; a longer one comes before its own prefix.
 _WORDS = (
     *("transformer_blocks", "skip_connection", "middle_block", "time_embed", "label_emb"),
     *("in_layers", "out_layers", "emb_layers", "proj_out", "proj_in", "to_out", "to_[qkv]"),
@@ -34,13 +34,13 @@ def dotted(name: str) -> str:
     """The name of a UNet's tensor with the dots that Lightning's averages lack.
 
     "input_blocks110in_layers0weight" → "input_blocks.11.0.in_layers.0.weight": a block's number is
-    followed by one more digit, and all other numbers have but one.
+    followed by one more digit, and all other numbers have only one digit.
     """
     return re.sub(r"(put_blocks)(\d+)", r"\1.\2", ".".join(_PART.findall(name)))
 
 
 def choose_weights(state: Tensors, ema: bool | str) -> tuple[Tensors, str]:
-    """The tensors with the UNet's trained or averaged ones in place of both, and which it is."""
+    """The tensors with either the UNet's trained or its averaged ones, and a description."""
     averaged = {
         UNET + dotted(name.removeprefix(AVERAGED)): name
         for name in state
@@ -62,7 +62,7 @@ def choose_weights(state: Tensors, ema: bool | str) -> tuple[Tensors, str]:
 def _completed(
     state: Tensors, autoencoder: Imported | None, text: Imported | None
 ) -> tuple[Tensors, set[str]]:
-    """`state` with the shapes of parts from elsewhere in place of its own, and their prefixes."""
+    """`state` with the shapes of other models' parts in place of its own, and their prefixes."""
     if not (autoencoder or text):
         return state, set()
     bare = "input_blocks.0.0.weight" in state
@@ -98,27 +98,27 @@ def read(
     autoencoder: Imported | None = None,
     text: Imported | None = None,
 ) -> Imported:
-    """The model in a `.ckpt` or `.safetensors` of CompVis, Stability or those who followed them.
+    """The model in a `.ckpt` or `.safetensors` in CompVis' or Stability's layout.
 
-    All of a model, or an autoencoder, a UNet or a text encoder alone: see `recognise`. `reports`
-    has an entry for each network, and "file" for what belongs to none of them.
+    A whole model, or an autoencoder, a UNet or a text encoder alone: see `recognise`. `reports` has
+    an entry for each network, and "file" for keys that belong to none.
 
     Args:
-      ema: which weights of the UNet, where the file has both: as trained (False, and "auto", as
-        CompVis' scripts, diffusers and web interfaces read them) or averaged (True, and "auto"
-        where some of the trained are not there).
+      ema: which weights of the UNet to use, if the file has both: the trained (False, and "auto",
+        as in CompVis' scripts, diffusers and web interfaces) or the averaged (True, and "auto" if
+        some of the trained are missing).
       dtype: of the parameters.
-      state: what `open_state` gives of the file, if it is open.
-      original: what the YAML beside the file says: see `yaml_config`.
+      state: the result of `open_state` for the file, if it is open.
+      original: the training YAML of the file: see `yaml_config`.
       new_attention_order: whether attention without a context has q, k and v first, then heads
-        (`use_new_attention_order`), which no tensor tells.
-      autoencoder, text: models whose autoencoder and text encoders will take the place of the
-        file's own, which it may lack. What is returned is without them.
+        (`use_new_attention_order`), which no tensor determines.
+      autoencoder, text: models whose autoencoder and text encoders will replace the file's own,
+        which may be missing. The result does not contain them.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: what `open_state` refuses; no model that we know, or not what the YAML says;
-        averages that are not there.
+      ValueError: a file that `open_state` refuses; an unknown model, or one that contradicts the
+        YAML; averages that are missing.
     """
     if ema not in ("auto", True, False):
         raise ValueError(f"ema={ema!r}: choose one of 'auto', True, False")
@@ -152,7 +152,7 @@ def read(
 
 
 def _parts(config: dict[str, Any]) -> dict[str, Part]:
-    """Where a file keeps each network of a config."""
+    """The prefix and layout of each network of a config in a file."""
     sections = config.get("conditioning", {})
     # SGM's files number their conditioners; others have one.
     sgm = any(s["kind"] == "sizes" or s.get("pooled") for s in sections.values())
@@ -176,7 +176,7 @@ def _schedule(config: dict[str, Any]) -> DiscreteSchedule:
 
 
 def _buffers(config: dict[str, Any]) -> dict[str, np.ndarray]:
-    """What is in a file beside its networks: the schedule and the scale of the latents."""
+    """The tensors of a file besides its networks: the schedule and the scale of the latents."""
     buffers = {}
     scale = config.get("autoencoder", {}).get("scale_factor", 1.0)
     if "autoencoder" in config:
@@ -196,7 +196,7 @@ def _unlike(here: dict, there: dict, where: str) -> Iterable[str]:
 
 
 def _lost(config: dict[str, Any], found: dict[str, Any]) -> Iterable[str]:
-    """What of a config does not come back from the file: text for each."""
+    """The differences between a config and the one read back from the file, as text."""
     if config["task"] != found["task"]:
         yield f"task={config['task']!r} would be read as {found['task']!r}"
         return
@@ -223,17 +223,17 @@ def _lost(config: dict[str, Any], found: dict[str, Any]) -> Iterable[str]:
 def write(
     path: str | os.PathLike, config: dict[str, Any], params: dict[str, Any], dtype: Any = "float32"
 ) -> None:
-    """Writes one safetensors file that CompVis' or SGM's code, and all who read theirs, can read.
+    """Writes one safetensors file that CompVis' or SGM's code can read, and all compatible readers.
 
-    Names and prefixes are the originals'. Of SD 2's text encoder there are 23 blocks, without the
-    24th and the projection, which it does not use. What means v and would not be seen by the usual
-    rules is marked as ComfyUI does, by a tensor "v_pred". Image size, sampler and vocabulary are
-    not in such a file, and neither is what only training knows.
+    Names and prefixes are the originals'. SD 2's text encoder is written with 23 blocks, without
+    the 24th and the projection, which it does not use. A v-prediction model that the usual rules
+    would not recognise is marked as in ComfyUI, by a tensor "v_pred". The file does not contain the
+    image size, sampler and vocabulary, nor options of training alone.
 
-    The file appears whole or not at all.
+    The file is written whole or not at all.
 
     Raises:
-      ValueError: a model that this layout cannot say, with what would be read instead.
+      ValueError: a model that this layout cannot express; says how it would be read.
     """
     kind = jnp.dtype(dtype)
     tensors = _buffers(config)
@@ -255,7 +255,7 @@ def write(
         lost = [f"it {error}"]
     if lost:
         raise ValueError(
-            f"{Path(path)}: a file of CompVis' layout cannot say this model, so nothing is "
+            f"{Path(path)}: a file of CompVis' layout cannot express this model, so nothing is "
             f"written: {'; '.join(lost)}"
         )
     write_safetensors(path, tensors, {"format": "pt"})

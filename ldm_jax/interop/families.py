@@ -1,6 +1,7 @@
-"""Which published model a file's is, or is most like, for what no tensor says.
+"""The published model that a file's model is, or is most similar to.
 
-That is a UNet's heads, the noise, the size of pictures, and what the caller has to bring.
+It determines what no tensor does: a UNet's heads, the noise, the size of pictures, and the
+conditions that the caller has to provide.
 """
 
 import functools
@@ -15,18 +16,18 @@ Section = dict[str, Any]
 
 
 def lists(value: Any) -> Any:
-    """A section as files have it: lists, no tuples."""
+    """A section in JSON's form: lists instead of tuples."""
     return json.loads(json.dumps(value))
 
 
 def array(output: str, *shape: int | None, **section: Any) -> Section:
-    """The section of `conditioning` for an array that the caller brings."""
+    """The section of `conditioning` for an array of the caller."""
     return lists(published.array(output, *shape, **section))
 
 
 def concat_sections(in_channels: int, latents: int) -> dict[str, Section]:
-    """What stands beside so many latents in Stable Diffusion's UNet: a mask and what it leaves of
-    the picture, one more than the latents, or an array."""
+    """The condition joined to the latents of Stable Diffusion's UNet: a mask and the masked
+    picture, which have one channel more than the latents, or an array."""
     more = in_channels - latents
     if more == latents + 1:
         section = published.STABLE_MASK["masked_image"] | dict(channels=latents)
@@ -35,14 +36,14 @@ def concat_sections(in_channels: int, latents: int) -> dict[str, Section]:
 
 
 def _beside(unet: Section) -> str | int:
-    """What a UNet takes beside its latents: as many channels as a picture has, a picture and its
-    mask, or another number."""
+    """The condition joined to a UNet's latents, by its channels: those of a picture, of a picture
+    and its mask, or another number."""
     more, latents = unet["in_channels"] - unet["out_channels"], unet["out_channels"]
     return {latents: "picture", latents + 1: "masked picture"}.get(more, more)
 
 
 def brought_sections(model: Model, unet: Section) -> dict[str, Section]:
-    """The sections of what the caller of a model brings, for a UNet like its own."""
+    """The sections for the conditions that the caller provides, for a UNet like the model's."""
     latents, alike = unet["out_channels"], _beside(unet) == _beside(model.unet)
     widths = dict(vector=unet.get("adm_in_channels"), context=unet.get("context_dim"))
     widths["concat"] = unet["in_channels"] - latents
@@ -65,7 +66,7 @@ def _networks(sections: dict[str, Section]) -> list[tuple[str, str]]:
 
 
 def _traits(unet: Section, stage: str | None) -> tuple[Section, Section]:
-    """All fields of a UNet but its heads; and what tells models apart, most telling first."""
+    """All fields of a UNet except its heads; and the distinguishing ones, most important first."""
     fields = canonical(dict(unet=unet))["unet"]
     del fields["num_heads"]
     names = ("num_classes", "use_linear_in_transformer", "use_scale_shift_norm", "resblock_updown")
@@ -87,16 +88,16 @@ def _published(name: str) -> tuple[Section, Section]:
 def find_family(unet: Section, sections: dict[str, Section] | None, stage: str | None) -> Model:
     """The published model whose UNet has the same fields, or else the one most like it.
 
-    Of those with the same networks in their conditions, that is the one that agrees in the first of
-    `_traits`, then in the second, and so on, and last in most fields. Where nothing is attended to,
-    what stands beside the latents has to agree.
+    Of those with the same networks in their conditions, it is the one that agrees in the first of
+    `_traits`, then in the second, and so on, and last in most fields. Without cross-attention, the
+    condition joined to the latents has to agree.
 
     Args:
       unet: the fields, but heads, of the UNet as the file has it.
       sections: of `conditioning`, those with networks; None for a UNet alone.
       stage: the kind of its autoencoder, "kl" or "vq"; None for a UNet alone.
 
-    Raises ValueError if there is none, with what the UNet is like.
+    Raises ValueError, with the UNet's fields, if there is none.
     """
     fields, traits = _traits(unet, stage)
     likeness = {}

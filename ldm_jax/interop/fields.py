@@ -1,7 +1,7 @@
 """The fields of a network, from the names and shapes of its tensors in CompVis' layout.
 
-All but what no shape says: a UNet's heads, an autoencoder's `scale_factor`, what was only for
-training. `canonical` brings fields to a form in which equal ones are equal networks.
+All except those that no shape determines: a UNet's heads, an autoencoder's `scale_factor`, options
+of training. `canonical` brings fields to a form in which equal networks have equal fields.
 """
 
 import re
@@ -39,7 +39,7 @@ class Shapes(dict):
         raise ValueError(f"lacks the tensor {self.prefix}{name}")
 
     def count(self, pattern: str) -> int:
-        """How many there are of what a pattern's group numbers from 0."""
+        """The number of items that a pattern's group numbers from 0."""
         found = [int(match[1]) for name in self if (match := re.match(pattern, name))]
         return max(found, default=-1) + 1
 
@@ -55,15 +55,15 @@ def _multiples(widths: list[int], base: int) -> list[float]:
 
 
 def unet_fields(shapes: Shapes, context: int | None = None) -> Fields:
-    """The fields of a UNet but its heads.
+    """The fields of a UNet except its heads.
 
-    `context` is the conditioners' width, if known: where every attention is as wide, no shape says
-    whether it has a context. Raises ValueError for a network that is none of ours, with the tensor
-    that shows it.
+    `context` is the conditioners' width, if known: if every attention has that width, no shape
+    determines whether it has a context. Raises ValueError for an unsupported network, with the
+    tensor that shows it.
     """
     first, inputs = shapes["input_blocks.0.0.weight"][:2]
     width = shapes["time_embed.0.weight"][1]
-    # A level's way up ends in a convolution, or a second ResBlock, after the attention if any.
+    # Upsampling after a level is a convolution, or a second ResBlock, after the attention if any.
     ends = r"output_blocks\.(\d+)\.[12]\.(?P<kind>conv|in_layers\.0)\.weight"
     ups = {int(m[1]): m["kind"] for name in shapes if (m := re.fullmatch(ends, name))}
     levels, blocks = len(ups) + 1, shapes.count(r"output_blocks\.(\d+)\.")
@@ -101,14 +101,14 @@ def unet_fields(shapes: Shapes, context: int | None = None) -> Fields:
 def _transformer_fields(
     shapes: Shapes, widths: list[int], places: dict[int, str], context: int | None
 ) -> Fields:
-    """What only attention to a context has; `places` of it by level, besides the middle."""
+    """The fields of attention to a context; its `places` by level, besides the middle."""
     everywhere = [*((widths[i], place) for i, place in places.items())]
     everywhere.append((widths[-1], "middle_block.1"))
 
     def key(place: str, attention: str) -> int:
         return shapes[f"{place}.transformer_blocks.0.{attention}.to_k.weight"][1]
 
-    # Where attention is as wide as the channels, as in SGM's toys, it is to the picture itself.
+    # If attention is as wide as the channels, as in SGM's toy models, it is self-attention.
     others = {key(place, "attn2") for own, place in everywhere if key(place, "attn2") != own}
     context = _same(others, shapes.prefix, "contexts") if others else context
     depth = {
@@ -125,7 +125,7 @@ def _transformer_fields(
     depths[last] = middle
     if key("middle_block.1", "attn1") != widths[last]:
         raise ValueError(f"{shapes.prefix}middle_block.1 has no self-attention; here it always has")
-    # A level as wide as the context does not show it; SD 2's upscaler has self-attention there.
+    # Shapes do not decide at a level as wide as the context; SD 2's upscaler has self-attention.
     disabled = [i in places and key(places[i], "attn1") != w for i, w in enumerate(widths)]
     fields: Fields = dict(context_dim=context)
     if set(depth.values()) != {1}:
@@ -153,7 +153,7 @@ def _label_fields(shapes: Shapes) -> Fields:
 
 
 def autoencoder_fields(shapes: Shapes) -> Fields:
-    """The fields of an autoencoder, with its `kind`, but `scale_factor`. Raises ValueError."""
+    """The fields of an autoencoder, with its `kind`, without `scale_factor`. Raises ValueError."""
     ch, inputs = shapes["encoder.conv_in.weight"][:2]
     levels = shapes.count(r"encoder\.down\.(\d+)\.")
     widths = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
@@ -215,7 +215,7 @@ NETWORKS = {
     **dict(clip=CLIPText, text=TextTransformer, transformer=TextTransformer),
     **{"class": ClassEmbedder, "rescaler": SpatialRescaler},
 }
-# Of training alone, or of Flax.
+# Fields of training alone, or of Flax.
 _NOT_OF_THE_NETWORK = ("dropout", "dtype", "param_dtype", "name", "parent")
 _OF_TRAINING = ("resolution", "beta", "legacy")
 
@@ -223,9 +223,9 @@ _OF_TRAINING = ("resolution", "beta", "legacy")
 def canonical(config: dict[str, Any]) -> dict[str, Any]:
     """A config, or some sections of one, in a form in which equal networks have equal fields.
 
-    Fields that are left out have their defaults; what changes no output once a model is trained is
+    Missing fields get their defaults; fields that do not change the output of a trained model are
     left out. A UNet's heads become their number at each level; depths, heads and self-attention
-    count only where there is attention, which stands only at levels that exist.
+    count only at levels with attention, and attention only at levels that exist.
     """
     made = dict(config)
     if "unet" in config:
@@ -278,7 +278,7 @@ def _canonical_autoencoder(section: Fields) -> Fields:
     return kept
 
 
-# What a section of `conditioning` means without a key.
+# The defaults of keys of a section of `conditioning`.
 _DEFAULTS = dict(tokenizer="byte_pair", context=True, pooled=False, zero_null=False, padding="end")
 
 

@@ -1,7 +1,7 @@
-"""Tensors in other people's files: safetensors and torch checkpoints, whole or in shards.
+"""Tensors in files: safetensors and torch checkpoints, whole or in shards.
 
-A file is known by what is in it, whatever its name. Opening reads names, shapes and types; a tensor
-is read when it is asked for, so that a file is never in memory as a whole.
+The type of a file is recognised from its content, not its name. Opening reads names, shapes and
+types; a tensor is read on access, so that a file is never in memory as a whole.
 """
 
 import json
@@ -40,7 +40,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
-    """A tensor in a file: where it is, what it is, and how to get it."""
+    """A tensor in a file: its place, shape and type, and a function that reads it."""
 
     place: str
     shape: tuple[int, ...]
@@ -49,10 +49,10 @@ class Entry(NamedTuple):
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """Tensors by name, each read anew whenever it is asked for.
+    """Tensors by name, each read from the file at every access.
 
-    `shape`, `dtype` and `place` ("FILE: KEY") of a name cost nothing. `metadata` is the text that a
-    safetensors header has beside its tensors.
+    `shape`, `dtype` and `place` ("FILE: KEY") of a name cost nothing. `metadata` is the text in the
+    header of a safetensors file.
     """
 
     def __init__(self, entries: dict[str, Entry], metadata: dict[str, str] | None = None):
@@ -81,12 +81,12 @@ class Tensors(Mapping[str, np.ndarray]):
         return self._entries[name].place
 
     def renamed(self, names: Mapping[str, str]) -> "Tensors":
-        """The tensors of `names`, new name → name here, and no others."""
+        """Only the tensors of `names`, new name → current name."""
         entries = {new: self._entries[name] for new, name in names.items()}
         return Tensors(entries, self.metadata)
 
     def joined(self, shapes: Mapping[str, tuple[int, ...]]) -> "Tensors":
-        """These, and names of which only the shape is known, which cannot be read."""
+        """These tensors, and names that have only a shape and cannot be read."""
         entries = {name: Entry(name, shape, np.dtype("f4"), None) for name, shape in shapes.items()}
         return Tensors(self._entries | entries, self.metadata)
 
@@ -99,7 +99,7 @@ def open_state(path: str | os.PathLike) -> Tensors:
     Raises:
       FileNotFoundError: no such file.
       ValueError: the file is empty, truncated, damaged, of another kind, or holds no tensors; or
-        what `read_checkpoint` refuses. Says file and key.
+        a checkpoint that `read_checkpoint` refuses. Names file and key.
     """
     path = Path(path)
     if not path.is_file():
@@ -110,7 +110,7 @@ def open_state(path: str | os.PathLike) -> Tensors:
     metadata: dict[str, str] = {}
     if not start:
         raise ValueError(f"{path} is empty")
-    if start[8:9] == b"{":  # no pickle and no zip has a brace there
+    if start[8:9] == b"{":  # neither a pickle nor a zip has a brace there
         entries, metadata = _open_safetensors(path, *struct.unpack("<Q", start[:8]))
     elif start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         entries = {
@@ -130,7 +130,7 @@ def open_state(path: str | os.PathLike) -> Tensors:
 
 
 def _open_safetensors(path: Path, header: int) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Entries and metadata; the library checks that the tensors fill the file without overlap."""
+    """Entries and metadata; safetensors checks that the tensors fill the file without overlap."""
     entries, offset = {}, 8 + header
     try:
         with safe_open(os.fspath(path), framework="np") as file:
@@ -148,8 +148,8 @@ def _open_safetensors(path: Path, header: int) -> tuple[dict[str, Entry], dict[s
 
 
 def _reader(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Callable:
-    # The library maps the file, and pages of a mapped file count as memory of the process; and it
-    # gives NumPy no float8.
+    # safetensors maps the file, and pages of a mapped file count as memory of the process; and it
+    # does not support float8 in NumPy.
     def read():
         array = np.fromfile(path, dtype, math.prod(shape), offset=offset)
         if array.size < math.prod(shape):
@@ -218,14 +218,14 @@ def write_safetensors(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes tensors as they are, one by one. The file appears whole or not at all, mode 0644.
+    """Writes tensors one by one, unchanged. The file is written whole or not at all, mode 0644.
 
-    The library's writer takes all in one piece of memory each, and ours are mostly turned views.
+    safetensors' writer needs contiguous arrays, and most of ours are transposed views.
 
     Raises ValueError for a type that safetensors cannot hold.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    # Wide types first, as the safetensors library does, so that all lie aligned.
+    # Wide types first, as in the safetensors library, so that all tensors are aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     position = 0
     for name in order:

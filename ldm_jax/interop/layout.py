@@ -1,9 +1,9 @@
-"""Which foreign tensors each of our leaves is made of, and how: one table for reading and writing.
+"""The foreign tensors of which each of our leaves is made: one table for reading and writing.
 
 `slots` makes the table for a network and a layout; `read_params` and `write_params` apply it.
 Networks: "unet", "autoencoder", "clip", "bert" (LDM's `TextTransformer`), "class", "rescaler".
-Layouts: "compvis" (CompVis' code; for CLIP transformers' names, which it has inside; for a tiny
-autoencoder TAESD's own), "diffusers", and for CLIP also "openclip".
+Layouts: "compvis" (CompVis' code; for CLIP it contains transformers' names, for a tiny autoencoder
+TAESD's own), "diffusers", and for CLIP also "openclip".
 """
 
 import re
@@ -29,7 +29,7 @@ LAYOUTS = dict.fromkeys(
 ) | {"clip": ("compvis", "diffusers", "openclip")}
 # Where diffusers' UNets take a vector in.
 VECTORS = ("add_embedding", "class_embedding")
-# What files hold beside a network's parameters: buffers, heads that only training needs, and the
+# Tensors that are not parameters of a network: buffers, heads that only training needs, and the
 # networks of an autoencoder's loss.
 IGNORED = r"(.*\.)?position_ids|to_logits\..*|logit_scale|attn_mask|loss\..*"
 
@@ -42,11 +42,11 @@ class Slot:
       shape: of our leaf.
       names: of the tensors, in order. Slots of the same name share that tensor.
       foreign: shape of each tensor.
-      transposed: whether ours is a kernel, (…, in, out), and theirs (out, in, …).
+      transposed: whether our leaf is a kernel, (…, in, out), and the tensor (out, in, …).
       part: (i, n) where the leaf is the i-th of n equal parts of the tensor, along its first axis.
-      heads: where our leaf is `qkv`, whose outputs are ordered head first, then q, k, v, and theirs
+      heads: if our leaf is `qkv`, whose outputs are ordered head first, then q, k, v, and theirs
         have q, k, v first: one tensor for each, or one for all.
-      others: other names that files have for the same tensors.
+      others: other names of the same tensors in files.
     """
 
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class Slot:
     others: tuple[tuple[str, ...], ...] = ()
 
     def read(self, *tensors: np.ndarray) -> np.ndarray:
-        """Our leaf, a view where that can be, from its tensors; shapes must fit (`fits`)."""
+        """Our leaf, a view if possible, from its tensors; shapes must fit (`fits`)."""
         i, n = self.part
         tensor = np.concatenate(tensors) if len(tensors) > 1 else np.split(tensors[0], n)[i]
         if self.heads:
@@ -73,7 +73,7 @@ class Slot:
         return np.split(tensor, len(self.names))
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of that shape can be read: a 1×1 kernel's 1s may be there or not."""
+        """Whether a tensor of that shape can be read: the 1s of a 1×1 kernel are optional."""
 
         def matrix(shape):
             return shape[:2] if set(shape[2:]) <= {1} else shape
@@ -89,9 +89,9 @@ def _swapped(tensor: np.ndarray, first: int, second: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Report:
-    """What did not come out even: keys that files lack, keys that nothing took, wrong shapes.
+    """The keys that do not fit: missing in the file, unused (`extra`), or of another shape.
 
-    `misshapen` is text: key, what was expected, what came.
+    `misshapen` is text: key, expected shape, found shape.
     """
 
     missing: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Imported:
-    """A model from someone else's file. `about` says for people what was recognised."""
+    """A model read from a file. `about` describes it for messages."""
 
     config: dict[str, Any]
     params: dict[str, Any]
@@ -169,7 +169,7 @@ def shapes(network: str, fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _slot(path: str, shape: tuple[int, ...], *called: str, dimensions: int = 0, **more) -> Slot:
-    """A leaf of these names; a kernel lies there in as many dimensions as here, unless said."""
+    """A leaf of these names; a kernel has as many dimensions there as here, by default."""
     if not path.endswith("/kernel"):
         return Slot(shape, called, shape, **more)
     dimensions = dimensions or len(shape)
@@ -179,7 +179,7 @@ def _slot(path: str, shape: tuple[int, ...], *called: str, dimensions: int = 0, 
 
 
 def _heads(unet: UNet, channels: int, name: str) -> int:
-    """Of the attention without a context whose tensor diffusers calls so."""
+    """The number of heads of attention without a context, from diffusers' name of its tensor."""
     if unet.num_head_channels > 0:
         return channels // unet.num_head_channels
     if isinstance(unet.num_heads, int):
@@ -236,7 +236,7 @@ def _autoencoder_slot(fields: dict[str, Any], layout: str, path: str, shape: tup
     levels = len(fields.get("ch_mult", AUTOENCODERS[kind].ch_mult))
     called = names.diffusers_autoencoder_name(called, levels)
     old = names.old_diffusers_name(called)
-    # Attention is of 1×1 convolutions in CompVis' code and of matrices in diffusers'.
+    # Attention consists of 1×1 convolutions in CompVis' code and of matrices in diffusers'.
     attention = re.search(r"attn_\d+/(q|k|v|proj_out)/", path)
     others = ((old,),) if old != called else ()
     return _slot(path, shape, called, dimensions=2 if attention else 0, others=others)
@@ -245,7 +245,7 @@ def _autoencoder_slot(fields: dict[str, Any], layout: str, path: str, shape: tup
 def _clip_slot(layout: str, path: str, shape: tuple) -> Slot:
     if layout != "openclip":
         called = names.name_of("clip", path)
-        # transformers 5 leaves the first part away; its older versions need it.
+        # transformers 5 omits the first part; its older versions need it.
         bare = called.removeprefix("text_model.")
         return _slot(path, shape, called, others=((bare,),) if bare != called else ())
     called = names.name_of("openclip", path)
@@ -267,19 +267,19 @@ def slots(
     new_attention_order: bool = False,
     learn_sigma: bool = False,
 ) -> dict[str, Slot]:
-    """Where a layout keeps each leaf of a network, by our leaf path ("a/b/kernel").
+    """The slot of each leaf of a network in a layout, by our leaf path ("a/b/kernel").
 
     Args:
       network: "unet", "autoencoder", "clip", "bert", "class" or "rescaler".
-      fields: of its module, as a config has them; an autoencoder's with its "kind" ("kl" unless
-        said), a rescaler's with the `in_channels` of what it is given.
+      fields: of its module, as in a config; an autoencoder's with its "kind" (default "kl"), a
+        rescaler's with the `in_channels` of its input.
       layout: one of `LAYOUTS[network]`.
       vector: where diffusers' UNets with num_classes="sequential" take their vector in:
         "add_embedding" (SDXL) or "class_embedding" (unCLIP). Either is read; this one is written.
       new_attention_order: whether CompVis' one `qkv` has q, k and v first and then heads, as with
         the original's `use_new_attention_order` (of attention without a context).
-      learn_sigma: whether a UNet of CompVis' layout has as many outputs again, which tell its
-        variance (guided-diffusion's `learn_sigma`), and which are not read.
+      learn_sigma: whether a UNet of CompVis' layout has as many further outputs for its variance
+        (guided-diffusion's `learn_sigma`), which are not read.
 
     Raises ValueError for an unknown network, layout or kind, or fields that fit no module.
     """
@@ -313,15 +313,15 @@ def read_params(
     dtype: Any = "float32",
     ignored: str = IGNORED,
 ) -> tuple[dict[str, Any], Report]:
-    """Our nested params, of the given dtype and in memory of their own, and what was odd.
+    """Our nested params, of the given dtype and in their own memory, and the report.
 
-    Leaves whose tensors are missing or misshapen are left out. Tensors are asked for one by one, so
-    of a lazy `state` (`files.open_state`) only one is in memory beside the result.
+    Leaves whose tensors are missing or misshapen are left out. Tensors are read one by one, so only
+    one of a lazy `state` (`files.open_state`) is in memory besides the result.
 
     Args:
       state: foreign tensors by name.
       prefix: of the names in `state` that are this network's.
-      ignored: regular expression of what comes after the prefix in keys that are not "extra".
+      ignored: regular expression for the rest, after the prefix, of keys that are not "extra".
 
     Raises ValueError, with file and key, for NaN or infinity.
     """
@@ -346,7 +346,7 @@ def read_params(
         for key, tensor in zip(keys, tensors, strict=True):
             if not np.isfinite(tensor).all():
                 raise ValueError(f"{place(key)} holds NaN or infinity: these weights are broken")
-        # Cast while the memory is in one piece, which is quicker; then turn.
+        # Casting contiguous memory, before the transposition, is faster.
         tensors = [tensor.astype(kind, copy=False) for tensor in tensors]
         params[path] = np.array(slot.read(*tensors), order="C")
     theirs = (key for key in state if key.startswith(prefix) and key not in used)
@@ -359,9 +359,9 @@ def read_params(
 def write_params(
     params: dict[str, Any], slots: dict[str, Slot], prefix: str = ""
 ) -> dict[str, np.ndarray]:
-    """The foreign tensors by name, of the dtype of `params`: views of them where that can be.
+    """The foreign tensors by name, of the dtype of `params`: views of them if possible.
 
-    Raises ValueError, with the path, for leaves that are missing, too many or of another shape.
+    Raises ValueError, with the path, for leaves that are missing, unknown or of another shape.
     """
     leaves = flatten_dict(params, sep="/")
     if odd := sorted(leaves.keys() ^ slots.keys()):

@@ -1,9 +1,9 @@
-"""Changes of a model's kernels from other people's files: LoRA, LoHa, LoKr, LoCon and DoRA.
+"""Reading of changes of a model's kernels: LoRA, LoHa, LoKr, LoCon and DoRA.
 
-Of UNets and CLIP text encoders, matrices and convolutions, as kohya's scripts and LyCORIS write
-them (`lora_unet_….lora_down.weight`, after diffusers' names or, for SDXL, CompVis') and as peft and
-diffusers do (`unet.….lora_A.weight`, and two older spellings). Layers are looked up by their names
-with every dot an underscore, in which all of these agree.
+They are for UNets and CLIP text encoders, matrices and convolutions, in the formats of kohya's
+scripts and LyCORIS (`lora_unet_….lora_down.weight`, after diffusers' names or, for SDXL, CompVis')
+and of peft and diffusers (`unet.….lora_A.weight`, and two older spellings). Layers are found by
+their names with underscores for dots, which are the same in all of these.
 """
 
 import json
@@ -32,7 +32,7 @@ from ldm_jax.interop.layout import VECTORS, shapes
 from ldm_jax.interop.networks import networks
 from ldm_jax.models.unet import UNet
 
-# Networks by what their layers' names begin with. Names without any of these are a UNet's.
+# Networks by the prefix of their layers' names. Names without a prefix are a UNet's.
 PREFIXES = (
     (r"lora_unet_|unet\.|(model\.)?diffusion_model\.", "unet"),
     (r"lora_te2_|text_encoder_2\.", "text_2"),
@@ -44,7 +44,7 @@ PART = re.compile(
     r"|[._](lora_magnitude_vector)(?:\.\w+)*|(?:[._]lora)?\.(alpha))"
 )
 PARTS = {"A": "down", "B": "up"}
-# What else files hold that changes layers, by something in their keys.
+# Other methods that change layers, by a pattern of their keys.
 OTHER_METHODS = {
     "OFT": r"\.b?oft_",
     "IA3": r"\.on_input$|\.ia3_l",
@@ -53,7 +53,7 @@ OTHER_METHODS = {
     "a change that is not of low rank": r"\.diff(_b)?$",
     "LoRA with biases": r"lora_B\.(\w+\.)?bias$",
 }
-# By the width of what a UNet cross-attends to.
+# By the width of a UNet's context.
 FAMILIES = {
     768: "Stable Diffusion 1",
     1024: "Stable Diffusion 2",
@@ -66,7 +66,7 @@ Layer = tuple[str, str]  # network and name
 
 
 class Found(NamedTuple):
-    """What a file has of a layer: `name` as it is there, and keys by "down", "up", "alpha"."""
+    """A layer in a file: its `name` there, and its keys by "down", "up", "alpha"."""
 
     name: str
     keys: dict[str, str]
@@ -80,12 +80,12 @@ def read_lora(
     Args:
       config: of the model; its sections `unet` and, of `conditioning`, those of kind "clip" count:
         "text" as diffusers' text_encoder, "text_2" as its text_encoder_2.
-      alphas: by layer, as the file names it, if they are kept apart (diffusers' network_alphas).
-        A layer of which alpha is given nowhere has its rank for alpha.
+      alphas: by layer, as named in the file, if they are separate (diffusers' network_alphas). The
+        default alpha of a layer is its rank.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: no LoRA, another method, NaN, or names or shapes that are not this model's. Says
+      ValueError: no LoRA, another method, NaN, or names or shapes that are not this model's. Names
         file and key.
     """
     if "unet" not in config:
@@ -147,7 +147,7 @@ def _weights(path: Path) -> Path:
 
 
 def _layers(state: Tensors) -> tuple[dict[Layer, Found], list[str]]:
-    """What the file has of each layer, and the keys that are part of none."""
+    """The layers in the file, and the keys that belong to none."""
     layers: dict[Layer, Found] = {}
     rest = []
     for key in state:
@@ -166,7 +166,7 @@ def _layers(state: Tensors) -> tuple[dict[Layer, Found], list[str]]:
 
 
 def _layer(name: str) -> Layer:
-    """(network, name with underscores) of a layer, in whatever way its file names it."""
+    """(network, name with underscores) of a layer, from its name in any format."""
     name, network = name.removeprefix("base_model.model."), "unet"
     for prefix, marked in PREFIXES:
         if match := re.match(prefix, name):
@@ -175,7 +175,7 @@ def _layer(name: str) -> Layer:
     name = name.replace(".", "_").replace("_processor_", "_")
     if network == "unet":
         return network, re.sub(r"_to_out$", "_to_out_0", name)
-    # Older files name a text encoder's attention like a UNet's.
+    # Older files name the attention of text encoders like that of UNets.
     name = re.sub(r"_self_attn_to_(q|k|v|out)$", r"_self_attn_\1_proj", name)
     return network, name.removeprefix("text_model_")
 
@@ -202,7 +202,7 @@ def _targets(config: dict[str, Any]) -> dict[Layer, tuple[str, tuple[int, ...]]]
 
 
 def _header_alphas(path: Path, state: Tensors, layers: dict[Layer, Found]) -> dict[Layer, float]:
-    """alphas from peft's configuration, which diffusers keeps in the header of what it writes."""
+    """alphas from peft's configuration, which diffusers writes into a file's header."""
     try:
         about = json.loads(state.metadata.get("lora_adapter_metadata", "{}"))
         alphas = {
@@ -229,7 +229,7 @@ def _peft_alpha(about: dict[str, Any], name: str, rank: int) -> float | None:
 
 
 def _parts(state: Tensors, found: Found) -> dict[str, np.ndarray]:
-    """What the file has of a layer, in torch's layout. Raises ValueError for broken numbers."""
+    """The tensors of a layer, in torch's layout. Raises ValueError for NaN or infinity."""
     parts = {part: state[key].astype(np.float32) for part, key in found.keys.items()}
     for part, tensor in parts.items():
         place = state.place(found.keys[part])
@@ -251,13 +251,13 @@ def _low_rank(up: np.ndarray, down: np.ndarray, core: np.ndarray | None, space: 
 
 
 def _change(parts: dict[str, np.ndarray], space: tuple[int, ...], alpha: float | None) -> Change:
-    """What a layer's parts make, for a kernel with these windows.
+    """The change that a layer's parts make, for a kernel with these windows.
 
-    Raises KeyError for a part that is missing, ValueError for shapes that do not fit each other.
+    Raises KeyError for a missing part, ValueError for shapes that do not fit each other.
     """
     if "alpha" in parts:
         alpha = parts["alpha"].item()
-    # Where no factor has a rank, LyCORIS ignores alpha.
+    # If no factor has a rank, LyCORIS ignores alpha.
     ranked = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
     rank = next((len(parts[part]) for part in ranked if part in parts), None)
     scale = np.float32(1.0 if None in (alpha, rank) else alpha / max(rank, 1))
@@ -288,14 +288,14 @@ def _change(parts: dict[str, np.ndarray], space: tuple[int, ...], alpha: float |
 
 
 def _fits(change: Change, shape: tuple[int, ...]) -> bool:
-    """Whether a change, and its norms, are of a kernel of that shape."""
+    """Whether a change and its norms fit a kernel of that shape."""
     norms = change.magnitude.shape if isinstance(change, Decomposed) else [1] * len(shape)
     alike = all(n in (1, m) for n, m in zip(norms, shape, strict=True))
     return alike and jax.eval_shape(delta, change).shape == shape
 
 
 def _decomposed(change: Change, parts: dict[str, np.ndarray], space: int) -> Change:
-    """With the norms, if the layer has any: peft's are of outputs, LyCORIS' as their shape says."""
+    """The change with the layer's norms, if any: peft's are of outputs, LyCORIS' of either side."""
     norms = parts.get("lora_magnitude_vector", parts.get("dora_scale"))
     if norms is None:
         return change
@@ -307,7 +307,7 @@ def _decomposed(change: Change, parts: dict[str, np.ndarray], space: int) -> Cha
 
 
 def _compared(state: Tensors, layers: dict[Layer, Found], config: dict[str, Any]) -> str:
-    """For which kind of model this LoRA may be, and of which kind this one is."""
+    """A sentence on the kinds of model of the LoRA and of this model."""
     theirs = state.metadata.get("ss_base_model_version")
     for (network, name), found in layers.items():
         if re.match(TRANSFORMERS, found.name):

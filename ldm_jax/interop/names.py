@@ -1,9 +1,9 @@
-"""What other people's files call our parameters, and how their arrays lie.
+"""The names of our parameters in other codes, and the layout of their arrays.
 
-`name_of` makes a name from our path, in any of several codes. diffusers' names of UNets and
-autoencoders are made from those of CompVis' code. Each is in one direction; reading inverts it over
-the parameters that a model has (`layout.slots`). torch keeps a matrix as (out, in) and a
-convolution as (out, in, height, width), where Flax has (in, out) and (height, width, in, out).
+`name_of` makes a name from our path, for any of several codes. diffusers' names of UNets and
+autoencoders are made from those of CompVis' code. All functions go in one direction; reading
+inverts them over the parameters of a model (`layout.slots`). torch stores a matrix as (out, in) and
+a convolution as (out, in, height, width), Flax as (in, out) and (height, width, in, out).
 """
 
 import re
@@ -35,7 +35,7 @@ _UNET: Rules = (
     (r"_(\d+)(?=[._])", r".\1"),
     (r"\.ff\.proj_in\.", ".ff.net.0.proj."),
     *_TRANSFORMER,
-    # A level's way down or up is a bare convolution here, and one inside a module there.
+    # Down- and upsampling are bare convolutions here, and convolutions inside a module there.
     (r"^(input_blocks\.(?!0\.)\d+\.0)\.(?=weight|bias)", r"\1.op."),
     (r"^(output_blocks\.\d+\.\d)\.(?=weight|bias)", r"\1.conv."),
     (r"^time_embed_cond_proj\.", "time_embed.cond_proj."),
@@ -46,7 +46,7 @@ _AUTOENCODER: Rules = (
     (r"\b(down|up)_(\d+)_(block|attn)_(\d+)\.", r"\1.\2.\3.\4."),
     (r"\b(down|up)_(\d+)_(downsample|upsample)\.", r"\1.\2.\3.conv."),
 )
-# TAESD's own decoder begins with a layer that clamps; diffusers' has that outside of the list.
+# TAESD's own decoder begins with a layer that clamps; in diffusers it is not in the list.
 _TINY: Rules = (
     (r"\bconv_(\d)\.", r"conv.\1."),
     (r"^encoder\.layers_(\d+)\.", r"encoder.\1."),
@@ -55,7 +55,7 @@ _TINY: Rules = (
 
 
 def _bert_layer(match: re.Match) -> str:
-    """Attention and feed-forward are layers of their own there, each (norm, layer)."""
+    """Attention and feed-forward are separate layers there, each (norm, layer)."""
     feed_forward = match[2] in ("ff", "norm2")
     part = 0 if match[2].startswith("norm") else 1
     return f"attn_layers.layers.{2 * int(match[1]) + feed_forward}.{part}."
@@ -95,8 +95,8 @@ _OPEN_CLIP: Rules = (
     (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
     (r"\.self_attn\.[qkv]_proj\.", ".attn.in_proj_"),
 )
-# By whose code it is: CompVis' (with LDM's text transformer, "bert"), TAESD's ("tiny"), that of
-# transformers' CLIPTextModel, OpenCLIP's text tower, diffusers' AutoencoderTiny and LDMBertModel.
+# By code: CompVis' (with LDM's text transformer, "bert"), TAESD's ("tiny"), transformers'
+# CLIPTextModel, OpenCLIP's text tower, diffusers' AutoencoderTiny and LDMBertModel.
 CODES: dict[str, Rules] = {
     "unet": _UNET,
     "autoencoder": _AUTOENCODER,
@@ -112,8 +112,8 @@ CODES: dict[str, Rules] = {
 
 
 def name_of(code: str, path: str) -> str:
-    """The name of our leaf `path` ("a/b/kernel") in a code of `CODES`, without the prefix that a
-    whole model puts before it. OpenCLIP's queries, keys and values share one tensor."""
+    """The name of our leaf `path` ("a/b/kernel") in a code of `CODES`, without the network's prefix
+    in a whole model. OpenCLIP's queries, keys and values share one tensor."""
     return _apply(CODES[code], _dotted(path))
 
 
@@ -145,9 +145,9 @@ def diffusers_unet_name(
     """diffusers' name of a UNet's tensor, from CompVis'.
 
     Args:
-      plain_attention: attention is without a context and no transformer (UNet2DModel). CompVis'
-        one `qkv` stays as it is: diffusers has three in its place, to_q, to_k and to_v.
-      vector: what takes the vector y: "add_embedding" (SDXL) or "class_embedding" (unCLIP).
+      plain_attention: attention without a context, not a transformer (UNet2DModel). CompVis' `qkv`
+        is returned unchanged; diffusers has three tensors instead, to_q, to_k and to_v.
+      vector: the module of the vector y: "add_embedding" (SDXL) or "class_embedding" (unCLIP).
     """
     per_level = num_res_blocks + 1
 
@@ -209,7 +209,7 @@ def diffusers_autoencoder_name(name: str, levels: int) -> str:
 
 
 def old_diffusers_name(name: str) -> str:
-    """What a tensor of attention without a context was called before diffusers 0.14."""
+    """The name of a tensor of attention without a context before diffusers 0.14."""
     return _apply(_OLD_ATTENTION, name)
 
 

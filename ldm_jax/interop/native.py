@@ -1,8 +1,8 @@
-"""Our own file: one `.safetensors` that says what it holds.
+"""Our own file: one self-describing `.safetensors`.
 
-Tensors are named by their path ("unet/input_blocks_0_0/kernel"); the header carries the
-configuration that builds the networks, and vocabularies that do not ship, so a file needs nothing
-beside it.
+Tensors are named by their path ("unet/input_blocks_0_0/kernel"); the header contains the
+configuration that builds the networks, and vocabularies that are not bundled, so no other file is
+needed.
 """
 
 import base64
@@ -65,15 +65,15 @@ def read_model(state: Tensors, dtype: Any = "float32") -> tuple[dict[str, Any], 
                 with zipfile.ZipFile(path) as file:
                     file.extractall(section["vocabulary"])
     params = {name: np.asarray(state[name], jnp.dtype(dtype)) for name in state}
-    # No tensor says that a network without parameters is there: pixels in place of latents.
+    # A network without parameters has no tensors: pixels in place of latents.
     return config, {"autoencoder": {}} | unflatten_dict(params, sep="/")
 
 
 def exported_file(workdir: Path) -> Path:
-    """The model that a run left in its workdir.
+    """The path of a run's model in its workdir.
 
     Raises:
-      FileNotFoundError: there is none; says what was looked for.
+      FileNotFoundError: there is none; says what is missing.
     """
     exported = workdir / "model.safetensors"
     if not exported.exists():
@@ -99,13 +99,13 @@ def _packed(path: Path) -> bytes:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as file:
         for part in sorted(p for p in path.rglob("*") if p.is_file()):
-            # Without its date, so that the same folder is the same file.
+            # Without its date, so that the same folder gives the same bytes.
             file.writestr(zipfile.ZipInfo(str(part.relative_to(path))), part.read_bytes())
     return packed.getvalue()
 
 
 def _unpacked(name: str, content: bytes) -> Path:
-    """A file with this content, where tokenizers can read it."""
+    """The path of a temporary file with this content, for tokenizers."""
     digest = hashlib.sha256(content).hexdigest()[:16]
     path = Path(tempfile.gettempdir()) / f"ldm_jax-{os.getuid()}" / digest / name
     if not path.exists() or path.read_bytes() != content:

@@ -1,4 +1,4 @@
-"""Which networks a config has."""
+"""The networks of a config."""
 
 from typing import Any
 

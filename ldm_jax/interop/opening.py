@@ -1,4 +1,4 @@
-"""Any model, whoever wrote it: `open_any` finds out what a path holds, `export` writes one."""
+"""Models in any supported layout: `open_any` recognises and reads a path, `export` writes one."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ LAYOUTS = {
     "compvis": compvis.write,
     "diffusers": diffusers.write,
 }
-# What is no model by itself, by task.
+# The parts that are not a model alone, by task.
 ALONE = {
     "unet": "a UNet alone: add autoencoder=PATH and, if it takes a context, text=PATH",
     "text": "a text encoder alone: it can be the text=PATH of a model",
@@ -40,9 +40,7 @@ def _file(path: Path, state: Tensors, dtype: Any, options: dict[str, Any]) -> Im
 def _refuse(path: Path, options: dict[str, Any]) -> None:
     for name, option in (("original", "config"), ("new_attention_order", "new_attention_order")):
         if options.get(name):
-            raise ValueError(
-                f"{path} says all of its model: {option} is for files of CompVis' code"
-            )
+            raise ValueError(f"{path} contains its config: {option} is for files of CompVis' code")
 
 
 def _folder(path: Path, dtype: Any, options: dict[str, Any]) -> Imported:
@@ -51,7 +49,7 @@ def _folder(path: Path, dtype: Any, options: dict[str, Any]) -> Imported:
     try:
         described = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{about} is no JSON: {error}") from error
+        raise ValueError(f"{about} is not JSON: {error}") from error
     if "_class_name" in described:
         return diffusers.read_component(path, dtype)
     if "architectures" in described or "model_type" in described:
@@ -61,7 +59,7 @@ def _folder(path: Path, dtype: Any, options: dict[str, Any]) -> Imported:
 
 
 def _text_encoder(path: Path, described: dict[str, Any], dtype: Any) -> Imported:
-    """A folder of transformers with a CLIP text encoder, whose JSON says what no shape does."""
+    """A folder of transformers with a CLIP text encoder; its JSON has what no shape determines."""
     what = described.get("architectures") or described.get("model_type")
     if "CLIPText" not in str(what) and "clip_text_model" not in str(what):
         raise ValueError(f"{path} holds {what} of transformers, where CLIP's text encoder is known")
@@ -82,26 +80,26 @@ def read_any(
     autoencoder: str | os.PathLike = "",
     text: str | os.PathLike = "",
 ) -> Imported:
-    """What a file or folder holds: a model, or (task "autoencoder", "unet" or "text") a part alone.
+    """Reads a file or folder: a model, or (task "autoencoder", "unet" or "text") a part alone.
 
-    A workdir of ours or what it exported; a pipeline, an autoencoder or a UNet of diffusers, or a
+    It may be a workdir or our single file; a pipeline, an autoencoder or a UNet of diffusers; a
     text encoder of transformers; one file in CompVis' or SGM's layout; "" is the bundled model.
-    `reports` says what is missing, misshapen or unused.
+    `reports` lists missing, misshapen and unused keys.
 
     Args:
       dtype: of the parameters.
       ema: see `compvis.read`.
-      config: the YAML that a file of CompVis' or SGM's code was trained with. It says what no
-        tensor does of a model that was never published: heads, noise, scale. It is not looked for
-        beside the file.
-      new_attention_order: see `compvis.read`; a YAML says it as well.
-      autoencoder, text: files or folders of which to take the autoencoder, or the text encoders, in
-        place of the model's own. It may lack them. The scale of the latents stays the model's.
+      config: the training YAML of a file of CompVis' or SGM's code. For an unpublished model it
+        gives what no tensor determines: heads, noise, scale. It is not searched for beside the
+        file.
+      new_attention_order: see `compvis.read`; a YAML contains it as well.
+      autoencoder, text: files or folders whose autoencoder or text encoders replace the model's
+        own, which may be missing. The scale of the latents stays the model's.
 
     Raises:
-      FileNotFoundError: there is nothing, or a part is missing.
-      ValueError: what is there is damaged, or no model of a kind that we know; a YAML that says
-        otherwise than the tensors; parts that do not fit.
+      FileNotFoundError: there is no such path, or a part is missing.
+      ValueError: the content is damaged, or not a supported model; the YAML contradicts the
+        tensors; parts that do not fit.
     """
     path = Path(path).expanduser() if str(path) else native.BUNDLED
     if not path.exists():
@@ -137,7 +135,7 @@ def read_any(
 
 
 def _with_autoencoder(found: Imported, other: Imported) -> Imported:
-    """The model with another's autoencoder; the scale of the latents stays."""
+    """The model with the autoencoder of `other`; the scale of the latents stays."""
     its = other.config["autoencoder"]
     here, there = found.config["unet"].get("out_channels", 4), make_autoencoder(its).embed_dim
     if here != there:
@@ -151,7 +149,7 @@ def _with_autoencoder(found: Imported, other: Imported) -> Imported:
 
 
 def _with_text(found: Imported, other: Imported) -> Imported:
-    """The model with another's text encoders, of the same width in all."""
+    """The model with the text encoders of `other`, of the same total width."""
     theirs, config = texts(other.config), found.config
     width = sum(section["network"]["width"] for section in theirs.values())
     if width != config["unet"].get("context_dim"):
@@ -171,7 +169,7 @@ def _with_parts(
     names: Collection[str],
     without: Collection[str] = (),
 ) -> Imported:
-    """The model with networks of another, and what was odd about those."""
+    """The model with networks of `other`, and their reports."""
     params, reports = (
         {name: kept for name, kept in ours.items() if name not in without}
         | {name: theirs[name] for name in names if name in theirs}
@@ -181,9 +179,9 @@ def _with_parts(
 
 
 def open_any(path: str | os.PathLike = "", *args: Any, **options: Any) -> Imported:
-    """As `read_any`, for use: tensors that nothing uses are logged.
+    """As `read_any`, for use: unused tensors are logged.
 
-    Raises ValueError, too, for keys that are missing or misshapen, and for a UNet or a text encoder
+    Also raises ValueError for keys that are missing or misshapen, and for a UNet or a text encoder
     alone.
     """
     found = read_any(path, *args, **options)
@@ -209,9 +207,9 @@ def export(
 ) -> None:
     """Writes a model, whole or not at all; folders above `path` are made.
 
-    `layout` is "single_file" (ours, which says all of it), "compvis" or "diffusers" (a folder).
+    `layout` is "single_file" (ours, with the config), "compvis" or "diffusers" (a folder).
 
-    Raises ValueError for no such layout, or one that cannot say this model.
+    Raises ValueError for an unknown layout, or one that cannot express this model.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: choose one of {', '.join(LAYOUTS)}")

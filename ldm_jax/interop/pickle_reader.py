@@ -1,14 +1,14 @@
-"""Reads torch checkpoints (`.pth`, `.pt`, `.bin`, `.ckpt`) into NumPy: no torch, nothing executed.
+"""Reads torch checkpoints (`.pth`, `.pt`, `.bin`, `.ckpt`) into NumPy: no torch, no code executed.
 
 A torch checkpoint is a pickle, and a pickle is a program: it may name any function of any module
-and call it. Here nothing is imported, and nothing called but `_CALLS` below, which rebuild dicts
-and describe tensors (`_Tensor`, `_Storage`); their bytes are read when they are asked for, within
-checked bounds. Whatever else a checkpoint holds beside its weights (arguments, paths, dates,
-optimizers) becomes an `Unread`, which keeps a name and forgets the rest.
+and call it. Here nothing is imported, and nothing is called except `_CALLS` below, which rebuild
+dicts and describe tensors (`_Tensor`, `_Storage`); their bytes are read on access, within checked
+bounds. All other objects in a checkpoint (arguments, paths, dates, optimizers) become an `Unread`,
+which keeps only a name.
 
-So any file could be read. Yet a file that calls what does not make data was made to attack, and is
-refused. What makes data: of Python's own library what `_DATA` lists; of others all classes (which
-have a capital), private helpers (which have an underscore), and `_FUNCTIONS`.
+So any file could be read. But a file that calls a function that does not make data is probably an
+attack, and is refused. These make data: of Python's own library the names in `_DATA`; of others all
+classes (with a capital), private helpers (with an underscore), and `_FUNCTIONS`.
 
 Two containers exist. Since torch 1.6 a zip: `NAME/data.pkl`, and one stored (uncompressed) member
 `NAME/data/KEY` per storage. Before that a plain file: four pickles (magic number, protocol, system,
@@ -53,7 +53,7 @@ class _Tensor(NamedTuple):
     stride: tuple[int, ...]
 
 
-# What makes data in Python's own library: classes of these modules, and names by themselves.
+# Makers of data in Python's own library: classes of these modules, and single names.
 _DATA = re.compile(
     r"(argparse|builtins|collections|datetime|decimal|enum|exceptions|fractions|ipaddress|itertools"
     r"|pathlib(\._local)?|random|typing|uuid|zoneinfo)\._?[A-Z]\w*"
@@ -65,7 +65,7 @@ _DATA = re.compile(
     r"|signal\.Signals|time\.struct_time|zoneinfo\.ZoneInfo\._unpickle"
     r"|types\.(GenericAlias|MappingProxyType|SimpleNamespace|UnionType)"
 )
-# And elsewhere, beside classes and private helpers.
+# Makers of data elsewhere, besides classes and private helpers.
 _FUNCTIONS = re.compile(r"numpy\.(dtype|ndarray|_?core\.multiarray\.scalar)|torch\.d(evice|type)")
 
 
@@ -79,24 +79,24 @@ def _makes_data(path: str) -> bool:
 
 
 class Unread:
-    """Something that a checkpoint holds beside its weights, of which its class's name is kept.
+    """An object of a checkpoint that is not a weight; only its class's name is kept.
 
-    `tensors` says whether tensors went into it when it was made.
+    `tensors`: whether its arguments contained tensors.
     """
 
     def __init__(self, name: str, content: Any = ()):
         self.name, self.tensors = name, _holds_tensors(content)
 
     def __call__(self, *content: Any) -> "Unread":
-        """What the file believes to be a call; ValueError if that would do more than make data."""
+        """The result of a call in the file; ValueError if the call does more than make data."""
         if not _makes_data(self.name):
             raise ValueError(
-                f"refuses to call {self.name}: a checkpoint of weights has no need of it"
+                f"refuses to call {self.name}: a checkpoint of weights does not need it"
             )
         return Unread(self.name, content)
 
     def take(self, *_: Any) -> None:
-        """Whatever the file puts into a list, a set or a dict that is none here."""
+        """Ignores items that the file adds to a list, set or dict that is an `Unread`."""
 
     append = extend = add = update = __setitem__ = take
 
@@ -116,7 +116,7 @@ def _rebuild_tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: 
 
 
 def _rebuild_from_type(rebuild: Callable, kind: Any, args: tuple, _: Any) -> Any:
-    """A tensor with attributes of its own, or of a class of its own, which may mean anything."""
+    """A tensor with attributes or a class of its own, whose meaning is unknown."""
     known = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
     return rebuild(*args) if kind.name in known else Unread(kind.name, args)
 
@@ -136,7 +136,7 @@ _STORAGES = {
         Char="i1",
         Byte="u1",
         Bool="?",
-        # Of tensors that nothing here can rebuild.
+        # For tensors that this reader cannot rebuild.
         QInt8="u1",
         QUInt8="u1",
         QInt32="<i4",
@@ -158,7 +158,7 @@ _CALLS: dict[str, Callable] = {
 
 
 class _Reader(pickle._Unpickler):
-    """The unpickler written in Python; the one in C allocates whatever a memo index asks for."""
+    """The unpickler in Python; the one in C allocates memory for any memo index."""
 
     def __init__(self, file: BinaryIO):
         super().__init__(file, encoding="latin1")
@@ -218,7 +218,7 @@ def _check(name: str, tensor: _Tensor, file_bytes: int) -> None:
 
 
 def _open_zip(path: Path, file_bytes: int) -> tuple[Any, Callable[[str], bytes]]:
-    """The pickled object, and what reads a storage's bytes."""
+    """The pickled object, and a function that reads a storage's bytes."""
     archive = zipfile.ZipFile(path)
     members = {info.filename: info for info in archive.infolist()}
     if sum(info.compress_size for info in members.values()) > file_bytes:
@@ -308,14 +308,14 @@ def _weights(tree: Any) -> dict[str, _Tensor]:
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Stored]:
     """The tensors of a torch checkpoint by name: at its top, in "state_dict", or in its only dict.
 
-    What else is there is not looked at, whatever it is. A tensor is read when it is asked for: a
-    read-only view with the shape, dtype (bfloat16 by ml_dtypes) and memory order of what was saved.
+    All other content is ignored. A tensor is read on access: a read-only view with the shape, dtype
+    (bfloat16 by ml_dtypes) and memory order of the saved tensor.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is empty, truncated, not a torch checkpoint, larger unpacked than it can
-        be; it calls something that makes no data; or a tensor is made by what we do not know. The
-        text begins with the path and names what was refused.
+      ValueError: the file is empty, truncated, not a torch checkpoint, or implausibly large when
+        unpacked; it calls a function that does not make data; or a tensor is made by an unknown
+        function. The text begins with the path and names what was refused.
     """
     path = Path(path)
     with open(path, "rb") as file:
@@ -340,7 +340,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Stored]:
             _check(name, tensor, file_bytes)
     except Exception as error:
         raise explained(error) from error
-    # Tensors that share a storage mostly follow each other.
+    # Tensors that share a storage are mostly adjacent.
     bytes_of = functools.lru_cache(maxsize=1)(read_storage)
 
     def read(tensor: _Tensor) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""Which model a file in CompVis' or SGM's layout holds, from the names and shapes of its tensors.
+"""Recognises the model in a file of CompVis' or SGM's layout by its tensors' names and shapes.
 
-Shapes say nearly all of a network: see `fields`. What they do not say, the heads of attention, the
-noise schedule, what the output means, is as the model was published: see `families`. A file's own
-buffers, where it has them, come first.
+Shapes determine nearly all fields of a network: see `fields`. The others, the heads of attention,
+the noise schedule and the meaning of the output, are those of the most similar published model: see
+`families`. A file's own buffers, if it has them, take precedence.
 """
 
 import re
@@ -24,7 +24,7 @@ from ldm_jax.interop.layout import IGNORED
 from ldm_jax.published import AUTOENCODERS, HIDDEN, MODELS, Model, sizes, text
 
 UNET, STAGE = "model.diffusion_model.", "first_stage_model."
-# What a conditioner is, by a tensor that only this kind has.
+# The kind of a conditioner, by a tensor that only this kind has.
 _SLOT = r"(?:cond_stage_model|conditioner\.embedders\.\d)"
 CONDITIONERS = {
     "clip": rf"({_SLOT}\.transformer\.)(?:text_model\.)?embeddings\.token_embedding\.weight",
@@ -33,23 +33,23 @@ CONDITIONERS = {
     "class": r"(cond_stage_model\.)embedding\.weight",
     "rescaler": r"(cond_stage_model\.)channel_mapper\.weight",
 }
-# What stands beside the networks: buffers of the schedule, training's own, averages, markers, and
-# networks whose results the caller brings.
+# Tensors besides the networks: buffers of the schedule and of training, averages, markers, and
+# networks whose results the caller provides.
 BUFFERS = (
     r"betas|alphas_cumprod(_prev)?|(sqrt|log)_\w+|posterior_\w+|logvar|scale_factor|lvlb_weights"
     r"|denoiser\.\w+|model_ema\..*|loss\..*|v_pred|ztsnr|cond_stage_model\.(logit_scale|text_projection)"
     r"|(depth_model|embedder|noise_augmentor|low_scale_model)\..*"
 )
-# Names that show what else a file may be, in the order in which they are asked.
+# Names that identify other kinds of files, in the order of the checks.
 OTHERS = {
     r"lora_|.*[._]lora": "a LoRA: it changes a model, see interop.lora",
     r"control_model\.": "a ControlNet, which is not supported",
     r"(model\.diffusion_model\.)?(joint_blocks|double_blocks|single_blocks|blocks)\.": "a "
     "diffusion transformer, where UNets are supported",
     r"(down_blocks|mid_block|up_blocks|conv_in|time_embedding)\.": "one network of a diffusers "
-    "folder: name the folder, which says in JSON what it is",
+    "folder: name the folder, whose JSON describes it",
     r"(encoder|decoder)\.(down_blocks|mid_block|up_blocks)\.": "the autoencoder of a diffusers "
-    "folder: name the folder, which says in JSON what it is",
+    "folder: name the folder, whose JSON describes it",
 }
 
 
@@ -60,7 +60,7 @@ class Part:
     Attributes:
       network, fields, layout: as `layout.slots` takes them.
       prefix: of its tensors' names.
-      ignored: what after the prefix may stand there unused, a regular expression.
+      ignored: regular expression for unused tensors' names after the prefix.
       new_attention_order: see `published.Model`.
       learn_sigma: see `published.Model`; `fields` are without the variance.
     """
@@ -76,7 +76,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Recognised:
-    """`config` of the model, and where the file keeps each network of it."""
+    """The `config` of the model, and the place of each network in the file."""
 
     name: str
     config: Fields
@@ -84,7 +84,7 @@ class Recognised:
 
 
 def _conditioners(state: State) -> list[tuple[str, str]]:
-    """(kind, prefix) of each, in the file's own order. ValueError for one that we do not know."""
+    """(kind, prefix) of each, in the file's own order. ValueError for an unknown one."""
     found = []
     for kind, pattern in CONDITIONERS.items():
         found += [(m[1], kind) for name in state if (m := re.fullmatch(pattern, name))]
@@ -113,7 +113,7 @@ def _clip(kind: str, shapes: Shapes, embedders: int) -> Conditioner:
         network["projection"] = shapes["text_projection"][1]
         more |= dict(pooled=True)
     elif kind == "openclip" and "text_projection" in shapes:
-        # The whole encoder, of which SD 2 takes the output of the last block but one. Others and we
+        # The whole encoder; SD 2 uses the output of the last block but one. Like other software, we
         # leave out the last block, and so the projection after it.
         network["depth"] -= 1
         ignored += rf"|text_projection|transformer\.resblocks\.{network['depth']}\..*"
@@ -128,7 +128,7 @@ def _bert(shapes: Shapes) -> Conditioner:
     if network["vocab_size"] == 30522:
         network = {key: value for key, value in network.items() if key != "vocab_size"}
         return "text", text("bert", network), part
-    # Of boxes and what is in them (layout2img-openimages256).
+    # Boxes and their classes (layout2img-openimages256).
     network = dict(kind="transformer", **network)
     return "boxes", array("context", network["max_length"], network=network), part
 
@@ -136,7 +136,7 @@ def _bert(shapes: Shapes) -> Conditioner:
 def _class(shapes: Shapes) -> Conditioner:
     classes, width = shapes["embedding.weight"]
     network = dict(n_classes=classes, embed_dim=width)
-    # ImageNet's thousand, and one that stands for none (cin256-v2).
+    # ImageNet's thousand classes, and one for no class (cin256-v2).
     null = 1000 if classes == 1001 else None
     section = dict(kind="class", null=null, dropout=0.0 if null is None else 0.1, network=network)
     return "label", section, Part("class", network, "compvis", shapes.prefix)
@@ -152,7 +152,7 @@ def _rescaler(shapes: Shapes) -> Conditioner:
 
 
 def _sizes(vector: int, pooled: int, where: str) -> Fields:
-    """SDXL's numbers, of which each takes 256 of the vector beside the pooled text."""
+    """SDXL's sizes; each number has 256 entries of the vector, after the pooled text."""
     count, rest = divmod(vector - pooled, 256)
     last = {6: "target_size", 5: "aesthetic_score"}.get(count)
     if rest or not last:
@@ -162,7 +162,7 @@ def _sizes(vector: int, pooled: int, where: str) -> Fields:
     return lists(sizes("original_size", "crop", last))
 
 
-# ᾱ_t from a file's buffers, of which the first that is there counts.
+# ᾱ_t from a file's buffers; the first existing one counts.
 ALPHAS_CUMPROD = {
     "alphas_cumprod": lambda table: table,
     "betas": lambda betas: np.cumprod(1.0 - betas),
@@ -171,9 +171,9 @@ ALPHAS_CUMPROD = {
 
 
 def schedule_section(state: State, published: Fields) -> Fields:
-    """`diffusion.schedule`: what the file's buffers are, or else as `published`.
+    """`diffusion.schedule` from the file's buffers, else from `published`.
 
-    Raises ValueError for buffers that no schedule of ours gives.
+    Raises ValueError for buffers that none of our schedules gives.
     """
     section = dict(published, zero_terminal_snr="ztsnr" in state)
     key = next((key for key in ALPHAS_CUMPROD if key in state), None)
@@ -194,11 +194,11 @@ def schedule_section(state: State, published: Fields) -> Fields:
 
 
 def _as_output_means(model: Model, state: State) -> Model:
-    """The model, or the one of the same networks whose output is v, where the file means v.
+    """The model, or the v-prediction model of the same networks, if the file is one.
 
-    ComfyUI's rule, where both were published (SD 2): a norm of the last level but one is far from
-    where it began only in the models that were trained on for v. ComfyUI's mark, a tensor "v_pred",
-    decides for any model.
+    ComfyUI's rule, if both were published (SD 2): a norm of the last level but one is far from its
+    initial value only in the v-prediction models. ComfyUI's mark, a tensor "v_pred", decides for
+    any model.
     """
     if model.noise["parameterization"] == "v":
         return model
@@ -223,7 +223,7 @@ def _autoencoder_alone(state: State, prefix: str = "") -> Recognised:
         return section.get("kind", "kl"), section.get("embed_dim"), levels, quantised
 
     fields = autoencoder_fields(Shapes(state, prefix))
-    # Of those that look alike, the first that was used with a scale.
+    # Of those with the same tensors, the first that was used with a scale.
     alike = [row.scale for row in AUTOENCODERS.values() if kind(row.fields) == kind(fields)]
     scale = next((scale for scale in alike if scale != 1.0), 1.0)
     part = Part("autoencoder", fields, "compvis", prefix, f"{IGNORED}|{BUFFERS}")
@@ -238,7 +238,7 @@ def _unet_alone(state: State, prefix: str) -> Recognised:
     parts = _unet_part(fields, prefix)
     if not model.learn_sigma:
         return Recognised(f"UNet of {model.title}", dict(task="unet", unet=fields), parts)
-    # Guided diffusion: a whole model of pixels, which is a UNet and nothing else.
+    # Guided diffusion: a whole model of pixels is only a UNet.
     fields["out_channels"] //= 2
     options = dict(new_attention_order=model.new_attention_order, learn_sigma=True)
     config = _config(model, fields, model.autoencoder.fields, brought_sections(model, fields))
@@ -246,7 +246,7 @@ def _unet_alone(state: State, prefix: str) -> Recognised:
 
 
 def _config(model: Model, unet: Fields, autoencoder: Fields, sections: Fields) -> Fields:
-    """The config of a model like a published one; files do not say how to sample."""
+    """The config of a model like a published one; files contain no sampling options."""
     dropped = any(section["dropout"] for section in sections.values())
     sampling = model.sampling | dict(steps=50, eta=0.0) | ({} if dropped else dict(guidance=1.0))
     return lists(
@@ -268,7 +268,7 @@ def _unet_part(fields: Fields, prefix: str) -> dict[str, Part]:
 
 
 def _check_given(sections: Fields, unet: Fields) -> None:
-    """Raises ValueError if the UNet takes what nothing in the file gives."""
+    """Raises ValueError if the UNet needs an input that nothing in the file provides."""
     outputs = {section.get("output", "context") for section in sections.values()}
     outputs |= {"vector" for section in sections.values() if section["kind"] == "sizes"}
     for name, output in (("context_dim", "context"), ("num_classes", "vector")):
@@ -337,14 +337,14 @@ def _text_alone(state: State, kind: str, prefix: str) -> Recognised:
 
 
 def _lacks(state: State) -> str | None:
-    """What a file with a UNet lacks to draw, and what it has: a part of a sentence."""
+    """The missing and the existing parts of a file with a UNet: part of a sentence."""
     shapes, kinds = Shapes(state), [kind for kind, _ in _conditioners(state)]
     stage = any(name.startswith(STAGE) for name in state)
     fields = unet_fields(Shapes(state, UNET))
     width = fields.get("context_dim")
     tokens = rf"{_SLOT}\..*token_embedding\.weight"
     held = sum(shape[1] for name, shape in shapes.items() if re.fullmatch(tokens, name))
-    # Retrieval-augmented diffusion, of 16 channels, is told by what the caller brings.
+    # Retrieval-augmented diffusion, with 16 channels, is conditioned by the caller's array.
     texts = width is None or fields["in_channels"] == 16 or bool(kinds) and not 0 < held < width
     if stage and texts:
         return None
@@ -358,12 +358,12 @@ def _lacks(state: State) -> str | None:
 
 
 def recognise(state: State) -> Recognised:
-    """What a single file holds: a whole model, or an autoencoder, a UNet or a text encoder alone.
+    """The content of a single file: a model, or an autoencoder, a UNet or a text encoder alone.
 
-    Those have the tasks "autoencoder", "unet" and "text", and may stand under any prefix. Of
-    `state`, the file's tensors, only shapes are looked at, and the values of a few buffers.
+    The latter have the tasks "autoencoder", "unet" and "text", and may have any prefix. Of `state`,
+    the file's tensors, only the shapes are used, and the values of a few buffers.
 
-    Raises ValueError, which says what was looked for and what was found.
+    Raises ValueError, which says what was expected and what was found.
     """
     if f"{UNET}input_blocks.0.0.weight" in state:
         if lacking := _lacks(state):

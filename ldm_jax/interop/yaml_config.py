@@ -1,9 +1,9 @@
-"""The YAML that a model of CompVis' or SGM's code was trained with: what no tensor of it tells.
+"""The training YAML of a model of CompVis' or SGM's code.
 
-That is heads, the noise, what the output means, the scale of the latents, the size of pictures.
-Where the YAML and the tensors both say something they must agree. Of `latent-diffusion`,
-`stable-diffusion`, `stablediffusion` and `generative-models`; classes are known by the last part of
-their `target`, for forks move them.
+It has what no tensor determines: heads, the noise, the meaning of the output, the scale of the
+latents, the size of pictures. Where the tensors determine a value as well, both must agree. It is
+read for `latent-diffusion`, `stable-diffusion`, `stablediffusion` and `generative-models`; classes
+are recognised by the last part of their `target`, because forks move them.
 """
 
 import copy
@@ -46,11 +46,11 @@ CONDITIONERS = {
     "ClassEmbedder": "class",
     "SpatialRescaler": "rescaler",
     "ConcatTimestepEmbedderND": None,
-    "Identity": None,  # of what the caller brings
+    "Identity": None,  # an array of the caller
 }
 SCALINGS = {"EpsScaling": "eps", "VScaling": "v"}
-# Parameters of a UNet that are fields of ours; of the others those that do not change what it
-# computes, and those that must have a value.
+# Parameters of a UNet that are fields of ours; of the others, those that do not change its output,
+# and those that must have a certain value.
 UNET_FIELDS = UNet.__dataclass_fields__.keys() - {"dropout", "groups", "dtype", "param_dtype"}
 UNET_PASSED_OVER = (
     *("image_size", "dropout", "use_checkpoint", "use_fp16", "use_bf16", "legacy"),
@@ -65,13 +65,13 @@ STAGE_FIELDS = AutoencoderKL.__dataclass_fields__.keys() - {"mid_attn", "dropout
 
 @dataclass(frozen=True)
 class Original:
-    """What a YAML says; None where it says nothing.
+    """The content of a YAML; None where it has no value.
 
     Attributes:
       unet, autoencoder: fields, of the latter with its kind.
-      conditioners: (kind, parameters) of those that have a network, in order.
-      scale: of the latents; "file" where the file has it.
-      side: of the latents, for which it was trained.
+      conditioners: (kind, parameters) of those with a network, in order.
+      scale: of the latents; "file" if it is in the file.
+      side: of the latents in training.
     """
 
     path: Path
@@ -87,9 +87,9 @@ class Original:
     new_attention_order: bool = False
 
     def applied(self, found: Recognised, state: State, lent: set[str]) -> Recognised:
-        """What was recognised, as the YAML says; parts under the prefixes `lent` are not its own.
+        """The recognised model with the YAML's values; parts with prefixes `lent` are not its own.
 
-        Raises ValueError for what tensors and YAML say differently.
+        Raises ValueError where tensors and YAML disagree.
         """
         config, parts = copy.deepcopy(found.config), dict(found.parts)
         if (self.unet is None) != ("unet" not in config):
@@ -140,7 +140,7 @@ class Original:
         key, context = self.conditioning_key, fields.get("context_dim")
         if key and (key[:5] in ("cross", "hybri")) != (context is not None):
             raise self._differ("unet.context_dim", f"conditioning_key={key}", context)
-        # Where every attention is as wide as the context, shapes do not show it.
+        # If every attention is as wide as the context, shapes do not determine it.
         fields = dict(context_dim=self.unet.get("context_dim")) | fields
         fields |= {name: value for name, value in self.unet.items() if name in untold}
         self._compare(
@@ -149,7 +149,7 @@ class Original:
         return fields
 
     def _networks(self, parts: dict[str, Part], sections: Section) -> dict[str, Section]:
-        """Fields of conditioners that no shape tells."""
+        """Fields of conditioners that no shape determines."""
         held = [p.layout if p.layout == "openclip" else p.network for p in parts.values()]
         said = [kind for kind, _ in self.conditioners]
         if said != held:
@@ -162,7 +162,7 @@ class Original:
             elif kind == "clip" and layer == "hidden":
                 networks[name] = dict(layer="penultimate", final_norm=False)
             elif kind == "openclip" and layer == "last" and "text_projection" in part.ignored:
-                # The last block was left out, as SD 2 does.
+                # The last block was left out, as in SD 2.
                 networks[name] = dict(depth=sections[name]["network"]["depth"] + 1)
         return networks
 
@@ -187,7 +187,7 @@ class Original:
 
 
 class _Section(dict):
-    """A section of a YAML that knows its file and place; its errors say both."""
+    """A section of a YAML with its file and place, which its errors name."""
 
     def __init__(self, path: Path, place: str, content: Any):
         self.path, self.place = path, place
@@ -216,7 +216,7 @@ class _Section(dict):
         return self[key]
 
     def number(self, key: str, default: float) -> float:
-        try:  # of YAML's 1e-4, too, which it takes for text
+        try:  # YAML reads 1e-4 as text
             return float(self.get(key, default))
         except (TypeError, ValueError) as error:
             raise self.error(key, "a number") from error
@@ -259,7 +259,7 @@ def _with_networks(parts: list[tuple[str, _Section]]) -> tuple[tuple[str, Sectio
 
 
 def _latent(params: _Section) -> Section:
-    """Of latent-diffusion, stable-diffusion and stablediffusion."""
+    """Reads a YAML of latent-diffusion, stable-diffusion or stablediffusion."""
     said = _unet(*params.part("unet_config", ("UNetModel",)))
     conditioners: list = []
     if params.get("cond_stage_config") not in ("__is_first_stage__", "__is_unconditional__", None):
@@ -282,7 +282,7 @@ def _latent(params: _Section) -> Section:
 
 
 def _engine(params: _Section) -> Section:
-    """Of generative-models."""
+    """Reads a YAML of generative-models."""
     said = _unet(*params.part("network_config", ("UNetModel",)))
     _, denoiser = params.part("denoiser_config", ("DiscreteDenoiser",))
     scaling, _ = denoiser.part("scaling_config", SCALINGS)
@@ -313,11 +313,11 @@ def _engine(params: _Section) -> Section:
 
 
 def read_original(path: str | os.PathLike) -> Original:
-    """What a YAML of CompVis' or SGM's code says of a model.
+    """Reads a YAML of CompVis' or SGM's code.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: no YAML, classes that we do not know, or what our networks do not have, by key.
+      ValueError: no YAML, unknown classes, or values that our networks do not have, by key.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -325,7 +325,7 @@ def read_original(path: str | os.PathLike) -> Original:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     tree = _Section(path, "", tree if isinstance(tree, dict) else {})
     name, params = tree.part("model", (*LATENT, "DiffusionEngine", *STAGES))
     if name in STAGES:

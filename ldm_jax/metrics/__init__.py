@@ -1,7 +1,7 @@
-"""Numbers about pictures: pixel by pixel (`image`), and set against set on an extractor's features.
+"""Metrics of pictures: pixel by pixel (`image`), and between sets, on an extractor's features.
 
 `load_extractor` gives EfficientNet-Lite0 features; `frechet_distance`, `kernel_distance`, `floor`
-and `caption_retrieval` take those of any other extractor too.
+and `caption_retrieval` accept those of any extractor.
 """
 
 from ldm_jax.metrics.distance import floor, frechet_distance, kernel_distance

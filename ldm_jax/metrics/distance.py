@@ -1,8 +1,8 @@
-"""How far two sets of pictures are, by the features (N, D) of any extractor.
+"""Distances between two sets of pictures, by the features (N, D) of any extractor.
 
-Everything here is float64 NumPy on the host. Say with a number which extractor made the features
-and how many pictures there were: both distances change with the extractor, and the Fréchet distance
-falls as N grows (`floor` shows how far).
+All computations are float64 NumPy on the host. Report each number with the extractor and the number
+of pictures: both distances depend on the extractor, and the Fréchet distance decreases as N grows
+(`floor` shows how far).
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
 
     |μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½), with covariances over N - 1. Written with square roots
     instead of covariances, Σ = RᵀR, the last trace is the sum of the singular values of Ra Rbᵀ: the
-    same number, real and exact also where N < D leaves Σ without full rank.
+    same number, real and exact even if N < D, where Σ does not have full rank.
 
     Args:
       features_a, features_b: (N, D) and (M, D), two rows or more each.
@@ -38,7 +38,7 @@ def kernel_distance(
 ) -> float:
     """Kernel distance (KID): unbiased MMD² under (x·y / D + 1)³ (Bińkowski et al. 2018, eq. 4).
 
-    Unbiased: two samples of one distribution give zero on average, so it may come out negative.
+    Unbiased: two samples of one distribution give zero on average, so the value may be negative.
 
     Args:
       features_a, features_b: (N, D) and (M, D), two rows or more each.
@@ -65,8 +65,8 @@ def kernel_distance(
 def floor(features: np.ndarray, seed: int = 0) -> float:
     """Fréchet distance between two random halves of one set (N, D).
 
-    What a perfect generator would score against N / 2 pictures: a model near it is out of reach of
-    this measure.
+    This is the score of a perfect generator against N / 2 pictures: the metric cannot distinguish
+    better models.
     """
     order = np.random.default_rng(seed).permutation(len(features))
     half = len(features) // 2

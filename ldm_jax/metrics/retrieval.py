@@ -1,4 +1,4 @@
-"""Does a generated picture show what its prompt asked for? The training pictures tell."""
+"""Caption retrieval: whether the nearest training pictures of a generated one fit its prompt."""
 
 from collections.abc import Sequence
 
@@ -15,14 +15,14 @@ def caption_retrieval(
 ) -> dict[str, float]:
     """Shares of generated pictures whose nearest training pictures fit the prompt.
 
-    Nearness is the cosine similarity of features; of equally near pictures the first in `training`
+    The similarity is the cosine of features; of equally similar pictures the first in `training`
     comes first.
 
     Args:
       generated: (B, D) features of the generated pictures.
       training: (N, D) features of the training pictures, by the same extractor.
       names, groups: of the N training pictures. A name may occur more than once.
-      prompt_names, prompt_groups: of the B prompts: the picture and the group each one asks for.
+      prompt_names, prompt_groups: of the B prompts: the picture and the group that each describes.
 
     Returns:
       Shares in [0, 1]: `r@1` and `r@5`, the prompt's own picture is among the 1 or 5 nearest;

@@ -10,9 +10,9 @@ from ldm_jax.models.layers import GroupNorm, conv, uniform_init
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Multi-head attention softmax(QKᵀ/√d)V (Vaswani et al. 2017, eq. 1), softmax in float32.
 
-    Products over (batch, heads, tokens, d): with the heads behind the tokens, as they come here
-    and as `jax.nn.dot_product_attention` leaves them, XLA takes several times as long on a CPU and
-    reads half as much again on a TPU.
+    The products are over (batch, heads, tokens, d): with the heads after the tokens, as in the
+    arguments and in `jax.nn.dot_product_attention`, XLA takes several times as long on a CPU and
+    reads 1.5 times as much on a TPU.
 
     Args: query (B, L, heads, d); key and value (B, S, heads, d). Returns (B, L, heads, d).
     """
@@ -46,10 +46,10 @@ class Attention(nn.Module):
 
 
 class GatedDense(nn.Module):
-    """One linear layer whose output halves, value and gate, come apart: (…, C) → 2 × (…, features).
+    """A linear layer that returns value and gate separately: (…, C) → 2 × (…, features).
 
-    Two products on slices of the kernel: of one product that is split, XLA:CPU recomputes the
-    gate's erf for every use, and the gradient takes twice as long.
+    It uses two products on slices of the kernel: with one product that is split, XLA:CPU recomputes
+    the gate's erf for every use, and the gradient takes twice as long.
     """
 
     features: int
@@ -149,7 +149,7 @@ class SpatialTransformer(nn.Module):
     ) -> jax.Array:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         batch, height, width, channels = x.shape
-        # 1e-6 here and 1e-5 in the other norms of the UNet: so the originals have it.
+        # 1e-6 here and 1e-5 in the other norms of the UNet, as in the originals.
         h = GroupNorm(self.groups, 1e-6, name="norm", **types)(x)
         h = h.reshape(batch, height * width, channels)
         inner = self.heads * self.head_dim

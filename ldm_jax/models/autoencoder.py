@@ -1,11 +1,11 @@
 """The first stage: a convolutional autoencoder (Rombach et al. 2022, §3.1 and §G), here with KL.
 
-`ldm_jax.models.vq` has the one with a codebook, of the same encoder and decoder.
+`ldm_jax.models.vq` has the one with a codebook, with the same encoder and decoder.
 
-An image x (B, H, W, 3) in [−1, 1] becomes a diagonal Gaussian over latents (B, H/f, W/f, C) with
-f = patch_size·2^(levels−1), and comes back. Field names are those of the original configurations;
-`patch_size` is ours: the originals always work on single pixels, where a laptop spends most of its
-time for little.
+The encoder maps an image x (B, H, W, 3) in [−1, 1] to a diagonal Gaussian over latents (B, H/f,
+W/f, C) with f = patch_size·2^(levels−1); the decoder maps latents to images. Field names are those
+of the original configurations; `patch_size` is ours: the originals always use single pixels, which
+takes most of the time on a CPU and gains little.
 """
 
 import jax
@@ -24,7 +24,7 @@ from ldm_jax.models.layers import (
 
 
 class ResnetBlock(nn.Module):
-    """Norm, swish, 3×3 convolution, twice, beside a shortcut (1×1 where the width changes)."""
+    """Norm, swish, 3×3 convolution, twice, plus a shortcut (1×1 if the width changes)."""
 
     features: int
     groups: int = 32
@@ -143,7 +143,7 @@ class Decoder(nn.Module):
 
 
 def encoder_and_decoder(model: nn.Module, out_channels: int) -> tuple[Encoder, Decoder]:
-    """The two as the fields of an autoencoder say, whose `setup` calls this."""
+    """The encoder and decoder from the fields of an autoencoder, for its `setup`."""
     names = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resolution", "mid_attn")
     names += ("groups", "dropout", "dtype", "param_dtype")
     shared = {name: getattr(model, name) for name in names}
@@ -156,8 +156,8 @@ class AutoencoderKL(nn.Module):
 
     `resolution` is nominal: it only places attention (`attn_resolutions` at levels of that size,
     the first level counting as `resolution` whatever the `patch_size`);
-    any height and width divisible by `downsampling` go through. Level i has ch·ch_mult[i] channels,
-    rounded; `groups` must divide every width.
+    any height and width divisible by `downsampling` are allowed. Level i has ch·ch_mult[i]
+    channels, rounded; `groups` must divide every width.
     The originals' `attn_type: none` is `mid_attn=False` without `attn_resolutions`. Without
     `use_quant_conv` (SGM's own autoencoders, SD 3) the encoder's output is the moments.
 
@@ -221,7 +221,7 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z) if self.use_quant_conv else z, deterministic)
 
     def last_layer(self, features: jax.Array) -> jax.Array:
-        """The last convolution, apart because LDM weighs its adversarial loss by its gradient."""
+        """The last convolution; separate, because its gradient weights LDM's adversarial loss."""
         return depth_to_space(self.conv_out(features), self.patch_size).astype(jnp.float32)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -240,7 +240,7 @@ class Identity(nn.Module):
     downsampling = 1
 
     def moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The pixels as mean of a posterior without any width."""
+        """The pixels as mean of a posterior of variance 0."""
         return x, jnp.full_like(x, -jnp.inf)
 
     def encode(self, x: jax.Array) -> jax.Array:

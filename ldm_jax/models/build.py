@@ -1,4 +1,4 @@
-"""From the sections of a config to modules."""
+"""Makes modules from the sections of a config."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def make_autoencoder(section: dict[str, Any], dtype: Any = None) -> Autoencoder:
     """The autoencoder of a config's section `autoencoder`: its `kind` (default "kl"), its fields.
 
     Raises:
-      ValueError: no such kind.
+      ValueError: an unknown kind.
     """
     fields = dict(section)
     kind = fields.pop("kind", "kl")

@@ -1,7 +1,7 @@
 """The text encoders of CLIP (Radford et al. 2021, §2.4) and of its reproductions by OpenCLIP.
 
-What Stable Diffusion conditions on, as fields of `CLIPText`, which default to the first row. Each
-model has 49408 tokens and reads 77 of them.
+The encoders of Stable Diffusion, as fields of `CLIPText`, which default to the first row. Each has
+49408 tokens and a text length of 77.
 
 | encoder | width, depth, heads | activation | projection | used by: layer, final_norm |
 |---|---|---|---|---|
@@ -9,8 +9,8 @@ model has 49408 tokens and reads 77 of them.
 | OpenCLIP ViT-H/14 | 1024, 24, 16 | gelu | None | SD 2: "penultimate", True |
 | OpenCLIP ViT-bigG/14 | 1280, 32, 20 | gelu | 1280 | SDXL: "penultimate", False, and pooled |
 
-All three have a projection as wide as they are; only SDXL uses one. In diffusers' files, SD 2 is
-depth 23 with layer "last": the block that goes unused is not there.
+All three have a projection of their own width; only SDXL uses one. In diffusers' files, SD 2 has
+depth 23 and layer "last": the unused block is missing.
 
 Parameters are named as in transformers, less `text_model.`, `embeddings.` and `encoder.`, with
 `layers_0` for `layers.0`. OpenCLIP's `resblocks.N` is `layers_N`: `ln_1`, `ln_2` are `layer_norm1`,
@@ -28,7 +28,7 @@ from flax import linen as nn
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """x·σ(1.702x), Hendrycks & Gimpel 2016, §2: near GELU, and what OpenAI trained with."""
+    """x·σ(1.702x), Hendrycks & Gimpel 2016, §2: close to GELU, and used by OpenAI."""
     return x * nn.sigmoid(1.702 * x)
 
 
@@ -38,7 +38,7 @@ def exact_gelu(x: jax.Array) -> jax.Array:
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu}
-# By name, places in the list of hidden states: the embeddings, then the output of every block.
+# By name, indices of the list of hidden states: the embeddings, then the output of every block.
 LAYERS = {"last": -1, "penultimate": -2}
 
 
@@ -48,7 +48,7 @@ def layer_norm(name: str, epsilon: float, **types) -> nn.LayerNorm:
 
 
 def layer_index(layer: int | str, depth: int) -> int:
-    """Place of `CLIPText.layer` in the list of hidden states; ValueError if there is none."""
+    """Index of `CLIPText.layer` in the list of hidden states; ValueError if there is none."""
     index = LAYERS.get(layer, layer)
     if not isinstance(index, int) or not -depth - 1 <= index <= depth:
         raise ValueError(
@@ -68,7 +68,7 @@ class TextFeatures(NamedTuple):
 class CausalAttention(nn.Module):
     """Each token of (B, L, C) attends to itself and to those before it; scale head_dim^−½.
 
-    `depth`, of the whole encoder, sets how small `out_proj` starts.
+    `depth`, of the whole encoder, sets the initial scale of `out_proj`.
     """
 
     heads: int
@@ -150,10 +150,9 @@ class CLIPText(nn.Module):
         `text_projection`. None: the end is where the id is highest, as in the originals. Else: it
         is the first token of this id (the first of all if there is none), as in transformers where
         `eos_token_id` is not 2. With CLIP's ids, where the end token 49407 is the highest, both
-        agree, but for tokens that were added later.
+        agree, except for tokens that were added later.
 
-    Whichever of hidden and pooled goes unused, and every block that it alone needed, costs nothing
-    under jit.
+    An unused one of hidden and pooled, and the blocks that only it needs, cost nothing under jit.
 
     Raises:
       ValueError: more tokens than max_length; ids outside the vocabulary, unless traced (under jit,
@@ -216,7 +215,7 @@ class CLIPText(nn.Module):
         return TextFeatures(norm(hidden[index]) if self.final_norm else hidden[index], pooled)
 
     def _check(self, tokens: jax.Array) -> None:
-        """Raises ValueError for what `__call__` would fail on late or answer with nonsense."""
+        """Raises ValueError for inputs and fields on which `__call__` would fail or be wrong."""
         if self.width % self.heads:
             raise ValueError(f"width={self.width} does not divide into heads={self.heads}")
         if self.activation not in ACTIVATIONS:

@@ -1,4 +1,4 @@
-"""PatchGAN discriminator (Isola et al. 2017) as the VQGAN and latent diffusion train with it."""
+"""PatchGAN discriminator (Isola et al. 2017) as in VQGAN and latent diffusion."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from flax import linen as nn
 class PatchDiscriminator(nn.Module):
     """Images (B, H, W, 3) in [−1, 1] → one logit per overlapping patch, (B, h, w, 1).
 
-    Batch normalisation always uses the statistics of the batch at hand: the discriminator exists
+    Batch normalisation always uses the statistics of the current batch: the discriminator exists
     only during training, so no running averages are kept.
     """
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, a network of features of pictures.
+"""EfficientNet-Lite0, a network for features of pictures.
 
 The network is EfficientNet (Tan & Le 2019, arXiv 1905.11946, table 1) without squeeze-and-excite
 and with ReLU6 (github.com/tensorflow/tpu, efficientnet/lite); its convolutions pad as TensorFlow's
@@ -22,7 +22,7 @@ STAGES = (
 
 
 class Depthwise(nn.Module):
-    """A convolution of each channel by itself, padded as "SAME".
+    """A depthwise convolution, padded as "SAME".
 
     Written as a sum over the window because XLA's grouped convolution is 18 times slower on a CPU.
     """
@@ -46,7 +46,7 @@ class Depthwise(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, convolve each channel, project; plus the input where the shapes agree."""
+    """Expand, convolve each channel, project; plus the input if the shapes agree."""
 
     features: int
     kernel: int

@@ -1,4 +1,4 @@
-"""Small networks, and a function, that turn conditions other than text into what a UNet is told."""
+"""Small networks, and a function, that turn conditions other than text into a UNet's inputs."""
 
 import math
 
@@ -12,7 +12,7 @@ from ldm_jax.models.layers import average_pool, check_sides, conv, timestep_embe
 class ClassEmbedder(nn.Module):
     """Labels (B,), integers in [0, n_classes) → a context of one token (B, 1, embed_dim).
 
-    LDM's class-conditional models; a null class, if there is one, is one more class.
+    For LDM's class-conditional models; a null class, if there is one, is a further class.
     """
 
     n_classes: int = 1000
@@ -37,10 +37,10 @@ class ClassEmbedder(nn.Module):
 class SpatialRescaler(nn.Module):
     """Maps (B, H, W, C) halved `n_stages` times, then, with `out_channels`, mixed by a 1×1 matrix.
 
-    What brings a segmentation to the size of the latents (LDM, §4.3.2). torch's bilinear ×½ without
-    antialiasing, which LDM uses, looks midway between pixels 2i and 2i + 1: it is their mean.
+    It scales a segmentation to the size of the latents (LDM, §4.3.2). torch's bilinear ×½ without
+    antialiasing, which LDM uses, samples midway between pixels 2i and 2i + 1: it is their mean.
 
-    Raises ValueError for sides that do not halve so often.
+    Raises ValueError for sides that cannot be halved so often.
     """
 
     n_stages: int = 1
@@ -62,9 +62,9 @@ class SpatialRescaler(nn.Module):
 
 
 def guidance_embedding(guidance: jax.Array, dim: int = 256) -> jax.Array:
-    """Guidance scales (B,), of which 1 is none → (B, dim), the `timestep_cond` of distilled UNets.
+    """Guidance scales (B,) → (B, dim), the `timestep_cond` of distilled UNets.
 
-    Sines, then cosines, of 1000·(guidance − 1): Luo et al. 2023 (LCM), whose ω is one less.
+    Sines, then cosines, of 1000·(guidance − 1): Luo et al. 2023 (LCM), whose ω is guidance − 1.
     """
     half = dim // 2
     frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - 1))
@@ -76,7 +76,7 @@ def guidance_embedding(guidance: jax.Array, dim: int = 256) -> jax.Array:
 def concat_timestep_embedding(values: jax.Array, dim: int = 256) -> jax.Array:
     """Numbers (B, N) → their sinusoids side by side (B, N·dim): SGM's ConcatTimestepEmbedderND.
 
-    So SDXL is told sizes, crops and scores, in pixels and points. (B,) counts as (B, 1).
+    SDXL's sizes, crops and scores are embedded like this. (B,) counts as (B, 1).
     """
     values = values.reshape(values.shape[0], -1)
     return timestep_embedding(values.reshape(-1), dim).reshape(values.shape[0], -1)

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-# PyTorch's default for convolutions and linear layers, U(±1/√fan_in), from which the originals
-# train.
+# PyTorch's default for convolutions and linear layers, U(±1/√fan_in), which the originals use.
 uniform_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -71,7 +70,7 @@ def conv(
 
 
 def check_channels(array: jax.Array, field: str, channels: int) -> None:
-    """Raises ValueError if an array (..., C) has not the channels that a network's field says."""
+    """Raises ValueError if an array (..., C) does not have the channels of a network's field."""
     if array.shape[-1] != channels:
         raise ValueError(f"{field}={channels} got {array.shape[-1]} channels, {array.shape}")
 
@@ -88,8 +87,7 @@ def level_widths(base: int, multiples: tuple[float, ...]) -> tuple[int, ...]:
 
 
 def width_multiples(widths: Sequence[int]) -> list[float]:
-    """The inverse of `level_widths`, of widths of which the first is the base; whole where it can
-    be."""
+    """The inverse of `level_widths` for widths whose first is the base; integers if possible."""
     base = widths[0]
     return [width / base if width % base else width // base for width in widths]
 

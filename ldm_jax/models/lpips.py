@@ -1,6 +1,6 @@
 """Learned perceptual distance (Zhang et al. 2018, eq. 1) on VGG-16 features.
 
-The weights are a file the user names; `scripts/build_lpips.py` makes one. Parameters: a flat dict
+The weights are a file of the user; `scripts/build_lpips.py` makes one. Parameters: a flat dict
 `conv{stage}_{i}/kernel` (HWIO), `conv{stage}_{i}/bias` and `lin{0..4}` (C,).
 """
 
@@ -31,8 +31,8 @@ def vgg_features(params: dict[str, jax.Array], x: jax.Array) -> list[jax.Array]:
 def lpips(params: dict[str, jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
     """Perceptual distance per image, (B,), of images (B, H, W, 3) in [−1, 1]; at least 16×16.
 
-    The originals normalise by √Σf² + 1e-10, whose gradient is NaN where all channels are zero;
-    the root here has an inner epsilon instead, which moves the value by less than 1e-6.
+    The originals normalise by √Σf² + 1e-10, whose gradient is NaN where all channels are zero; here
+    the epsilon is inside the root, which changes the value by less than 1e-6.
     """
 
     def unit(f):

@@ -1,4 +1,4 @@
-"""Text encoders. The one here is LDM's own: a BERT-style transformer trained with the UNet."""
+"""LDM's own text encoder: a BERT-style transformer trained with the UNet."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
 """A tiny autoencoder for previews: TAESD (O. Boer Bohan, 2023) in the layout of diffusers.
 
-Convolutions and ReLUs of one width, trained to mimic the latents of a large autoencoder. Layers
-are numbered as there, where those without parameters count too.
+Convolutions and ReLUs of one width, trained to reproduce the latents of a large autoencoder. Layers
+are numbered as in diffusers, where layers without parameters count as well.
 """
 
 import jax
@@ -78,8 +78,8 @@ class TinyDecoder(nn.Module):
 class TinyAutoencoder(nn.Module):
     """Images (B, H, W, 3) in [−1, 1] ⇄ latents (B, H/f, W/f, latent_channels).
 
-    Its latents are what others call scaled ones: those that the large autoencoder's denoiser works
-    on. One entry of `encoder_blocks` and of `decoder_blocks` for each level, f = 2^(levels−1).
+    Its latents are those of the large autoencoder times its `scale_factor`. `encoder_blocks` and
+    `decoder_blocks` have one entry for each level, f = 2^(levels−1).
 
     Raises ValueError for pictures or latents of other channels or indivisible sides.
     """
@@ -103,10 +103,10 @@ class TinyAutoencoder(nn.Module):
         return 2 ** (len(self.encoder_blocks) - 1)
 
     embed_dim = property(lambda self: self.latent_channels)
-    scale_factor = 1.0  # its latents are scaled already
+    scale_factor = 1.0  # its latents are already scaled
 
     def moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The latents as mean of a posterior without any width."""
+        """The latents as mean of a posterior of variance 0."""
         latents = self.encode(x)
         return latents, jnp.full_like(latents, -jnp.inf)
 

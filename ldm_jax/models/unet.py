@@ -1,7 +1,7 @@
 """The denoising UNet of latent diffusion (Rombach et al. 2022, §3.2–3.3; Dhariwal & Nichol 2021).
 
-Modules carry the originals' names (`input_blocks_3_0` is their `input_blocks.3.0`), so that a
-checkpoint's keys can be read off.
+Modules have the originals' names (`input_blocks_3_0` is their `input_blocks.3.0`), so that they
+correspond to a checkpoint's keys.
 """
 
 import jax
@@ -23,7 +23,7 @@ from ldm_jax.models.layers import (
 
 
 class ResBlock(nn.Module):
-    """Residual block told the time: (B, H, W, C) and (B, E) → (B, H', W', features).
+    """Residual block with the time embedding: (B, H, W, C) and (B, E) → (B, H', W', features).
 
     `resize` "up" or "down" doubles or halves the picture inside the block (`resblock_updown`).
     """
@@ -86,24 +86,24 @@ class UNet(nn.Module):
     """Noisy latents (B, h, w, in_channels) at timesteps (B,) → (B, h, w, out_channels).
 
     Attention is a SpatialTransformer over `context` (B, L, context_dim), or, without `context_dim`
-    and unless `use_spatial_transformer`, a plain AttentionBlock. It stands at the *down-sampling
+    and unless `use_spatial_transformer`, a plain AttentionBlock. It is used at the *down-sampling
     factors* `attention_resolutions`, as in the originals, and in the middle. Exactly one of
-    `num_heads` and `num_head_channels` counts: the latter if it is positive. Channels must divide
-    into heads, so the originals' `legacy`, which differs only where they do not, has no place here.
-    `num_heads`, `transformer_depth` and `disable_self_attentions` hold for all levels or are
-    tuples, an entry a level; the middle has the last level's heads and depth, and always
-    self-attention. Level i has model_channels·channel_mult[i] channels, rounded.
-    `use_linear_in_transformer` changes nothing here: it says how checkpoints store projections.
+    `num_heads` and `num_head_channels` counts: the latter if it is positive. Channels must be
+    divisible into heads, so there is no field for the originals' `legacy`, which differs only if
+    they are not. `num_heads`, `transformer_depth` and `disable_self_attentions` apply to all levels
+    or are tuples with an entry for each level; the middle has the last level's heads and depth, and
+    always self-attention. Level i has model_channels·channel_mult[i] channels, rounded.
+    `use_linear_in_transformer` changes nothing here: it is how checkpoints store projections.
 
-    `num_classes` says what `y` is, of which an embedding is added to that of the time:
+    `num_classes` is the kind of `y`, whose embedding is added to that of the time:
       a number n: labels (B,), integers in [0, n) (SD 2's upscaler, whose labels are noise levels);
       "sequential": vectors (B, adm_in_channels) (unCLIP, SDXL);
       "continuous": numbers (B, 1), through one linear layer;
-      "timestep": numbers (B,), which are embedded as timesteps are.
+      "timestep": numbers (B,), which are embedded like timesteps.
 
     With `time_cond_proj_dim`, `timestep_cond` (B, time_cond_proj_dim) is projected and added to the
-    sinusoids of the time; None is zeros. Guidance-distilled models have it (Meng et al. 2023; Luo
-    et al. 2023): an embedding of the guidance scale, see `embedders.guidance_embedding`.
+    sinusoids of the time; None is zeros. Guidance-distilled models use it (Meng et al. 2023; Luo et
+    al. 2023) for the embedding of the guidance scale, see `embedders.guidance_embedding`.
 
     Raises ValueError for shapes that would fail late, or build another network.
     """
@@ -139,7 +139,7 @@ class UNet(nn.Module):
         timestep_cond: jax.Array | None,
     ) -> None:
         check_channels(x, "UNet with in_channels", self.in_channels)
-        if self.resblock_updown:  # whose blocks drop what is left of an odd side
+        if self.resblock_updown:  # its blocks would drop the last pixel of an odd side
             check_sides(x, "UNet latents", 2 ** (len(self.channel_mult) - 1))
         width = None if context is None else context.shape[-1]
         if width != self.context_dim:
@@ -237,7 +237,7 @@ class UNet(nn.Module):
             values = values.astype(self.dtype or x.dtype)
             return dense(f"{name}_2", nn.silu(dense(f"{name}_0", values)))
 
-        # Time, and what else the network is told as a vector. The names are the originals'.
+        # The time and the other vector inputs. The names are the originals'.
         time = timestep_embedding(t, self.model_channels)
         if self.time_cond_proj_dim is not None:
             if timestep_cond is None:
@@ -262,7 +262,7 @@ class UNet(nn.Module):
             shape = (self.num_classes, emb.shape[-1])
             emb += nn.Embed(*shape, embedding_init=normal, name="label_emb", **types)(y)
 
-        # Down: every block's output is kept for the way up.
+        # Down: every block's output is kept as a skip.
         # The first convolution is as wide as the first level (guided diffusion at 512: half).
         h = conv(widths[0], name="input_blocks_0_0", **types)(x)
         skips, levels = [h], len(widths)
@@ -290,7 +290,7 @@ class UNet(nn.Module):
         for level in reversed(range(levels)):
             attends = 2**level in self.attention_resolutions
             for i in range(self.num_res_blocks + 1):
-                # Numbered by what the way up has consumed.
+                # Numbered by the skips used so far.
                 name = f"output_blocks_{(self.num_res_blocks + 1) * levels - len(skips)}"
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = resblock(f"{name}_0", widths[level])(h, emb, deterministic)
@@ -301,7 +301,7 @@ class UNet(nn.Module):
                     if self.resblock_updown:
                         h = resblock(name, h.shape[-1], "up")(h, emb, deterministic)
                     else:
-                        # An odd side was halved to the next larger number.
+                        # Half of an odd side was rounded up.
                         height, width = skips[-1].shape[1:3]
                         doubled = upsample(h)[:, :height, :width]
                         h = conv(h.shape[-1], name=name, **types)(doubled)

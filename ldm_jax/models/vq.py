@@ -1,7 +1,7 @@
 """The first stage with a codebook (van den Oord et al. 2017; Esser et al. 2021; LDM, §3.1).
 
-Latent diffusion works on latents *ahead* of quantisation, and quantising is the decoder's first
-step. In CompVis' code that is `VQModelInterface`; here `VQModel` always behaves so.
+Latent diffusion uses the latents *before* quantisation, and quantisation is the decoder's first
+step. In CompVis' code that is `VQModelInterface`; here `VQModel` always does this.
 """
 
 from typing import NamedTuple
@@ -15,15 +15,15 @@ from ldm_jax.models.layers import check_channels, conv
 
 
 class Quantized(NamedTuple):
-    """What comes of latents (B, h, w, C).
+    """The quantisation of latents (B, h, w, C).
 
     Attributes:
-      latents: (B, h, w, C), each the nearest entry; gradients pass to what was quantised as if
-        nothing had happened (straight-through).
+      latents: (B, h, w, C), each the nearest entry; gradients pass unchanged to the input
+        (straight-through).
       indices: (B, h, w), of the entries.
-      loss: mean square of latents less entries, of which each term draws one to the other.
+      loss: mean squared difference of latents and entries, with a term for the gradient of each.
       perplexity: exp of the entropy of the entries' frequencies in the batch, 1 … n_embed.
-      usage: how many different entries the batch took.
+      usage: number of different entries in the batch.
     """
 
     latents: jax.Array
@@ -38,7 +38,7 @@ class VectorQuantizer(nn.Module):
 
     The loss is ‖sg[e] − z‖² + β‖e − sg[z]‖² with `legacy`, as LDM's weights were trained (by
     taming-transformers' `VectorQuantizer2`), and otherwise with β on the first term, the
-    commitment, as van den Oord et al. (eq. 3) have it. Its value is the same either way.
+    commitment, as in van den Oord et al. (eq. 3). Its value is the same in both cases.
 
     Raises ValueError for latents of another width.
     """
@@ -66,8 +66,8 @@ class VectorQuantizer(nn.Module):
         )
         z = z.astype(jnp.float32)
 
-        # ‖z − e‖² without ‖z‖², which is the same for all entries. In full precision: accelerators
-        # would else multiply in bfloat16, and take another entry.
+        # ‖z − e‖² without ‖z‖², which is the same for all entries. In full precision: otherwise
+        # accelerators multiply in bfloat16, and choose another entry.
         table = codebook.embedding.astype(jnp.float32)
         products = jnp.einsum("bhwd,nd->bhwn", z, table, precision="highest")
         indices = jnp.argmin(jnp.sum(jnp.square(table), axis=-1) - 2.0 * products, axis=-1)
@@ -89,11 +89,10 @@ class VectorQuantizer(nn.Module):
 
 
 class VQModel(nn.Module):
-    """VQ autoencoder. Outside it, latents are ahead of quantisation and times `scale_factor`.
+    """VQ autoencoder. Outside it, latents are those before quantisation, times `scale_factor`.
 
-    Fields as in `AutoencoderKL`, and those of `VectorQuantizer`. In training, `prequant`,
-    `nearest`, `features` and `last_layer` follow one another, and the loss is among what `nearest`
-    gives.
+    Fields as in `AutoencoderKL`, and those of `VectorQuantizer`. Training calls `prequant`,
+    `nearest`, `features` and `last_layer` in this order; `nearest` returns the loss.
 
     Raises ValueError for pictures or latents of other channels or indivisible sides.
     """
@@ -132,12 +131,12 @@ class VQModel(nn.Module):
         return self.patch_size * 2 ** (len(self.ch_mult) - 1)
 
     def prequant(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
-        """Unscaled latents ahead of quantisation, float32: (B, H, W, C) → (B, H/f, W/f, D)."""
+        """Unscaled latents before quantisation, float32: (B, H, W, C) → (B, H/f, W/f, D)."""
         check_channels(x, "VQModel with in_channels", self.in_channels)
         return self.quant_conv(self.encoder(x, deterministic)).astype(jnp.float32)
 
     def moments(self, x: jax.Array, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
-        """`prequant` as mean and log-variance of a posterior without any width."""
+        """`prequant` as mean of a posterior of variance 0, and its log-variance."""
         z = self.prequant(x, deterministic)
         return z, jnp.full_like(z, -jnp.inf)
 
@@ -146,7 +145,7 @@ class VQModel(nn.Module):
         return self.quantize(z)
 
     def encode(self, x: jax.Array) -> jax.Array:
-        """Scaled latents ahead of quantisation: (B, H, W, C) → (B, H/f, W/f, embed_dim)."""
+        """Scaled latents before quantisation: (B, H, W, C) → (B, H/f, W/f, embed_dim)."""
         return self.prequant(x) * self.scale_factor
 
     def decode(self, latents: jax.Array, force_not_quantize: bool = False) -> jax.Array:
@@ -161,7 +160,7 @@ class VQModel(nn.Module):
         return self.decoder(self.post_quant_conv(z), deterministic)
 
     def last_layer(self, features: jax.Array) -> jax.Array:
-        """The last convolution, apart because LDM weighs its adversarial loss by its gradient."""
+        """The last convolution; separate, because its gradient weights LDM's adversarial loss."""
         return depth_to_space(self.conv_out(features), self.patch_size).astype(jnp.float32)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,9 +1,9 @@
-"""The models that others published, each once: its networks, conditions, noise and sampling.
+"""Published models, one row each: networks, conditions, noise and sampling.
 
-A row says what its authors' configuration says, in the form of our config sections. `configs/`
-adds how a model was trained; `interop` looks up what the tensors of a file do not say. Sources:
-the repositories and files named in the rows, and papers and model cards. Parameter counts are those
-of the original code.
+A row has the values of its authors' configuration, in the form of our config sections. `configs/`
+adds the training options; `interop` uses the values that the tensors of a file do not determine.
+The sources are the repositories and files named in the rows, papers and model cards. Parameter
+counts are those of the original code.
 """
 
 from dataclasses import dataclass
@@ -29,17 +29,17 @@ class Model:
     """A diffusion model.
 
     Attributes:
-      title: for people; models that a file cannot tell apart share one.
+      title: for messages; models that a file does not distinguish share one.
       unet: section `unet`.
       autoencoder: of its latents.
       conditions: section `conditioning`.
       noise: section `diffusion`.
-      sampling: section `sampling`, as the authors' scripts do.
+      sampling: section `sampling`, as in the authors' scripts.
       networks: parameters of the UNet and of each network in `conditions`, by name.
       source: repository, and configuration in it.
-      size: pixels a side.
-      learn_sigma: whether the file's UNet predicts a variance as well, in as many channels again
-        behind the `out_channels` of `unet`.
+      size: pixels per side.
+      learn_sigma: whether the file's UNet also predicts a variance, in as many further channels
+        after the `out_channels` of `unet`.
       new_attention_order: whether the file's `qkv` are ordered q, k, v first, then heads.
     """
 
@@ -57,7 +57,7 @@ class Model:
 
     @property
     def heads(self) -> Section:
-        """The field of the UNet that says how attention is divided into heads."""
+        """The UNet's field for the heads of attention."""
         name = "num_head_channels" if self.unet.get("num_head_channels", -1) > 0 else "num_heads"
         return {name: self.unet[name]}
 
@@ -70,7 +70,7 @@ class Model:
 VQ_F4, SD_VAE, XL_VAE = (AUTOENCODERS[name] for name in ("vq-f4", "sd-vae", "sdxl-vae"))
 
 
-# Denoisers. `attention` stands at down-sampling factors of the latents, not at their sizes.
+# Denoisers. `attention` are down-sampling factors of the latents, not their sizes.
 def unet(
     channels: int, width: int, mult: tuple, attention: tuple, *, beside: int = 0, **fields: Any
 ) -> Section:
@@ -89,7 +89,7 @@ CIN_V2 = unet(3, 192, (1, 2, 3, 5), (8, 4, 2), context_dim=512, num_heads=1)
 CAPTIONS = unet(3, 192, (1, 2, 3, 5), (8, 4, 2), context_dim=640, **HEADS_OF_32)
 LAYOUT = unet(3, 128, (1, 2, 3, 4), (8, 4, 2), context_dim=512, **HEADS_OF_32)
 LAYOUT |= dict(transformer_depth=3)
-# Meant as sizes, so these factors are never reached, but in the middle.
+# Meant as sizes, so these factors are never reached; attention is only in the middle.
 SEMANTIC = unet(3, 128, (1, 4, 8), (32, 16, 8), beside=3, num_heads=8)
 BSR_SR = unet(3, 160, (1, 2, 2, 4), (16, 8), beside=3, **HEADS_OF_32)  # 16 is never reached
 INPAINTING_BIG = unet(3, 256, (1, 2, 3, 4), (8, 4, 2), beside=4, num_heads=8, resblock_updown=True)
@@ -142,7 +142,7 @@ def bert(width: int, depth: int) -> dict[str, Section]:
 
 
 def text(kind: str, network: Section, **section: Any) -> Section:
-    """Of a text encoder of LDM ("bert"), of CLIP or of OpenCLIP, which pads with zeros."""
+    """The section of a text encoder: LDM's ("bert"), CLIP's, or OpenCLIP's, padded with zeros."""
     if kind == "bert":
         return dict(kind="text", vocabulary="bert", dropout=0.1, network=network) | section
     padding = dict(padding="end" if kind == "clip" else "zero")
@@ -165,12 +165,12 @@ def sizes(*fields: str, dropout: float = 0.0, **section: Any) -> Section:
 
 
 def array(output: str, *shape: int | None, dropout: float = 0.0, **section: Any) -> Section:
-    """An array that the caller brings."""
+    """The section of an array of the caller."""
     return dict(kind="array", output=output, shape=shape, dropout=dropout, **section)
 
 
 def embedding(width: int) -> dict[str, Section]:
-    """CLIP's, of a picture, with noise, beside the sinusoids of how much (unCLIP)."""
+    """CLIP's embedding of a picture, with noise, and the sinusoids of the noise level (unCLIP)."""
     return {"image_embedding": array("vector", width, dropout=0.25)}
 
 
@@ -180,18 +180,18 @@ def masked_image(channels: int, mask_first: bool, hole: float, mask_range: tuple
 
 
 def sgm_sizes(dropout: float) -> dict[str, Section]:
-    """Sizes that are dropped one by one, to 0; there, what is dropped is 0 behind its sinusoids."""
+    """Sizes that are dropped individually, to 0; in the original the sinusoids become 0."""
     return {field: sizes(field, dropout=dropout) for field in ("original_size", "crop")}
 
 
-# SDXL: hidden states without the last norm, side by side, and the pooled ones of the larger.
+# SDXL: both encoders' hidden states without the last norm, and the pooled one of the larger.
 HIDDEN = dict(layer="penultimate", final_norm=False)
 VIT_L, VIT_H = (768, 12, 12, "quick_gelu"), (1024, 23, 16, "gelu")
 CLIP_L = {"text": text("clip", clip_network(*VIT_L))}
 CLIP_L_POOLED = {"text": text("clip", clip_network(*VIT_L), pooled=True)}
 OPENCLIP_H = {"text": text("openclip", clip_network(*VIT_H))}  # 24 blocks; the last is never used
 BIGG = clip_network(1280, 32, 20, "gelu", projection=1280, **HIDDEN)
-# Without a prompt, the base model is given zeros, the refiner an empty prompt.
+# Without a prompt, the base model's input is zeros, the refiner's an empty prompt.
 BASE = {
     "text": text("clip", clip_network(*VIT_L, **HIDDEN), zero_null=True),
     "text_2": text("openclip", BIGG, pooled=True, zero_null=True),
@@ -219,7 +219,7 @@ BOXES = {"boxes": array("context", 92, network=TOKENS | dict(max_length=92))}
 CLASS_NUMBER = {"label": array("vector")}
 UPSAMPLED = LOW_RESOLUTION | CLASS_NUMBER  # to the size that is drawn, bilinearly
 
-# Noise. LDM's samplers take the first grid, SGM's the second, guided diffusion's the third.
+# Noise. LDM's samplers use the first grid, SGM's the second, guided diffusion's the third.
 LEADING, TRAILING = dict(spacing="leading", offset=1, end="first"), dict(spacing="trailing")
 LINSPACE = dict(spacing="linspace")
 
@@ -257,7 +257,7 @@ def euler(steps: int, guidance: float = 1.0) -> Section:
 def guided(
     what: str, unet: Section, conditions: dict[str, Section], count: int, file: str, **more: Any
 ) -> Model:
-    """A model of pixels of guided diffusion. Its variance is left out, and so not counted."""
+    """A pixel model of guided diffusion. Its variance is left out, and so not counted."""
     more = dict(noise=DDPM_NOISE, sampling=ddim(250, eta=1.0), learn_sigma=True) | more
     title = f"guided diffusion (Dhariwal & Nichol 2021), {what}"
     return Model(
@@ -278,7 +278,7 @@ MODELS = {
         dict(unet=274_056_163), RELEASED + "ffhq256"),
     "lsun_beds256": Model(PLAIN_LDM, FACES, VQ_F4, {}, LDM_NOISE, ddim(200, eta=1.0),
         dict(unet=274_056_163), RELEASED + "lsun_beds256"),
-    # Its scale_factor was measured on the first batch, and stands in the released file.
+    # Its scale_factor was measured on the first batch, and is in the released file.
     "lsun_churches256": Model("latent diffusion lsun_churches256",
         CHURCHES, AUTOENCODERS["kl-f8"], {}, NARROW_NOISE, ddim(400),
         dict(unet=294_966_916), RELEASED + "lsun_churches256"),

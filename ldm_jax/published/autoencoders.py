@@ -1,4 +1,4 @@
-"""The first stages that others published, each once."""
+"""Published first stages, one row each."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ class Autoencoder:
 
     Attributes:
       fields: section `autoencoder`.
-      parameters: how many.
+      parameters: their number.
       source: repository, and configuration in it.
     """
 
@@ -31,7 +31,7 @@ class Autoencoder:
         return self.fields.get("scale_factor", 1.0)
 
     def but(self, **fields: Any) -> "Autoencoder":
-        """The same with other fields that change no parameter."""
+        """This first stage with other fields, which change no parameter."""
         return replace(self, fields=self.fields | fields)
 
 

@@ -1,1 +1,1 @@
-"""Where a run lives: devices, checkpoints, logs, the compilation cache."""
+"""The environment of a run: devices, checkpoints, logs, the compilation cache."""

@@ -1,9 +1,9 @@
 """Checkpoints of a run: orbax, with a checksum of every file.
 
-A step is written to a temporary directory and renamed when whole, so that a crash, a full disk or
-a second Ctrl-C leaves the previous checkpoint as it was. `sums.txt` is then added, one line
-"crc32 size name" for each file and a last one with the checksum of the lines before. A checkpoint
-that has none, of an older version or of a crash just then, is read without verification.
+A step is written to a temporary directory and renamed when complete, so that a crash, a full disk
+or a second Ctrl-C leaves the previous checkpoint intact. Then `sums.txt` is added, with a line
+"crc32 size name" for each file and a last line with the checksum of the lines before. A checkpoint
+without it, of an older version or after a crash at that moment, is read without verification.
 """
 
 import logging
@@ -22,11 +22,11 @@ SUMS = "sums.txt"
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint is not what was written; says which file, or what is wrong with its values."""
+    """A checkpoint differs from what was written; names the file or the fault of its values."""
 
 
 class Checkpoints:
-    """The checkpoints under `directory`; the newest `keep` stay."""
+    """The checkpoints under `directory`; the newest `keep` are kept."""
 
     def __init__(self, directory: Path, keep: int = 2):
         self.directory = Path(directory).absolute()
@@ -39,7 +39,7 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, whole or damaged, the newest first."""
+        """The steps with a checkpoint, complete or damaged, the newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def latest(self) -> int | None:
@@ -50,7 +50,7 @@ class Checkpoints:
         """Writes a pytree of arrays and a JSON-able description beside it.
 
         Raises:
-          OSError: the disk is full or not writable; says where, and which checkpoint survives.
+          OSError: the disk is full or not writable; names the path, and the intact checkpoint.
         """
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
@@ -69,7 +69,7 @@ class Checkpoints:
             ) from error
 
     def restore(self, step: int, abstract: Any) -> Any:
-        """The state of a step. `abstract` gives shapes, types and where each array shall lie.
+        """The state of a step. `abstract` has the shape, type and sharding of each array.
 
         Raises:
           DamagedCheckpoint: names the file.
@@ -84,7 +84,7 @@ class Checkpoints:
                 return self._manager.restore(step, args=arguments).state
         except Exception as error:  # orbax and its storage layer raise many kinds
             if verified:
-                raise  # not the files' fault
+                raise  # the files are intact
             reason = str(error).strip().partition("\n")[0][:300]
             raise DamagedCheckpoint(f"{type(error).__name__}: {reason}") from error
         raise ValueError(
@@ -96,10 +96,10 @@ class Checkpoints:
     def restore_newest(
         self, abstract: Any, problem: Callable[[Any], str] = lambda state: ""
     ) -> tuple[int, Any] | None:
-        """(step, state) of the newest checkpoint that is whole; None if there is none at all.
+        """(step, state) of the newest complete checkpoint; None if there is no checkpoint.
 
-        Damaged ones are named in a warning and set aside as `STEP.damaged`. `problem` says what is
-        wrong with a state that was read, "" for nothing.
+        Damaged ones are named in a warning and set aside as `STEP.damaged`. `problem` returns the
+        fault of a state that was read, "" for none.
 
         Raises:
           ValueError: every checkpoint is damaged; lists them.
@@ -121,7 +121,7 @@ class Checkpoints:
                 )
             if damaged:
                 lost = max(damaged) - step
-                log.warning("Going on from step %d: %d steps are lost, trained again", step, lost)
+                log.warning("Resuming from step %d: %d steps are lost, trained again", step, lost)
             return step, state
         if damaged:
             listed = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
@@ -132,7 +132,7 @@ class Checkpoints:
         return None
 
     def newest_about(self) -> dict[str, Any] | None:
-        """The description beside the newest checkpoint that has a readable one, or None."""
+        """The description of the newest checkpoint with a readable one, or None."""
         for step in self.steps():
             try:
                 _verify(self.directory / str(step))
@@ -142,7 +142,7 @@ class Checkpoints:
         return None
 
     def about(self, step: int) -> dict[str, Any]:
-        """The description saved beside a step."""
+        """The description of a step."""
         arguments = ocp.args.Composite(about=ocp.args.JsonRestore())
         return self._manager.restore(step, args=arguments).about
 
@@ -153,14 +153,14 @@ class Checkpoints:
         """Renames a damaged checkpoint, so that its step can be saved again."""
         path = self.directory / str(step)
         aside = path.with_name(f"{step}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)  # of an earlier damage
+        shutil.rmtree(aside, ignore_errors=True)  # an earlier damaged one
         path.rename(aside)
         self._manager.reload()
         return aside
 
 
 def abstract_like(state: Any, shardings: Any) -> Any:
-    """Shapes and types of `state` with shardings, as `restore` wants them."""
+    """Shapes and types of `state` with shardings, for `restore`."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         state,
@@ -218,7 +218,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _name(path: tuple) -> str:
-    # What is an attribute of a dataclass or tuple here is an entry of a dict there.
+    # Attributes of dataclasses and tuples here are entries of a dict there.
     fields = ("key", "name", "idx")
     return "/".join(
         str(next(getattr(entry, field) for field in fields if hasattr(entry, field)))

@@ -1,4 +1,4 @@
-"""Compiled programs that outlive the process."""
+"""A cache of compiled programs on disk."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,10 @@ import jax
 
 
 def use_compile_cache(directory: str | os.PathLike | None = None) -> Path:
-    """Keeps every compiled program in `directory` and finds it there the next time.
+    """Stores every compiled program in `directory` and reuses it in later processes.
 
-    Default: $LDM_JAX_CACHE, else ~/.cache/ldm_jax. jax's own defaults skip whatever compiles in
-    under a second, which on a small model is nearly everything.
+    Default: $LDM_JAX_CACHE, else ~/.cache/ldm_jax. jax's own defaults skip programs that compile in
+    less than a second, which for a small model are nearly all.
     """
     default = os.environ.get("LDM_JAX_CACHE") or Path.home() / ".cache" / "ldm_jax"
     path = Path(directory or default)

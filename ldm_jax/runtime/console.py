@@ -1,4 +1,4 @@
-"""The command lines' shared half: what a person at a terminal sees."""
+"""Shared code of the command lines: flags, logging and error messages."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ def log_to_console() -> None:
 def run(main: Callable[..., None], arguments: tuple[str, ...] = ()) -> None:
     """Runs a command line: flags, logging, and errors as one clear message and exit code 1.
 
-    `arguments` are names of what stands there without a flag; `main` gets them in order.
+    `arguments` are the names of positional arguments, which `main` gets in order.
 
     An unknown config key, which ml_collections reports with its nearest known one, is an error of
     the command line like any other.
@@ -45,7 +45,7 @@ def run(main: Callable[..., None], arguments: tuple[str, ...] = ()) -> None:
         except (AttributeError, KeyError) as error:
             _fail(f"unknown setting in --config: {_unquoted(error)}")
         except flags.Error as error:
-            # An error inside a config file comes with its whole traceback; the last line says why.
+            # An error inside a config file has its whole traceback; the last line is the reason.
             message = str(error).strip()
             _fail(message.splitlines()[-1].strip() if "Traceback" in message else message)
 
@@ -69,7 +69,7 @@ def run(main: Callable[..., None], arguments: tuple[str, ...] = ()) -> None:
 
 
 def leave(message: str = "", code: int = 0) -> None:
-    """Ends the process at once, whatever its threads do: an exit beneath a compiler crashes."""
+    """Ends the process at once, whatever its threads do: an exit during compilation crashes."""
     if message:
         tqdm.write(message, file=sys.stderr)
     sys.stdout.flush()

@@ -12,15 +12,15 @@ from tensorboardX import SummaryWriter
 
 
 class MetricsLog:
-    """Appends to `directory/metrics.jsonl`; lines past `start`, of a run that died, are dropped.
+    """Appends to `directory/metrics.jsonl`; lines after `start`, of a killed run, are dropped.
 
-    Raises OSError, here and in `write`, where the file cannot be written; names it.
+    Raises OSError, here and in `write`, with the path, if the file cannot be written.
     """
 
     def __init__(self, directory: Path, start: int = 0):
         self.path = Path(directory) / "metrics.jsonl"
         kept = [line for line in read_metrics(directory) if line["step"] <= start]
-        # A new file in place of the old one, so that a full disk leaves the old one whole.
+        # A new file replaces the old one, so that a full disk leaves the old one intact.
         partial = self.path.with_name("metrics.jsonl.partial")
         with self._named_errors():
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -48,7 +48,7 @@ class MetricsLog:
 
 
 def read_metrics(directory: Path) -> list[dict]:
-    """All whole lines of a run's metrics.jsonl; those that a crash cut short are left out."""
+    """All complete lines of a run's metrics.jsonl; lines that a crash truncated are left out."""
     path = Path(directory) / "metrics.jsonl"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     whole = []
@@ -62,7 +62,7 @@ def read_metrics(directory: Path) -> list[dict]:
 
 @dataclasses.dataclass
 class Clock:
-    """The time since the last report, without pauses, and how much of it was spent on data."""
+    """The time since the last report, without pauses, and the share of it spent on data."""
 
     since: float = dataclasses.field(default_factory=time.perf_counter)
     waited: float = 0.0

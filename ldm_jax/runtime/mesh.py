@@ -1,7 +1,7 @@
-"""Devices as a mesh, and where each array of a run lies on it.
+"""Devices as a mesh, and the shardings of a run's arrays.
 
-The batch is split over both axes. Parameters are whole on every device, or, over an `fsdp` axis of
-more than one device, split along their largest divisible dimension (big_vision's rule).
+The batch is split over both axes. Parameters are replicated or, over an `fsdp` axis of more than
+one device, split along their largest divisible dimension (big_vision's rule).
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """Replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

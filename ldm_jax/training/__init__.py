@@ -1,1 +1,1 @@
-"""Training: the tasks, their optimisation and the one loop that drives them."""
+"""Training: the tasks, their optimisation and the loop that runs them."""

@@ -2,10 +2,10 @@
 
     L = Σ|x − x̂| + λ_p·LPIPS(x, x̂)·CHW + R + λ_d·λ_adaptive·L_GAN
 
-summed over each image, averaged over the batch. R, what the latents cost, is λ_KL·KL(q(z|x) ‖
-N(0, I)), or for a codebook λ_c·CHW times the loss of `VectorQuantizer` (the originals divide all of
-L by CHW there). The discriminator sees the reconstruction of the
-same forward pass (the originals run a second one with a fresh posterior sample for it).
+summed over each image, averaged over the batch. R, the regulariser of the latents, is
+λ_KL·KL(q(z|x) ‖ N(0, I)), or for a codebook λ_c·CHW times the loss of `VectorQuantizer` (the
+originals divide all of L by CHW there). The discriminator is trained on the reconstruction of the
+same forward pass (the originals run a second one with a new posterior sample for it).
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def hinge_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderTask:
-    """See `ldm_jax.training.state.Task`. `perceptual` are LPIPS parameters, or None for without."""
+    """See `ldm_jax.training.state.Task`. `perceptual`: LPIPS parameters, or None."""
 
     config: Any
     frozen: Params
@@ -82,7 +82,7 @@ class AutoencoderTask:
         model_key, discriminator_key = jax.random.split(key)
         autoencoder = self.model.init(model_key, images)["params"]
         if isinstance(self.model, AutoencoderKL):
-            # 0 in the originals, which drowns the first thousand steps in posterior noise.
+            # 0 in the originals, where posterior noise dominates the first thousand steps.
             quant = self.model.use_quant_conv
             last = autoencoder["quant_conv"] if quant else autoencoder["encoder"]["conv_out"]
             logvar = slice(self.model.embed_dim, None)
@@ -93,9 +93,9 @@ class AutoencoderTask:
         }
 
     def phase(self, step):
-        """Whether the discriminator takes part at a step: the originals' hard switch.
+        """Whether the discriminator is used in a step: the originals' hard switch.
 
-        Two programs rather than a branch in one: XLA:CPU computes the gradients of convolutions
+        Two programs instead of a branch in one: XLA:CPU computes the gradients of convolutions
         fifty times slower inside lax.cond.
         """
         return step >= self.config.loss.disc_start
@@ -108,20 +108,20 @@ class AutoencoderTask:
         layer = params["autoencoder"]["conv_out"]
 
         def forward(autoencoder):
-            """What the last layer sees, and what the latents cost; and metrics."""
+            """The inputs of the last layer and the regulariser R; and metrics."""
             variables = {"params": autoencoder}
             if isinstance(model, VQModel):
                 z = model.apply(variables, x, method=model.prequant)
                 quantized = model.apply(variables, z, method=model.nearest)
                 z, cost = quantized.latents, loss_config.codebook_weight * pixels * quantized.loss
                 used = {"perplexity": quantized.perplexity, "codebook_usage": quantized.usage}
-                told = {"codebook_loss": quantized.loss} | used
+                metrics = {"codebook_loss": quantized.loss} | used
             else:
                 mean, logvar = model.apply(variables, x, method=model.moments)
                 z = mean + jnp.exp(0.5 * logvar) * per_example(jax.random.normal, key, mean.shape)
                 kl = jnp.mean(kl_divergence(mean, logvar))
-                cost, told = loss_config.kl_weight * kl, {"kl": kl}
-            return (model.apply(variables, z, method=model.features), cost), told
+                cost, metrics = loss_config.kl_weight * kl, {"kl": kl}
+            return (model.apply(variables, z, method=model.features), cost), metrics
 
         def last_layer(layer, features):
             variables = {"params": {**params["autoencoder"], "conv_out": layer}}
@@ -135,14 +135,16 @@ class AutoencoderTask:
             total = absolute + loss_config.perceptual_weight * distance * pixels
             return total, {"rec_loss": absolute / pixels, "lpips": distance}
 
-        # One pass forward, then gradients from the losses back: to the image, through the last
-        # layer (whose gradients balance the two losses), and once through all the rest.
-        (features, cost), backward, told = jax.vjp(forward, params["autoencoder"], has_aux=True)
+        # One forward pass, then the gradients of the losses: to the image, through the last layer
+        # (whose gradients balance the two losses), and once through all other layers.
+        (features, cost), backward, latent_metrics = jax.vjp(
+            forward, params["autoencoder"], has_aux=True
+        )
         x_hat, last_backward = jax.vjp(last_layer, layer, features)
         (nll, metrics), nll_to_image = jax.value_and_grad(reconstruction, has_aux=True)(x_hat)
         nll_to_layer, _ = last_backward(nll_to_image)
 
-        metrics |= told | {"loss": nll + cost}
+        metrics |= latent_metrics | {"loss": nll + cost}
         d_grads = jax.tree.map(jnp.zeros_like, params["discriminator"])
         to_image = nll_to_image
         if phase:
@@ -161,7 +163,7 @@ class AutoencoderTask:
         return like(grads, trained), metrics
 
     def _adversarial(self, discriminator, x, x_hat):
-        """Gradient of the generator's loss to the image, the discriminator's own, metrics."""
+        """Gradients of the generator's loss by the image and of the discriminator; metrics."""
 
         def generator_loss(x_hat):
             return -jnp.mean(self.discriminator.apply({"params": discriminator}, x_hat))

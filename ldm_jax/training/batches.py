@@ -15,7 +15,7 @@ from ldm_jax.data.transforms import Example, compose
 class Prepare:
     """(example, rng) → example: the augmentations, then the conditions.
 
-    An object and not a closure, so that it reaches worker processes.
+    An object and not a closure, because worker processes need to unpickle it.
     """
 
     def __init__(self, augment: Sequence[str], conditions: Sequence[Condition]):
@@ -33,7 +33,7 @@ class Prepare:
 def training_loader(
     config: Any, source: Source, prepare: Prepare, entries: Sequence[str]
 ) -> Loader:
-    """What gives (step, this process's rows of the batch), for any step."""
+    """The loader of (step, this process's rows of the batch), for any step."""
     return Loader(
         source,
         config.train.batch_size,

@@ -31,9 +31,9 @@ KEPT = ("task", "autoencoder", "unet", "conditioning", "diffusion", "sampling")
 class DiffusionTask:
     """See `ldm_jax.training.state.Task`.
 
-    `embedders` are those of training, `model.embedders` or what stands for them. `resolved` is the
-    config as plain values, completed by the model that training starts from, what an exported
-    model carries. `frozen` has the autoencoder's parameters, too.
+    `embedders` are those of training: `model.embedders` or their replacements. `resolved` is the
+    config as plain values, completed by the model that training starts from; it is exported with
+    the model. `frozen` includes the autoencoder's parameters.
     """
 
     config: Any
@@ -57,8 +57,8 @@ class DiffusionTask:
 
     @property
     def entries(self) -> tuple[str, ...]:
-        """What a batch of the loader holds: the latents' moments, or the pictures that they are
-        made of, and what the embedders need."""
+        """The entries of a batch: the latents' moments, or the pictures to encode, and the entries
+        that the embedders need."""
         pixels = "moments" if isinstance(self.source, LatentSource) else "image"
         needs = (entry for embedder in self.model.embedders for entry in embedder.needs)
         return tuple(dict.fromkeys((pixels, *needs)))
@@ -85,7 +85,7 @@ class DiffusionTask:
     def batches(self, start):
         prepare = Prepare(self.config.data.augment, self.conditions)
         if isinstance(self.source, LatentSource):
-            _ = self.source.moments  # before the loader's threads ask for them
+            _ = self.source.moments  # before the loader's threads read them
         loader = training_loader(self.config, self.source, prepare, self.entries)
         for step, batch in loader.iterate(start):
             yield step, self._batch(batch)
@@ -111,8 +111,8 @@ class DiffusionTask:
     def preview(self, ema):
         """Samples of the averaged model in two rows.
 
-        Their prompts or labels are `sampling.prompts` or `.labels`; where there are none, and for
-        all other conditions, those of held-out pictures.
+        Their prompts or labels are `sampling.prompts` or `.labels`; without these, and for all
+        other conditions, those of held-out pictures.
         """
         sampling = self.resolved["sampling"]
         asked = {"caption": sampling.get("prompts"), "label": sampling.get("labels")}
@@ -143,13 +143,13 @@ class DiffusionTask:
         return about, merge(self.frozen, ema)
 
     def _batch(self, batch: Batch) -> dict[str, np.ndarray]:
-        """What a step takes of a batch of the loader."""
+        """The entries of a loader's batch that a step uses."""
         pixels = self.entries[0]
         return {pixels: batch[pixels]} | {e.name: e.prepare(batch) for e in self.embedders}
 
     @property
     def _model(self) -> LatentDiffusion:
-        """The model as it trains."""
+        """The model in training."""
         return dataclasses.replace(self.model, embedders=self.embedders)
 
     def _latents(self, frozen: Params, batch: dict[str, Any], key: jax.Array) -> jax.Array:
@@ -160,7 +160,7 @@ class DiffusionTask:
         return sample_latents(autoencoder, made, key)
 
     def _in_order(self, source: Any, batch_size: int):
-        """Every picture of a source once, not augmented."""
+        """Every picture of a source once, without augmentation."""
         return batches_once(source, batch_size, Prepare((), self.conditions), self.entries)
 
     @functools.cached_property

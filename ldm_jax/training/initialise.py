@@ -1,4 +1,4 @@
-"""Where a run starts: fresh parameters, or those of anybody's model."""
+"""The initial parameters of a run: fresh ones, or those of a model file."""
 
 import logging
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from ldm_jax.interop.layout import Imported
 
 log = logging.getLogger(__name__)
 Params = dict[str, Any]
-# Kernels that may have more input channels than the weights: what is new starts at 0, so that it
-# changes nothing at first (as when Stable Diffusion learned to inpaint).
+# Kernels that may have more input channels than the weights: new channels start at 0, so the first
+# outputs are unchanged (as for Stable Diffusion's inpainting model).
 WIDENED = ("unet/input_blocks_0_0/kernel",)
 SHOWN = 5
 
@@ -25,10 +25,10 @@ def loaded_parameters(
     Args:
       abstract: shapes of all parameters, by network.
       opened: the file's content; `path` is its name in messages.
-      networks: take only these; empty: all that the file has.
+      networks: load only these; empty: all that the file has.
 
     Raises:
-      ValueError: a leaf has another shape in the file, or `networks` names one that is not in both.
+      ValueError: a leaf has another shape in the file, or one of `networks` is not in both.
     """
     for name in networks:
         if name not in abstract or name not in opened.params:
@@ -69,10 +69,10 @@ def loaded_parameters(
 
 
 def check_frozen(frozen: Params, loaded: Params) -> None:
-    """That nothing stays at random numbers for good.
+    """Checks that every parameter trains or was loaded.
 
     Raises:
-      ValueError: a parameter that does not train, and that no file gives.
+      ValueError: a parameter that does not train, and that no file provides.
     """
     given = flatten_dict(loaded, sep="/")
     random = [path for path in flatten_dict(frozen, sep="/") if path not in given]
@@ -85,7 +85,7 @@ def check_frozen(frozen: Params, loaded: Params) -> None:
 
 
 def _more_inputs(leaf: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> int:
-    """By how many input channels a kernel is to be widened; 0 where it is not."""
+    """The number of input channels to add to a kernel; 0 for none."""
     if leaf not in WIDENED or len(given) != 4 or len(wanted) != 4:
         return 0
     same = given[:2] == wanted[:2] and given[3] == wanted[3]

@@ -1,4 +1,4 @@
-"""Pictures as the moments of their latents: encoded once and kept in memory, or in each step."""
+"""The moments of pictures' latents: encoded once and kept in memory, or encoded in each step."""
 
 import functools
 import logging
@@ -22,7 +22,7 @@ IN_MEMORY = 2_000_000  # pictures
 def moments(autoencoder: Autoencoder, params: Any, images: jax.Array) -> jax.Array:
     """Posterior mean and log-variance (B, h, w, 2c), float32, of uint8 (B, H, W, 3).
 
-    An autoencoder of one channel sees the mean of the colours.
+    An autoencoder with one channel encodes the mean of the colours.
     """
     x = to_signed(images)
     if autoencoder.in_channels == 1:
@@ -38,11 +38,11 @@ def sample_latents(autoencoder: Autoencoder, moments: jax.Array, key: jax.Array)
 
 
 class LatentSource(Sequence):
-    """A source whose examples have `moments`, (h, w, 2c) float32, made once, beside the rest.
+    """A source whose examples also have `moments`, (h, w, 2c) float32, which are computed once.
 
-    They are made at the first look at `moments`; have it before several threads read. With `pixels`
-    the pictures are read as well, for conditions that are made of them; without, an example costs
-    no decoding, and captions can still be augmented.
+    The first access to `moments` computes them; access them before several threads read. With
+    `pixels` the pictures are read as well, for conditions that are made from them; without, no
+    picture is decoded, and captions can still be augmented.
     """
 
     def __init__(self, source: Any, autoencoder: Autoencoder, params: Any, pixels: bool):
@@ -53,7 +53,7 @@ class LatentSource(Sequence):
 
     @functools.cached_property
     def moments(self) -> np.ndarray:
-        """Of all pictures, (N, h, w, 2c); the first look encodes them."""
+        """The moments of all pictures, (N, h, w, 2c); the first access encodes them."""
         if len(self):
             log.info("Encoding %d pictures once", len(self))
         encode = jax.jit(lambda params, images: moments(self._autoencoder, params, images))

@@ -1,4 +1,4 @@
-"""The loop: `train(config, workdir)` drives any task from its newest checkpoint to its end."""
+"""The loop: `train(config, workdir)` runs any task from its newest checkpoint to its last step."""
 
 import collections
 import contextlib
@@ -32,24 +32,24 @@ from ldm_jax.version import __version__
 
 log = logging.getLogger(__name__)
 
-UNDER_WAY = 2  # steps at once: enough to keep the device busy, few enough to count and to stop
+UNDER_WAY = 2  # steps in flight: enough to keep the device busy, few enough to stop soon
 
 
 def train(config: Any, workdir: str | Path, dry_run: bool = False) -> dict[str, float]:
-    """Trains `config` in `workdir`, resuming what is there, and returns the final metrics.
+    """Trains `config` in `workdir`, resuming the run there, and returns the final metrics.
 
-    Leaves there: `config.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `previews/`,
-    `report.html`, `model.safetensors`, which `ldm_jax.load` opens, and `first_batch.png` where the
+    Writes there: `config.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `previews/`,
+    `report.html`, `model.safetensors`, which `ldm_jax.load` opens, and `first_batch.png` if the
     task draws one. A workdir belongs to a config from the first step on, not before.
 
     Args:
       config: see `configs/`.
-      workdir: a directory, made if need be; "~" is expanded.
+      workdir: a directory, made if missing; "~" is expanded.
       dry_run: open the data, log their summary, draw `first_batch.png`, and stop before anything
         is compiled.
 
     Returns:
-      The metrics on the held-out data, {} if there are none or in a dry run.
+      The metrics on the held-out data; {} without held-out data or in a dry run.
 
     Raises:
       ValueError: the workdir belongs to another config, is in use or has no whole checkpoint, or a
@@ -69,7 +69,7 @@ def train(config: Any, workdir: str | Path, dry_run: bool = False) -> dict[str, 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stays the same from step to step."""
+    """The constants of a run."""
 
     config: Any
     workdir: Path
@@ -115,7 +115,7 @@ def _train(
         config, workdir, task, optimizer, mesh, abstract, shardings, frozen, checkpoints, stop
     )
 
-    # State: the newest whole checkpoint's or a fresh one, born where it will live.
+    # State: the newest complete checkpoint's or a fresh one, created in its final sharding.
     start, state = (newest or 0), None
     if newest is not None and not dry_run:
         wanted = abstract_like(abstract, shardings)
@@ -156,8 +156,8 @@ def _train_steps(
 ) -> tuple[int, State, dict[str, float] | None]:
     """Trains from step `start` to the last one or to a signal, and saves the state.
 
-    `began` is when the run was started. Returns the step, its state, and the held-out metrics if
-    they were measured at it.
+    `began` is the start time of the run. Returns the step, its state, and the held-out metrics if
+    they were measured at this step.
     """
     task, stop, checkpoints, workdir = run.task, run.stop, run.checkpoints, run.workdir
     settings, seed, mesh = run.config.train, run.config.seed, run.mesh
@@ -176,7 +176,7 @@ def _train_steps(
         stop.training = True
 
         def finish(left: int = 0):
-            """Waits until at most `left` steps are under way, and counts those that are done."""
+            """Waits until at most `left` steps are in flight, and counts the finished ones."""
             while len(under_way) > left:
                 number, loss = under_way.popleft()
                 _wait(loss)
@@ -233,7 +233,7 @@ def _train_steps(
 
 
 def _compile_step(run: Run, phase: Hashable, batch: dict[str, jax.Array]) -> Callable:
-    """The training step of a phase, compiled ahead for the shapes of `batch`."""
+    """The training step of a phase, compiled ahead of time for the shapes of `batch`."""
     began, (settings, seed) = time.perf_counter(), (run.config.train, run.config.seed)
     still = jax.tree.map(lambda leaf: leaf.sharding, run.frozen)
     train_step = jax.jit(
@@ -258,7 +258,7 @@ def _compute(mesh: Mesh, function: Callable, *args: Any) -> Any:
 
 
 def _wait(array: jax.Array) -> None:
-    """Until `array` is computed. `block_until_ready` would keep signals waiting too."""
+    """Waits until `array` is computed. `block_until_ready` would delay signals."""
     pause = 1e-4
     while not array.is_ready():
         time.sleep(pause)
@@ -266,13 +266,13 @@ def _wait(array: jax.Array) -> None:
 
 
 def _show_data(task: Task, workdir: Path, start: int) -> None:
-    """What will be trained on: a summary, and the first batch."""
+    """Logs a summary of the data and writes the first batch."""
     task.summary()
     save_png(workdir / "first_batch.png", task.first_batch_picture(start))
 
 
 def _describe(state: State, frozen: Params, settings: Any) -> None:
-    """Says what will train and what will not, once."""
+    """Logs the number of parameters that train and that do not, by network."""
     for what, networks in (("trains", state.params), ("frozen", frozen)):
         for name, params in networks.items():
             count = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -292,10 +292,10 @@ def _mean(metrics: list[dict[str, jax.Array]]) -> dict[str, float]:
 def _stop_if_not_finite(
     task: Task, state: State, step: int, seed: int, checkpoints: Checkpoints
 ) -> None:
-    """Raises when the state froze before `step`: see `make_train_step`.
+    """Raises if the state froze before `step`: see `make_train_step`.
 
-    A step is a pure function of the state and its number, so the bad one is simply run again to
-    find the tensor that went wrong first.
+    A step is a pure function of the state and its number, so the bad step is run again to find the
+    first tensor that is not finite.
     """
     bad = int(state.step)
     if bad == step:
@@ -318,7 +318,7 @@ def _stop_if_not_finite(
 
 
 def _last_good(checkpoints: Checkpoints) -> str:
-    """The rest of a message on values that are not finite: what there is to go back to."""
+    """The end of a message on values that are not finite: the last good checkpoint."""
     saved = checkpoints.latest()
     kept = "no checkpoint was saved yet" if saved is None else f"step {saved} is the last good one"
     return (
@@ -333,7 +333,7 @@ def _finite(tree: Any) -> Any:
 
 
 def _damage(state: State) -> str:
-    """Which parameter or average is not finite; "" if all are."""
+    """Names the first parameter or average that is not finite; "" if all are finite."""
     flags = jax.device_get(_finite({"average": state.ema, "parameters": state.params}))
     names = [
         parameter_path(path)
@@ -344,7 +344,7 @@ def _damage(state: State) -> str:
 
 
 def _stop_if_damaged(state: State, step: int, checkpoints: Checkpoints) -> None:
-    """Raises when a parameter or average is not finite, before it is saved or exported."""
+    """Raises if a parameter or average is not finite, before it is saved or exported."""
     damage = _damage(state)
     if damage:
         raise FloatingPointError(f"step {step}: {damage}; {_last_good(checkpoints)}")

@@ -1,8 +1,8 @@
-"""Muon, momentum made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+"""Muon, orthogonalised momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
 `optax.contrib.muon` computes the same with ten products of every whole matrix, which on a CPU takes
-longer than the gradients of a small network. Here it is two: the iteration runs on the Gram matrix
-of the short side.
+longer than the gradients of a small network. Here there are two such products: the iteration runs
+on the Gram matrix of the short side.
 """
 
 import math
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Of p(s) = a·s + b·s³ + c·s⁵ on the singular values: steepest at 0 among those that stay near 1.
+# p(s) = a·s + b·s³ + c·s⁵ of the singular values: the steepest at 0 of those that stay near 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -36,10 +36,10 @@ def orthogonalize(matrix: jax.Array, steps: int = 5) -> jax.Array:
 
 
 def scale_by_muon(momentum: float = 0.95, rms: float = 0.2) -> optax.GradientTransformation:
-    """Nesterov momentum of kernels, orthogonal and with a root mean square of about `rms`.
+    """Nesterov momentum of kernels, orthogonalised, with a root mean square of about `rms`.
 
-    A kernel (…, n) is the matrix from all its other axes to n. With the root mean square of Adam's
-    updates, learning rate and weight decay are those of Adam (Liu et al. 2025, eq. 4).
+    A kernel (…, n) is treated as the matrix from all its other axes to n. If `rms` is that of
+    Adam's updates, Adam's learning rate and weight decay apply (Liu et al. 2025, eq. 4).
     """
 
     def direction(update):

@@ -28,7 +28,7 @@ def learning_rate(config: Any, steps: int) -> optax.Schedule:
 
 
 def parameter_path(path: tuple) -> str:
-    """A tree path as users write it: "unet/input_blocks_0_0/kernel"."""
+    """A tree path as in configs: "unet/input_blocks_0_0/kernel"."""
     return "/".join(str(getattr(entry, "key", entry)) for entry in path)
 
 
@@ -66,12 +66,12 @@ def precondition(config: Any) -> optax.GradientTransformation:
 def make_optimizer(
     config: Any, steps: int, networks: tuple[str, ...]
 ) -> optax.GradientTransformation:
-    """Adam or Muon with decoupled weight decay (Loshchilov & Hutter 2019), each network its own.
+    """Adam or Muon with decoupled weight decay (Loshchilov & Hutter 2019), for each network.
 
     `config.name` is "adamw" or "muon" (see `scale_by_muon`); raises ValueError for another.
     Moments and clipping (`config.clip`, global norm, 0 for none) are per network, so that the
-    discriminator's never touch the autoencoder's. `config.multipliers`: pairs (regex, factor) on
-    paths such as "unet/input_blocks_0_0/kernel" scale the learning rate, 0 freezes.
+    discriminator's never affect the autoencoder's. `config.multipliers`: pairs (regex, factor) on
+    paths such as "unet/input_blocks_0_0/kernel" scale the learning rate; 0 freezes.
     """
     of_one = optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),

@@ -1,4 +1,4 @@
-"""`report.html`: what a run did, on one page that needs nothing beside it."""
+"""`report.html`: the curves, previews and config of a run, on one self-contained page."""
 
 import base64
 import html
@@ -21,7 +21,7 @@ pre { background: #f6f6f6; padding: 1em; overflow: auto }
 def curve(
     points: list[tuple[float, float]], title: str, width: int = 860, height: int = 180
 ) -> str:
-    """An SVG line through (step, value) points, with its extremes written beside it."""
+    """An SVG line through (step, value) points, with its extremes as labels."""
     xs, ys = zip(*points, strict=True)
     low, high = min(ys), max(ys)
     x_span, y_span = max(xs[-1] - xs[0], 1), (high - low) or 1.0

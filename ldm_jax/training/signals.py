@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: obeyed at once before the first step, after the step at hand from then on."""
+"""Ctrl-C and SIGTERM: they stop at once before the first step, later after the current step."""
 
 import contextlib
 import dataclasses
@@ -29,10 +29,10 @@ class Interrupted(SystemExit):
 
 @dataclasses.dataclass
 class StopRequest:
-    """`requested` is the signal's name once one has come, else "".
+    """`requested` is the name of the signal that has arrived, else "".
 
-    Until `training` is set, a signal raises `Interrupted` where it arrives, which says that
-    `saved` is so.
+    Until `training` is set, a signal raises `Interrupted` where it arrives, with `saved` in its
+    message.
     """
 
     requested: str = ""
@@ -42,7 +42,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Handles the first SIGINT or SIGTERM as `StopRequest` says; a second one acts as usual."""
+    """Handles the first SIGINT or SIGTERM as in `StopRequest`; a second one acts as usual."""
     stop, before = StopRequest(), {}
     if threading.current_thread() is not threading.main_thread():
         yield stop  # Python delivers signals to the main thread alone
@@ -71,9 +71,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
 def in_thread(function: Callable[[], T]) -> T:
     """`function()`, computed in a thread while the main thread handles signals.
 
-    A handler runs only between two Python instructions of the main thread, and XLA compiles for
-    minutes in one. If a handler raises, the thread is left to itself: it ends when it has compiled,
-    and Python waits for that before it exits, because an exit beneath a compiler crashes.
+    A handler runs only between two Python instructions of the main thread, and a compilation is
+    one instruction of minutes. If a handler raises, the thread continues until it has compiled, and
+    Python waits for it before it exits, because an exit during compilation crashes.
     """
     if threading.current_thread() is not threading.main_thread():
         return function()
@@ -88,7 +88,7 @@ def in_thread(function: Callable[[], T]) -> T:
     thread = threading.Thread(target=work, name="compute")
     thread.start()
     while thread.is_alive():
-        thread.join(0.1)  # in slices: some systems handle no signal in an endless wait
+        thread.join(0.1)  # short waits: some systems handle no signal in an unlimited wait
     if errors:
         raise errors[0]
     return results[0]

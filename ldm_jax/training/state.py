@@ -1,4 +1,4 @@
-"""What a training run is made of between two steps, and how one step changes it."""
+"""The state of a training run, the interface of a task, and the training step."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
@@ -17,10 +17,10 @@ Metrics = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class State:
-    """Everything a checkpoint holds. `params` and `ema` map a network's name to those of its
+    """The content of a checkpoint. `params` and `ema` map a network's name to those of its
     parameters that train.
 
-    Random keys are not here: the key of a step is `fold_in(key(seed), step)`.
+    There are no random keys: the key of a step is `fold_in(key(seed), step)`.
     """
 
     step: jax.Array
@@ -30,20 +30,20 @@ class State:
 
 
 class Task(Protocol):
-    """What the loop needs of a task; all but `batches` are pure functions of their arguments.
+    """The interface of a task; all but `batches` are pure functions of their arguments.
 
     Methods that compute or read are called outside of the main thread.
     """
 
     ema_networks: tuple[str, ...]  # the networks averaged, evaluated and exported
-    frozen: Params  # what the networks have beside what trains, by network
-    loaded: Params  # where training starts, as far as weights give it, by network
+    frozen: Params  # parameters that do not train, by network
+    loaded: Params  # initial parameters from a file, by network
 
     def init(self, key: jax.Array, loaded: Params) -> Params:
-        """What trains, by network: `loaded`, and fresh parameters for the rest."""
+        """The parameters that train, by network: `loaded`, and fresh ones for the rest."""
 
     def phase(self, step: int) -> Hashable:
-        """Which program a step runs; a new value compiles anew. Most tasks have but one."""
+        """Selects the program of a step; a new value compiles one. Most tasks have only one."""
 
     def gradients(
         self,
@@ -56,7 +56,7 @@ class Task(Protocol):
         """Gradients for all of `params`, and scalar metrics with at least `loss`."""
 
     def summary(self) -> None:
-        """Logs what there is to train on."""
+        """Logs a summary of the training data."""
 
     def first_batch_picture(self, start: int) -> np.ndarray:
         """The pictures of batch `start`: uint8 (H, W, 3)."""
@@ -65,10 +65,10 @@ class Task(Protocol):
         """Iterator of (step, host batch of this process), a function of (seed, step) alone."""
 
     def evaluate(self, ema: Params) -> dict[str, float]:
-        """Metrics on the held-out split; none if nothing is held out."""
+        """Metrics on the held-out split; {} if nothing is held out."""
 
     def preview(self, ema: Params) -> np.ndarray:
-        """A picture of the present state: uint8 (H, W, 3)."""
+        """A preview of the current state: uint8 (H, W, 3)."""
 
     def export(self, ema: Params) -> tuple[dict[str, Any], dict[str, Any]]:
         """(config of the networks, parameters) of a file that `ldm_jax.load` opens."""
@@ -95,8 +95,8 @@ def make_train_step(
     """The function (state, frozen, batch, step) → (state, metrics) that the loop compiles.
 
     A step whose loss or gradients are not finite changes nothing, `state.step` included, and
-    neither does any later one: `step` no longer matches. So the loop may look as rarely as it
-    likes and still finds the last good state and the number of the first bad step.
+    neither does any later step, because `step` no longer matches. So the loop may check rarely and
+    still finds the last good state and the number of the first bad step.
     """
 
     def train_step(state, frozen, batch, step):

@@ -1,4 +1,4 @@
-"""What a run says of its data before anything compiles."""
+"""The summary of its data that a run logs before anything compiles."""
 
 import logging
 from collections.abc import Sequence

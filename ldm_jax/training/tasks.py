@@ -1,4 +1,4 @@
-"""Tasks by name: a config becomes the object that the loop drives."""
+"""Tasks by name: makes the task of a config for the loop."""
 
 import logging
 from pathlib import Path
@@ -26,17 +26,17 @@ from ldm_jax.training.workdir import config_dict
 
 log = logging.getLogger(__name__)
 PICTURE_AUGMENTS = ("flip", "zoom", "shift", "color", "background")
-# Sections that a model to start from brings, where the config leaves them empty.
+# Sections that come from the model that training starts from, if the config leaves them empty.
 OF_THE_MODEL = ("autoencoder", "unet", "conditioning", "diffusion")
 
 
 def make_task(config: Any, index: Path | None = None) -> Task:
     """The task `config.task` names, with its data opened.
 
-    `index` is a file that keeps what was found in a folder of pictures between starts.
+    `index` is a file that stores the findings in a folder of pictures between starts.
 
     Raises:
-      ValueError: no such task, or a setting that it cannot use.
+      ValueError: an unknown task, or a setting that it cannot use.
     """
     if config.task not in TASKS:
         raise ValueError(f"task={config.task!r}: choose one of {', '.join(TASKS)}")
@@ -81,7 +81,7 @@ def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
     conditions = make_conditions(config.data.conditions)
     embedders = make_embedders(resolved["conditioning"])
     check_conditions(conditions, {e.name: e.needs for e in embedders}, config.data.source)
-    check_guidance(embedders, resolved["sampling"]["guidance"])  # of the previews, and later on
+    check_guidance(embedders, resolved["sampling"]["guidance"])  # previews and sampling
     resolved["autoencoder"], first_stage = _first_stage(config, resolved, opened)
 
     source, held_out = (open_source(config.data, split, index) for split in ("train", "held_out"))
@@ -116,7 +116,7 @@ def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
 
 
 def _start(config: Any, opened: Imported | None, abstract: Params) -> tuple[Params, Params]:
-    """(what is loaded of that which trains, what does not train)."""
+    """(loaded parameters that train, parameters that do not train)."""
     trained, frozen = split(abstract, config.trainable)
     if opened is None:
         check_frozen(frozen, {})
@@ -128,7 +128,7 @@ def _start(config: Any, opened: Imported | None, abstract: Params) -> tuple[Para
 
 
 def _resolved(config: Any, opened: Imported | None) -> tuple[Any, dict[str, Any]]:
-    """The config, and it as plain values, completed by the model that training starts from."""
+    """The config, completed by the model that training starts from; also as plain values."""
     config, resolved = config.copy_and_resolve_references(), config_dict(config)
     for section in OF_THE_MODEL:
         if section not in ("autoencoder", "conditioning") and not resolved.get(section):
@@ -152,8 +152,8 @@ def _first_stage(
 ) -> tuple[dict[str, Any], Params]:
     """Section and parameters of the autoencoder whose latents the model works on.
 
-    `config.first_stage` comes first; then that of the model that training starts from; then, for
-    a config that does not say which autoencoder it wants, the one that ships.
+    The first of: `config.first_stage`; the autoencoder of the model that training starts from; for
+    a config that does not name an autoencoder, the bundled one.
     """
     wanted = resolved.get("autoencoder")
     if config.first_stage:
@@ -178,7 +178,7 @@ def _first_stage(
         )
     if wanted and make_autoencoder(wanted).downsampling != make_autoencoder(section).downsampling:
         raise ValueError(
-            f"{path} has latents of {_latents(section)}, and this model wants {_latents(wanted)}"
+            f"{path} has latents of {_latents(section)}, and this model needs {_latents(wanted)}"
         )
     return section, found.params.get("autoencoder", {})
 

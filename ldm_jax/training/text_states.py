@@ -15,8 +15,8 @@ BATCH = 32  # captions that are encoded together
 class CachedStates:
     """An `Embedder` in place of a text embedder whose network does not train.
 
-    A caption is encoded when it is met first, and kept on the host, context and vector in float32:
-    240 kB each for Stable Diffusion 1. Its raw input is the `Conditioning` itself.
+    A caption is encoded at its first use and kept on the host, context and vector in float32:
+    240 kB each for Stable Diffusion 1. The raw input is the `Conditioning` itself.
     """
 
     network, needs, guided = None, ("caption",), True
@@ -28,7 +28,7 @@ class CachedStates:
         self._null = jax.device_get(self._encode(params, embedder.null(1)))
 
     def prepare(self, batch: dict[str, Any]) -> Conditioning:
-        """What batch["caption"] is encoded to, of (B, …)."""
+        """The features (B, …) of batch["caption"]."""
         captions = list(batch["caption"])
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
         for start in range(0, len(new), BATCH):
@@ -53,7 +53,7 @@ def with_states(
     """The embedders of training: with `how` "memory", frozen text encoders' features are kept.
 
     Raises:
-      ValueError: no such `how`, or no text encoder is frozen.
+      ValueError: an unknown `how`, or no text encoder is frozen.
     """
     if how not in TEXT_STATES:
         raise ValueError(f"text_states={how!r}: choose one of {', '.join(TEXT_STATES)}")
@@ -61,5 +61,5 @@ def with_states(
         return embedders
     still = [e.name for e in embedders if "caption" in e.needs and e.name not in trains]
     if not still:
-        raise ValueError("text_states='memory' keeps what frozen text encoders say; none is frozen")
+        raise ValueError("text_states='memory' keeps features of frozen encoders; none is frozen")
     return tuple(CachedStates(e, frozen[e.name]) if e.name in still else e for e in embedders)

@@ -1,4 +1,4 @@
-"""Which parameters train: the rest has no gradient, no optimiser state, no average."""
+"""Splits parameters into those that train and the rest, without gradient, optimiser or average."""
 
 import re
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ Params = dict[str, Any]
 
 
 def split(params: Params, rules: Sequence[str]) -> tuple[Params, Params]:
-    """(what trains, the rest), each a tree with the leaves that the other lacks.
+    """(parameters that train, the rest): two trees that share no leaf.
 
     A leaf trains if one of `rules`, regular expressions, is found in its path
     ("unet/input_blocks_0_0/kernel").
 
     Raises:
-      ValueError: a rule that matches nothing, or none that matches; lists the networks there are.
+      ValueError: a rule matches nothing, or there is none; lists the networks.
     """
     flat = flatten_dict(params, sep="/")
     for rule in rules:
@@ -37,7 +37,7 @@ def split(params: Params, rules: Sequence[str]) -> tuple[Params, Params]:
 
 
 def merge(a: Params, b: Params) -> Params:
-    """The leaves of both trees; where both have one, that of `b`."""
+    """The leaves of both trees; if both have a leaf, that of `b`."""
     if not isinstance(a, dict) or not isinstance(b, dict):
         return b
     shared = {key: merge(a[key], b[key]) for key in a.keys() & b.keys()}
@@ -45,7 +45,7 @@ def merge(a: Params, b: Params) -> Params:
 
 
 def like(params: Params, chosen: Params) -> Params:
-    """The leaves of `params` that `chosen` has, too."""
+    """The leaves of `params` that `chosen` has as well."""
     if not isinstance(chosen, dict):
         return params
     return {key: like(params[key], value) for key, value in chosen.items()}

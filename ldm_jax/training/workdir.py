@@ -1,4 +1,4 @@
-"""A run's directory: made, locked, recognised, and refused where it belongs to another run."""
+"""A run's directory: making, locking, and refusing one that belongs to another run."""
 
 import contextlib
 import json
@@ -20,8 +20,8 @@ except ImportError:  # Windows
 
 log = logging.getLogger(__name__)
 
-# What may differ when a run goes on, as dotted keys or sections: how long and how often, on which
-# devices, where the data lie and how they are read, and what the previews draw.
+# Settings that may differ when a run resumes, as dotted keys or sections: lengths and intervals,
+# devices, the location and reading of the data, and the previews.
 HARMLESS = (
     "train.steps",
     "train.log_every",
@@ -43,7 +43,7 @@ def config_dict(config: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Makes `workdir` and keeps every other training out of it; the lock ends with the process.
+    """Makes `workdir` and locks it against other runs; the lock ends with the process.
 
     Raises:
       ValueError: another process trains there; names its pid.
@@ -93,14 +93,14 @@ def check_config(workdir: Path, config: dict[str, Any], checkpoints: Checkpoints
             "Choose another --workdir, or give the same settings to resume this one."
         )
     if lines:
-        log.info("The run in %s goes on with changes:\n%s", workdir, "\n".join(lines.values()))
+        log.info("The run in %s resumes with changes:\n%s", workdir, "\n".join(lines.values()))
 
 
 def write_config(workdir: Path, config: dict[str, Any]) -> None:
-    """Writes `config.json`, whole or not at all, unless it agrees already.
+    """Writes `config.json`, whole or not at all, unless it is already the same.
 
     Raises:
-      OSError: it cannot be written; the old one is intact.
+      OSError: it cannot be written; the old file is intact.
     """
     path = workdir / "config.json"
     if _read(path) == config:
@@ -130,7 +130,7 @@ def config_difference(there: dict, now: dict) -> dict[str, tuple[Any, Any]]:
 
 
 def _stored_config(workdir: Path, checkpoints: Checkpoints) -> dict[str, Any] | None:
-    """The config of the run there, from config.json or else from a checkpoint."""
+    """The config of the run in `workdir`, from config.json or else from a checkpoint."""
     path = workdir / "config.json"
     there = _read(path)
     if there is not None:
@@ -142,7 +142,7 @@ def _stored_config(workdir: Path, checkpoints: Checkpoints) -> dict[str, Any] | 
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A config.json as it was written; None where it is missing or damaged."""
+    """The content of a config.json; None if it is missing or damaged."""
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -235,7 +235,7 @@ def test_text_that_cannot_be_read_is_lost_by_name(make, caplog, content, suffix)
     source = opened(root)
     assert source.describe(0)["caption"] == "daisy" and source.lost_captions == {UNREADABLE: 1}
     assert source.left_out == {}
-    assert caplog.messages[0].startswith(f"{root}/daisy/1.{suffix} is no ")
+    assert caplog.messages[0].startswith(f"{root}/daisy/1.{suffix} is not ")
     assert caplog.messages[0].endswith("save it as UTF-8")
     with pytest.raises(ValueError, match=rf"daisy/1\.{suffix} is no .*; save it as UTF-8"):
         opened(root, on_error="raise")
@@ -252,8 +252,8 @@ def test_lines_that_are_no_utf8_are_lost_one_by_one(make, caplog, file):
     assert captions(root) == ["d", "fine", "cafe"]
     assert opened(root).lost_captions == {UNREADABLE: 1}
     line = 1 if file == "metadata.jsonl" else 2
-    assert caplog.messages[0] == f"{root}/{file}:{line} is no UTF-8; save the file as UTF-8"
-    with pytest.raises(ValueError, match=f"{file}:{line} is no UTF-8"):
+    assert caplog.messages[0] == f"{root}/{file}:{line} is not UTF-8; save the file as UTF-8"
+    with pytest.raises(ValueError, match=f"{file}:{line} is not UTF-8"):
         opened(root, on_error="raise")
 
 

@@ -379,7 +379,7 @@ def test_names_that_are_no_utf8(tmp_path, caplog):
     told = [(e["name"], e["caption"], os.path.isfile(e["path"])) for e in train]
     assert told == [("caf\\xe9/1.png", "", True), ("dog/caf\\xe9.png", "a dog", True)]
     text = "\n".join(caplog.messages)
-    assert "2 names are no UTF-8, such as caf\\xe9/1.png" in text and text.encode()
+    assert "2 names are not UTF-8, such as caf\\xe9/1.png" in text and text.encode()
     assert r"skipped " in text and r"caf\xe9.jpg: the file is empty" in text
     with pytest.raises(ValueError, match=r"caf\\xe9\.jpg: the file is empty"):
         folder(tmp_path, on_error="raise")

@@ -1,4 +1,4 @@
-"""What lies beside a picture goes the way of its pixels."""
+"""Files beside a picture are transformed like its pixels."""
 
 import numpy as np
 import pytest

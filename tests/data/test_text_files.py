@@ -17,10 +17,10 @@ def test_marks(tmp_path, encoding):
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        (b"ab\xe9", "a.txt is no UTF-8: byte 2 cannot be read; save it as UTF-8"),
-        (codecs.BOM_UTF16_LE + b"a", "a.txt is no UTF-16: byte 2 cannot be read"),
-        ("ab".encode("utf-16-be"), "a.txt is no text: it holds zero bytes; save it as UTF-8"),
-        ("ab".encode("utf-32"), "a.txt is no text"),
+        (b"ab\xe9", "a.txt is not UTF-8: byte 2 cannot be read; save it as UTF-8"),
+        (codecs.BOM_UTF16_LE + b"a", "a.txt is not UTF-16: byte 2 cannot be read"),
+        ("ab".encode("utf-16-be"), "a.txt is not text: it holds zero bytes; save it as UTF-8"),
+        ("ab".encode("utf-32"), "a.txt is not text"),
     ],
 )
 def test_faults_name_the_file(tmp_path, content, fault):

@@ -1,7 +1,7 @@
-"""Distributions whose denoiser is known: the judges of every sampler.
+"""Distributions with a known denoiser, to test every sampler.
 
-Every element of the latents is on its own, drawn from a mixture of two Gaussians. In one dimension
-the probability-flow ODE keeps quantiles, so its exact solution is a map of distribution functions.
+Every element of the latents is independent, from a mixture of two Gaussians. In one dimension the
+probability-flow ODE keeps quantiles, so its exact solution is a map of distribution functions.
 """
 
 import jax

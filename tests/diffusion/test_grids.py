@@ -1,4 +1,4 @@
-"""Where samplers stop on their way, against the originals' grids."""
+"""The levels that samplers visit, against the originals' grids."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What is asked of a run, and the tables that it becomes."""
+"""A caller's options, and the tables that are made from them."""
 
 import dataclasses
 

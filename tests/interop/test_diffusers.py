@@ -115,7 +115,7 @@ def test_what_else_a_pipeline_has_is_passed_over(copied):
 def test_damaged_json(content, copied):
     folder = copied("stable-diffusion-1")
     (folder / "unet" / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"unet/config.json (is no JSON|holds a)"):
+    with pytest.raises(ValueError, match=r"unet/config.json (is not JSON|holds a)"):
         diffusers.read(folder)
 
 

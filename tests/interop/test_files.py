@@ -1,4 +1,4 @@
-"""Files of tensors against the safetensors library, and what damaged ones are told."""
+"""Files of tensors against the safetensors library, and the messages for damaged ones."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Whatever a path holds is found out; what it cannot be is said in one message."""
+"""The content of any path is recognised, or refused in one message."""
 
 import json
 import logging
@@ -146,7 +146,7 @@ BAD = {
     "a UNet alone": (copy_of_unet, "holds a UNet alone"),
     "a text encoder alone": (text_encoder, "holds a text encoder alone: it can be the text=PATH"),
     "another encoder": (vision_encoder, r"holds \['CLIPVisionModel'\] of transformers, where"),
-    "no JSON": (damaged, "config.json is no JSON"),
+    "no JSON": (damaged, "config.json is not JSON"),
     "a missing key": (without(UNET + "out.2.bias"), "unet is not whole: .*out.2.bias is missing"),
     "a wrong shape": (
         changed("first_stage_model.decoder.norm_out.bias", np.zeros(3, np.float32)),

@@ -1,4 +1,4 @@
-"""Shapes that would fail late, or quietly build another network, are refused in plain words."""
+"""Shapes that would fail late, or silently build another network, are refused with a message."""
 
 import jax
 import jax.numpy as jnp

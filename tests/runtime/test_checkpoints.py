@@ -106,7 +106,7 @@ def test_any_damage_of_the_newest_falls_back_to_the_one_before(two, tmp_path, ca
     assert step == 1 and (directory / "2.damaged").exists()
     name = re.escape(path.relative_to(directory / "2").as_posix())
     assert re.search(rf"checkpoint of step 2 is damaged \(.*{name}.*\)", caplog.text), caplog.text
-    assert "Going on from step 1: 1 steps are lost" in caplog.text
+    assert "Resuming from step 1: 1 steps are lost" in caplog.text
     again = Checkpoints(directory)
     again.save(2, states[2], {})
     step, back = restored(directory, states[1])

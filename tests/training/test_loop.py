@@ -41,7 +41,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(use, whole, r
     damage_all(resumable / "checkpoints" / "20")
     train(steps(30), resumable)
     assert "The checkpoint of step 20 is damaged" in caplog.text
-    assert "Going on from step 10: 10 steps are lost" in caplog.text
+    assert "Resuming from step 10: 10 steps are lost" in caplog.text
     assert (resumable / "checkpoints" / "20.damaged").exists()
     assert (resumable / "checkpoints" / "20").exists(), "step 20 is saved again"
     assert model(resumable) == model(whole[0])

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: at once before the first step, after the step at hand from then on."""
+"""Ctrl-C and SIGTERM stop at once before the first step, later after the current step."""
 
 import contextlib
 import os

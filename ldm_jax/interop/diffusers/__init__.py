@@ -1,8 +1,8 @@
-"""Folders of diffusers: a pipeline, or an autoencoder or UNet by itself, read and written.
+"""Reading and writing of diffusers' folders: a pipeline, or an autoencoder or UNet alone.
 
-A pipeline is a `model_index.json`, which names the class of each component, and a folder for each,
-with its JSON and its weights. What a component means follows from its class; what a model can do
-from its networks, not from the name of the pipeline.
+A pipeline is a `model_index.json`, which names the class of each component, and a folder for each
+component, with its JSON and its weights. The class of a component determines how it is read; the
+networks of a model, not the name of the pipeline, determine its conditions.
 """
 
 from ldm_jax.interop.diffusers.reading import read, read_component

@@ -1,8 +1,8 @@
 """The JSON of diffusers' components and our fields: tables that are read in both directions.
 
-Here are the mechanism and the tables of autoencoders and text encoders; those of UNets are in
-`unets`, noise and grids in `schedulers`. A key that is absent counts as its class's default, as
-diffusers has it; a value that our networks cannot express is an error.
+This module has the mechanism and the tables of autoencoders and text encoders; those of UNets are
+in `unets`, noise and grids in `schedulers`. An absent key has its class's default, as in diffusers;
+a value that our networks cannot express is an error.
 """
 
 import json
@@ -35,7 +35,7 @@ def load(path: Path) -> Fields:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, where an object was expected")
     return content
@@ -48,7 +48,7 @@ def dump(path: Path, content: Fields) -> None:
 
 
 class Json:
-    """A JSON object whose keys are taken one by one, so that none goes unseen."""
+    """A JSON object whose keys are taken one by one, so that none is overlooked."""
 
     def __init__(self, path: Path):
         content = load(path)
@@ -69,10 +69,10 @@ class Json:
         read_fields(self, checked(**allowed))
 
     def done(self) -> None:
-        """Warns of keys that are left and on.
+        """Warns of remaining keys that are on.
 
-        diffusers passes over what it does not know, and so do we. Raises ValueError if a diffusers
-        newer than `VERSION` wrote them, which may know them.
+        Like diffusers, this ignores unknown keys. Raises ValueError if they were written by a
+        diffusers newer than `VERSION`, which may use them.
         """
         for key, value in self.left.items():
             if value in (None, False):
@@ -83,10 +83,10 @@ class Json:
 
 
 class Codec(NamedTuple):
-    """Their value to ours and back, by our fields, which are those of the rows above when read.
+    """Conversion between their value and ours, with our fields (when reading, of the rows above).
 
-    `read` raises an error for a value that is not as `expected`. `write` makes `...` of what is not
-    to be written.
+    `read` raises an error for a value that is not as `expected`. `write` returns `...` for a value
+    that is not written.
     """
 
     read: Callable[[Any, Ours], Any] = lambda value, fields: value
@@ -112,7 +112,7 @@ def derived(value: Callable[[Ours], Any], expected: str) -> Codec:
 
 
 def equal(value: Any, fields: Ours) -> Any:
-    """One value, which may stand there for each level."""
+    """One value, which may be repeated there for each level."""
     if isinstance(value, list):
         (value,) = set(value)
     return value
@@ -164,7 +164,7 @@ class Row:
 
 
 class Rows(NamedTuple):
-    """Several keys that only together mean something."""
+    """Several keys that are read and written together."""
 
     read: Callable[[Json, Fields], None]
     write: Callable[[Ours, Fields], None]
@@ -180,7 +180,7 @@ def checked(**allowed: Any) -> Table:
 
 
 def passed_over(*keys: str) -> Table:
-    """Keys that change nothing here."""
+    """Keys that are ignored."""
     return tuple(Row("", key) for key in keys)
 
 
@@ -250,14 +250,14 @@ _VQ: Table = (
     Row("z_channels", "latent_channels", 3),
     Row("embed_dim", "vq_embed_dim", None, Codec(lambda n, fields: n or fields["z_channels"])),
     Row("n_embed", "num_vq_embeddings", 256),
-    # Older than the key are LDM's own, whose latents were not scaled. diffusers has since taken
-    # 0.18215 for them, too, and draws garbage (its issue 6725).
+    # Files without the key are LDM's own, whose latents were not scaled. diffusers now uses 0.18215
+    # for them as well, and draws wrong pictures (its issue 6725).
     Row("scale_factor", "scaling_factor", 1.0),
 )
 _ENCODER = ONE._replace(write=lambda width, fields: [width] * len(fields["encoder_blocks"]))
 _DECODER = derived(lambda f: [f["width"]] * len(f["decoder_blocks"]), "those of the encoder")
 _TINY: Table = (
-    # The widths again; and the range of latents that are stored as pictures.
+    # The widths a second time, and the range of latents that are stored as pictures.
     *passed_over("sample_size", "force_upcast", "block_out_channels"),
     *passed_over("latent_magnitude", "latent_shift"),
     *checked(act_fn="relu", upsample_fn="nearest", upsampling_scaling_factor=2),
@@ -306,7 +306,7 @@ _MLP = Codec(
     lambda inner, fields: None if inner == 4 * fields["width"] else inner,
     lambda inner, fields: inner or 4 * fields["width"],
 )
-# The text ends at the highest id, which 2 stands for in transformers, or at the first of this one.
+# The text ends at the highest id, for which transformers writes 2, or at the first `end`.
 _END = Codec(
     lambda end, fields: None if end in (2, fields["vocab_size"] - 1) else end,
     lambda end, _: 2 if end is None else end,

@@ -1,4 +1,4 @@
-"""From a folder of diffusers to our config and parameters."""
+"""Reads our config and parameters from a folder of diffusers."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ from ldm_jax.interop.networks import networks, texts
 from ldm_jax.models.build import make_autoencoder
 
 CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection")
-# Component → classes that are known; of tokenizers any: see `read_tokenizer`.
+# Component → known classes; tokenizers may be of any class: see `read_tokenizer`.
 KNOWN = {
     "unet": tuple(UNETS),
     "vae": tuple(AUTOENCODERS),
@@ -36,7 +36,7 @@ KNOWN = {
     "tokenizer_2": (),
     "scheduler": tuple(SCHEDULERS),
 }
-# Components that a picture does not need, or whose results the caller brings.
+# Components that are not needed to draw, or whose results the caller provides.
 PASSED_OVER = (
     *("safety_checker", "feature_extractor", "image_encoder", "watermark", "watermarker"),
     *("depth_estimator", "low_res_scheduler", "image_normalizer", "image_noising_scheduler"),
@@ -53,7 +53,7 @@ NUMBERS = {
     False: ["original_size", "crop", "target_size"],
     True: ["original_size", "crop", "aesthetic_score"],
 }
-# Name of the array that a pipeline's UNet takes beside its latents.
+# Name of the array that is joined to the latents of a pipeline's UNet.
 CONCATENATED = {
     "StableDiffusionDepth2ImgPipeline": "depth",
     "StableDiffusionUpscalePipeline": "low_resolution",
@@ -62,9 +62,9 @@ WEIGHTS = "diffusion_pytorch_model"
 
 
 class _Pipeline:
-    """The `model_index.json` of a folder: which components there are, and of what class.
+    """The `model_index.json` of a folder: its components and their classes.
 
-    `replaced` are components that come from elsewhere, and may be of any class.
+    `replaced` are components that another model replaces; they may be of any class.
     """
 
     def __init__(self, folder: Path, replaced: tuple[str, ...]):
@@ -89,7 +89,7 @@ class _Pipeline:
         return name in self.classes and (self.folder / name).is_dir()
 
     def lacks(self, what: str, remedy: str) -> ValueError:
-        """The error to raise for a part that is not there."""
+        """The error to raise for a missing part."""
         there = [f"{name} ({cls})" for name, cls in self.classes.items() if self.has(name)]
         return ValueError(f"{self.folder} has {', '.join(there)}, but no {what}: {remedy}")
 
@@ -123,9 +123,9 @@ def _text(pipeline: _Pipeline, component: str) -> Fields:
 
 
 def used(xl: bool, last: bool, zeros: bool) -> tuple[Fields, Fields]:
-    """How a pipeline uses a text encoder of CLIP: keys of our section, and of its network.
+    """The use of a CLIP text encoder in a pipeline: keys of our section, and of its network.
 
-    `last`: it is SDXL's last one; `zeros`: no prompt is zeros there.
+    `last`: it is SDXL's last encoder; `zeros`: its features of no prompt are 0.
     """
     layer = dict(layer="penultimate" if xl else "last", final_norm=not xl)
     return dict(context=True, pooled=xl and last, zero_null=xl and zeros), layer
@@ -144,7 +144,7 @@ def _texts(pipeline: _Pipeline, xl: bool) -> Fields:
 
 
 def _sizes(pipeline: _Pipeline, text: Fields, vector: int, dim: int) -> Fields:
-    """The section of SDXL's numbers, of which each takes `dim` of the vector beside the text."""
+    """The section of SDXL's sizes; each number has `dim` entries of the vector, after the text."""
     aesthetic = pipeline.options.get("requires_aesthetics_score", False)
     fields = NUMBERS[aesthetic]
     pooled = text["network"].get("projection") or text["network"]["width"]
@@ -160,7 +160,7 @@ def _sizes(pipeline: _Pipeline, text: Fields, vector: int, dim: int) -> Fields:
 def _conditioning(
     pipeline: _Pipeline, unet: Fields, beside: Fields, latents: int, texts: Fields | None
 ) -> Fields:
-    """The conditions: `texts`, or the folder's, and what else the UNet takes."""
+    """The conditions: `texts`, or the folder's, and the UNet's other inputs."""
     xl = beside["vector"] == "add_embedding"
     sections = _texts(pipeline, xl) if texts is None else dict(texts)
     widths = [section["network"]["width"] for section in sections.values()]
@@ -206,17 +206,16 @@ def read(
 ) -> Imported:
     """The model in a folder with a `model_index.json`.
 
-    Its scheduler says on which grid it is sampled, where that ends, and by which sampler unless the
-    caller asks for another.
+    Its scheduler determines the grid, the end of the grid, and the default sampler.
 
     Args:
-      autoencoder, text: of which to take the autoencoder, or the text encoders with their
-        tokenizers, whether or not the folder has some.
+      autoencoder, text: models whose autoencoder, or text encoders with their tokenizers, replace
+        those of the folder, which may be missing.
 
     Raises:
       FileNotFoundError: a file of a component is missing.
-      ValueError: a component that is missing, or of a class, or a value in a JSON, that we do not
-        know, with file, key and value; and as `open_shards`.
+      ValueError: a missing component, an unknown class, or an unknown value in a JSON, with file,
+        key and value; and as `open_shards`.
     """
     replaced = ("vae", "vqvae") if autoencoder else ()
     pipeline = _Pipeline(Path(folder), replaced + (tuple(TEXTS) if text else ()))
@@ -229,7 +228,7 @@ def read(
         raise pipeline.lacks(f"autoencoder ({stage})", remedy)
     if pipeline.has(stage) and pipeline.classes[stage] in AUTOENCODERS:
         own = autoencoder_from(pipeline.json(stage))
-        # The UNet's latents are the own one's.
+        # The UNet's latents are those of the folder's own autoencoder.
         kept = {key: own[key] for key in stage_fields.keys() & own.keys() & {"scale_factor"}}
         stage_fields = stage_fields | kept or own
     module = make_autoencoder(stage_fields)

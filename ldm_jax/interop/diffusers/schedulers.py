@@ -4,8 +4,8 @@ from typing import Any
 
 from ldm_jax.interop.diffusers.components import VERSION, Json
 
-# The sampler of each scheduler, or the nearest; and, where the JSON is silent, its spacing and
-# whether the last step ends in clean latents.
+# The sampler of each scheduler, or the nearest; and its defaults for the spacing and for whether
+# the last step ends in clean latents.
 SCHEDULERS = {
     "DDIMScheduler": ("ddim", "leading", True),
     "DDPMScheduler": ("ddpm", "leading", True),
@@ -23,7 +23,7 @@ SCHEDULERS = {
     "LMSDiscreteScheduler": ("lms", "linspace", True),
     "UniPCMultistepScheduler": ("unipc", "linspace", True),
 }
-# Whose noise is by default Stable Diffusion's, and not DDPM's.
+# Schedulers whose default noise is Stable Diffusion's, not DDPM's.
 NARROW = ("LCM", "Heun", "KDPM2", "DPMSolverSDE")
 BETAS = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}
 MEANINGS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -33,8 +33,8 @@ SPACINGS = ("leading", "trailing", "linspace", "lcm")
 def diffusion_from(json: Json, stable: bool) -> dict[str, Any]:
     """The section `diffusion` of a scheduler.
 
-    `stable`: it is of a pipeline of Stable Diffusion 1 or 2, which clips nothing and adds 1 to
-    "leading" timesteps whatever the JSON says.
+    `stable`: it belongs to a pipeline of Stable Diffusion 1 or 2, which does not clip and adds 1 to
+    "leading" timesteps, whatever the JSON says.
     """
     name = json.class_name
     if name not in SCHEDULERS:
@@ -70,7 +70,7 @@ def diffusion_from(json: Json, stable: bool) -> dict[str, Any]:
 
 
 def sampling_from(json: Json) -> dict[str, Any]:
-    """`sampler` and, of those that have one, the `spacing` of noise, of section `sampling`."""
+    """`sampler` and, for schedulers that have one, the `spacing` of noise, for `sampling`."""
     name, _, _ = SCHEDULERS.get(json.class_name, ("ddim", None, None))
     if str(json.take("algorithm_type")).startswith("sde-"):
         name = "dpmpp_3m_sde" if json.take("solver_order") == 3 else "dpmpp_2m_sde"
@@ -97,7 +97,7 @@ def scheduler_to(diffusion: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"diffusion.parameterization={meaning!r}: diffusers has {', '.join(meanings)}"
         )
-    # CompVis' grid is diffusers' "leading" by another name.
+    # CompVis' grid is equal to diffusers' "leading".
     grids = {"compat": ("leading", "first")} | {known: (known, "clean") for known in SPACINGS}
     if spacing not in grids:
         raise ValueError(f"diffusion.spacing={spacing!r}: diffusers has {', '.join(grids)}")

@@ -1,9 +1,9 @@
 """The tokenizers in folders of diffusers, as `vocabulary` and `padding` of our sections, and back.
 
-A tokenizer whose pieces are those that ship is named after them ("clip", "bert"); of another, the
-section has the path of its file. transformers writes the pieces into files of their own (merges.txt
+A tokenizer with the pieces of a bundled vocabulary gets its name ("clip", "bert"); for another, the
+section has the path of its file. transformers writes the pieces into separate files (merges.txt
 and vocab.json, vocab.txt) or, since version 5, into tokenizer.json; either is read. A tokenizer of
-another class, or one that ours cannot be, is left to transformers: the section has its folder.
+another class, or one that ours cannot express, is read by transformers: the section has its folder.
 """
 
 import gzip
@@ -32,7 +32,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _merges(path: Path) -> list[str]:
-    """The pairs of a file of merges that count, "a b" each."""
+    """The pairs of a file of merges that are used, "a b" each."""
     return [line for line in _lines(path)[1 : MERGES + 1] if line]
 
 
@@ -41,7 +41,7 @@ def _optional(path: Path) -> dict[str, Any]:
     return load(path) if path.is_file() else {}
 
 
-# Name of what ships → its file, the file in folders, the key in tokenizer.json, what reads a file.
+# Bundled vocabulary → its file, the file in folders, the key in tokenizer.json, the reader.
 PIECES = {
     "clip": ("clip.txt.gz", "merges.txt", "merges", _merges),
     "bert": ("bert.txt", "vocab.txt", "vocab", _lines),
@@ -49,8 +49,8 @@ PIECES = {
 
 
 def _vocabulary(folder: Path, name: str) -> str:
-    """`name` if the folder's pieces are those that ship, or the path of its own file."""
-    shipped, file, key, read = PIECES[name]
+    """`name` if the folder's pieces are the bundled ones, else the path of the folder's file."""
+    bundled, file, key, read = PIECES[name]
     path, model = folder / file, _optional(folder / "tokenizer.json").get("model", {})
     if path.is_file():
         pieces = read(path)
@@ -60,7 +60,7 @@ def _vocabulary(folder: Path, name: str) -> str:
         pieces = sorted(model[key], key=model[key].get)
     else:
         pieces = [pair if isinstance(pair, str) else " ".join(pair) for pair in model[key]]
-    if pieces == read(VOCABULARIES / shipped):
+    if pieces == read(VOCABULARIES / bundled):
         return name
     if path.is_file():
         return str(path.absolute())
@@ -97,7 +97,7 @@ def _read_sentencepiece(folder: Path) -> dict[str, Any]:
     raise FileNotFoundError(f"{path} is missing, the pieces of a T5Tokenizer")
 
 
-# Classes that ours can be, but for a "Fast" at the end; any other goes through transformers.
+# Classes that ours can express, without a "Fast" at the end; transformers reads all others.
 READERS = {
     "CLIPTokenizer": _read_clip,
     "BertTokenizer": _read_bert,
@@ -106,10 +106,10 @@ READERS = {
 
 
 def read_tokenizer(folder: Path, class_name: str, max_length: int) -> dict[str, Any]:
-    """Keys of a "clip" or "text" section: `vocabulary`, and what else is not the default.
+    """Keys of a "clip" or "text" section: `vocabulary`, and others that are not the default.
 
     Raises:
-      FileNotFoundError: the files of the tokenizer are not there.
+      FileNotFoundError: a file of the tokenizer is missing.
       ValueError: neither ours nor transformers can read it.
     """
     config = folder / "tokenizer_config.json"
@@ -131,11 +131,11 @@ def read_tokenizer(folder: Path, class_name: str, max_length: int) -> dict[str, 
 
 
 def tokenizer_class(section: dict[str, Any]) -> str:
-    """Of transformers, for a section of kind "clip" or "text"."""
+    """The tokenizer of transformers for a section of kind "clip" or "text"."""
     if section.get("tokenizer") == "folder":
         path = Path(section["vocabulary"]) / "tokenizer_config.json"
         name = load(path).get("tokenizer_class", "TokenizersBackend")
-        # The name that version 4 of transformers knows, too.
+        # The name that version 4 of transformers also has.
         return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
     if section["kind"] == "text":
         return "BertTokenizer"

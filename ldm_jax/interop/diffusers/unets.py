@@ -1,8 +1,8 @@
 """The JSON of diffusers' UNets, and our fields: see `components`.
 
-Beside the fields of our UNet, tables read and write `BESIDE`: `sample_size`, of latents; `vector`,
-where the UNet takes one in (see `layout.slots`); and `addition_time_embed_dim`, the dimension in
-which each number of SDXL's size conditioning is embedded.
+Besides the fields of our UNet, the tables read and write `BESIDE`: `sample_size`, of latents;
+`vector`, the module of the UNet's vector (see `layout.slots`); and `addition_time_embed_dim`, the
+dimension of the embedding of each number of SDXL's size conditioning.
 """
 
 from functools import partial
@@ -47,13 +47,13 @@ def _down(attending: str, fields: Ours) -> list[str]:
 
 
 def _bare(names: list[str]) -> list[str]:
-    """The last one without how it resizes, for it does not."""
+    """The last block type without its resizing, as the last block does not resize."""
     last = [name.replace("Resnet", "").replace("sampleBlock", "Block") for name in names[-1:]]
     return names[:-1] + last
 
 
 def _read_blocks(attending: str, down: list[str], content: Json, fields: Fields) -> None:
-    """Which levels attend, and whether ResBlocks resize; `down` is the default."""
+    """The levels with attention, and whether ResBlocks resize; `down` is the default."""
     up = content.take("up_block_types", _up(down))
     down = content.take("down_block_types", down)
     known = (PLAIN, RESNET, attending)
@@ -89,7 +89,7 @@ def _write_blocks(attending: str, fields: Ours, content: Fields) -> None:
 
 
 def _places(fields: Ours) -> dict[int, int]:
-    """Level → width, where a UNet attends. The middle does as the last level would."""
+    """Level → width, for levels with attention. The middle counts as the last level."""
     widths = level_widths(fields["model_channels"], fields["channel_mult"])
     last, attends = len(widths) - 1, fields["attention_resolutions"]
     return {i: width for i, width in enumerate(widths) if i == last or 2**i in attends}
@@ -127,16 +127,16 @@ def _write_size(ours: tuple[Any, int], fields: Ours) -> int | None:
     if len(sizes) > 1 and heads != 1:
         raise ValueError(
             f"unet.num_heads={heads} at widths {[*_places(fields).values()]}, where UNet2DModel "
-            "wants as many channels in every head"
+            "needs the same number of channels in every head"
         )
     return None if len(sizes) > 1 else sizes.pop()
 
 
-# UNet2DConditionModel's `attention_head_dim` is, in spite of its name, how many there are.
+# UNet2DConditionModel's `attention_head_dim` is, in spite of its name, the number of heads.
 _HEADS = Codec(_read_heads, _write_heads, "heads that divide the width, for each level")
 _SIZE = Codec(_read_size, _write_size, "a number that divides the widths that attend")
 EMBEDDED = ("class_embed_type", "addition_embed_type")
-# Values of these → num_classes, and where a vector is taken in.
+# Values of these keys → num_classes, and the module of the vector.
 LABELS = {
     (None, None): (None, "class_embedding"),
     ("timestep", None): ("timestep", "class_embedding"),
@@ -174,7 +174,7 @@ def _write_labels(fields: Ours, content: Fields) -> None:
 
 
 def _read_norms(groups: int | None, fields: Ours) -> None:
-    """Of attention; without a number it has none beside `scale_shift`, else as many as others."""
+    """Groups of attention; by default none with `scale_shift`, else as many as other norms."""
     same = fields.get("groups", 32)
     if (groups or (None if fields.get("use_scale_shift_norm") else same)) != same:
         raise ValueError
@@ -230,8 +230,8 @@ UNETS = {
         *checked(mid_block_type="UNetMidBlock2DCrossAttn", attention_type="default"),
         *checked(resnet_out_scale_factor=1.0, conv_in_kernel=3, conv_out_kernel=3),
         *checked(**dict.fromkeys(_OFF, (None, False))),
-        # Which side of attention is computed in float32; what only other kinds of middle blocks
-        # and of added embeddings read.
+        # The side of attention that is computed in float32; keys of other kinds of middle blocks
+        # and added embeddings.
         *passed_over("upcast_attention", "mid_block_only_cross_attention"),
         *passed_over("addition_embed_type_num_heads"),
         Row("context_dim", "cross_attention_dim", 1280, ONE),

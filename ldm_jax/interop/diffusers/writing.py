@@ -1,4 +1,4 @@
-"""From our config and parameters to a folder of diffusers."""
+"""Writes our config and parameters as a folder of diffusers."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ from ldm_jax.interop.networks import networks
 from ldm_jax.models.build import make_autoencoder
 from ldm_jax.models.clip import CLIPText, layer_index
 
-# Beginning of a pipeline's name → components that it asks for and we have nothing of.
+# Prefix of a pipeline's name → components that it requires and that we do not have.
 EMPTY = {
     "StableDiffusionXL": ("text_encoder", "tokenizer", "feature_extractor", "image_encoder"),
     "StableDiffusion": ("safety_checker", "feature_extractor", "image_encoder"),
@@ -36,7 +36,7 @@ EMPTY = {
 
 
 def _check_encoder(name: str, section: Fields, xl: bool, zeros: bool) -> None:
-    """Raises ValueError if a pipeline of diffusers would use a text encoder in another way."""
+    """Raises ValueError if a pipeline of diffusers would use a text encoder differently."""
     network, (keys, layer) = CLIPText(**section["network"]), used(xl, name == "text_2", zeros)
     if name == "text_2" and network.projection is None:
         raise ValueError(f"conditioning.{name}.network.projection: SDXL's second encoder has one")
@@ -53,7 +53,7 @@ def _check_encoder(name: str, section: Fields, xl: bool, zeros: bool) -> None:
 
 
 def _pipeline_class(config: Fields) -> tuple[str, Fields]:
-    """The class of pipeline that a model is, and its options. ValueError if there is none."""
+    """The class and options of a model's pipeline. ValueError if there is none."""
     sections = config["conditioning"]
     kinds = {name: section["kind"] for name, section in sections.items()}
     by_kind = {section["kind"]: section for section in sections.values()}
@@ -146,14 +146,14 @@ def write(
     params: dict[str, Any],
     dtype: Any = "float32",
 ) -> None:
-    """Writes a folder that `diffusers.DiffusionPipeline.from_pretrained` opens, or, of an
-    autoencoder, `AutoencoderKL.from_pretrained` and its like.
+    """Writes a folder for `diffusers.DiffusionPipeline.from_pretrained` or, for an autoencoder,
+    `AutoencoderKL.from_pretrained` and the like.
 
-    With it come the tokenizer, and a scheduler with the model's noise and grid. The folder appears
-    whole or not at all; it must not exist, or be empty.
+    It includes the tokenizer, and a scheduler with the model's noise and grid. The folder is
+    written whole or not at all; it must be empty or not exist.
 
     Raises:
-      FileExistsError: there is something in the folder.
+      FileExistsError: the folder is not empty.
       ValueError: a model that diffusers' classes cannot express, with the field.
     """
     folder = Path(folder)
