@@ -155,6 +155,8 @@ def draw(
     batches = len(parts(count, settings.get("batch"))) if count > 0 else 1
     bar = count * settings["steps"] >= LONG_RUN
     watch = _Watch(settings["steps"], batches, previews, bar)
+    if edit is not None and edit.source and settings.get("sampler") is None:
+        settings = settings | {"sampler": "ddim"}  # which the inversion is of
     sampling = from_flags(Sampling, settings)
     guidance = from_flags(Guidance, settings | {"weak": weak_pipe})
     apart = flags(Sampling).keys() | flags(Guidance).keys()

@@ -45,6 +45,8 @@ def as_images(images: Any, count: int | None = None) -> np.ndarray:
       ValueError: another shape, number or range.
     """
     images = np.asarray(images)
+    if images.dtype.kind not in "biuf" or 0 in images.shape:
+        raise ValueError(f"image of shape {images.shape} and {images.dtype}: expected an array")
     scale = 255.0 if images.dtype == np.uint8 else 1.0
     images = images.astype(np.float32) / scale
     if images.ndim == 3:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ldm_jax.conditions.base import Conditioning, Inputs, embed
+from ldm_jax.conditions.base import Conditioning, embed
 from ldm_jax.conditions.requests import (
     check_guidance,
     check_side,
@@ -20,21 +20,20 @@ from ldm_jax.conditions.requests import (
     parts,
     requests,
 )
+from ldm_jax.diffusion.checks import check_finite, check_number, whole
 from ldm_jax.diffusion.editing import skipped_steps
 from ldm_jax.diffusion.noise import example_keys
-from ldm_jax.diffusion.plan import Guidance, Run, Sampling, check_finite, plan
+from ldm_jax.diffusion.plan import Guidance, Sampling, plan
 from ldm_jax.diffusion.samplers import DDIM_INVERSE
 from ldm_jax.first_stage import FirstStage
-from ldm_jax.interop.changes import Lora, merge
+from ldm_jax.interop.changes import Lora
 from ldm_jax.interop.lora import read_lora
 from ldm_jax.interop.opening import export
 from ldm_jax.latent_diffusion import Known, LatentDiffusion
 from ldm_jax.models.build import Autoencoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.pictures import as_images, as_mask
-
-# Parameters, and LoRAs to be added to them, each with its scale.
-Weights = tuple[dict[str, Any], tuple[tuple[Lora, Any], ...]]
+from ldm_jax.programs import Weights, generate, invert, merged, not_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +138,15 @@ class Pipeline:
           ValueError: an argument is out of its range; the message says what is allowed.
           FloatingPointError: a picture is not finite; the message names the first such step.
         """
-        check_finite(strength=strength, latents=latents, **conditions or {})
+        if not isinstance(conditions, dict | None):
+            raise ValueError(f"conditions={conditions!r}: give a dict of arrays by entry")
+        check_finite(latents=latents)
+        check_number(strength=strength)
+        check_finite(**conditions or {})
         steps = self.config["sampling"].get("steps", 50) if steps is None else steps
+        steps, n, seed, batch = whole(steps=steps, n=n, seed=seed, batch=batch)
+        height, width, tile = whole(height=height, width=width, tile=tile)
+        latents = None if latents is None else np.asarray(latents, np.float32)
         sampling = Sampling.of(sampler, self.config["sampling"])
         asked = Guidance.of(guidance, self.config["sampling"]["guidance"])
         embedders = self.model.embedders
@@ -150,6 +156,12 @@ class Pipeline:
             check_guidance(embedders, asked.scale)
         else:
             self._check_weak(asked.weak)
+        alone = asked.weak is not None or self.unet.time_cond_proj_dim is not None
+        if alone and (negative_prompt or asked.weights is not None or asked.rescale):
+            raise ValueError(
+                "with weak, and on models distilled with guidance, there is no unconditional "
+                "prediction: no negative_prompt, weights or rescale"
+            )
 
         rows = parts(count, batch)
         if image is not None:
@@ -160,7 +172,7 @@ class Pipeline:
             height, width = image.shape[1:3]
             mask = None if mask is None else as_mask(mask, (height, width), count)
         shape = self._latent_shape(height, width)
-        skip, known, pictures = self._start(image, mask, strength, steps, rows)
+        strength, known, pictures = self._start(image, mask, strength, rows)
         side = self.autoencoder.downsampling * np.array(shape[:2])
         others = other_entries(embedders, conditions, count, side) | pictures
         inputs = [inputs_for(embedders, group | others, count) for group in groups]
@@ -171,13 +183,12 @@ class Pipeline:
         if latents is not None and latents.shape != (count, *shape):
             raise ValueError(f"latents {latents.shape}: expected {(count, *shape)}")
 
-        # Where a masked picture is redrawn entirely, the noise contains no trace of the original.
-        trace = known is not None and not (skip == 0 and known.mask is not None)
-        run = plan(self.model.diffusion, steps, sampling, asked, skip=skip, trace=trace)
+        masked = known is not None and known.mask is not None
+        run = plan(self.model.diffusion, steps, sampling, asked, strength=strength, masked=masked)
         each = (inputs, negatives, example_keys(jax.random.key(seed), count), known, latents)
         weak = asked.weak
         draw = functools.partial(
-            _generate,
+            generate,
             self.model,
             self._weights,
             run=run,
@@ -194,7 +205,7 @@ class Pipeline:
             if progress is not None:
                 jax.effects_barrier()  # its last report comes before the next batch's first
             if not np.isfinite(images).all():
-                raise FloatingPointError(_not_finite(functools.partial(draw, *arguments), steps))
+                raise FloatingPointError(not_finite(functools.partial(draw, *arguments), steps))
             drawn.append(images)
         images = np.concatenate(drawn)[:count]
         return images if mask is None else mask * images + (1.0 - mask) * image
@@ -226,7 +237,7 @@ class Pipeline:
         inputs = inputs_for(embedders, entries, count)
         grid = diffusion.grid(steps, "ddim")
         table = DDIM_INVERSE.coefficients(diffusion.schedule, grid)
-        latents = _invert(self.model, self._weights, inputs, self.encode(images), table)
+        latents = invert(self.model, self._weights, inputs, self.encode(images), table)
         spread = np.hypot(grid.here.alpha[0], grid.here.sigma[0])
         return np.asarray(latents) / spread.astype(np.float32)
 
@@ -238,13 +249,14 @@ class Pipeline:
         """Scaled latents (B, h, w, c) → pictures (B, H, W, C), float32 [0, 1]."""
         return self.first_stage.decode(latents)
 
-    def embed(self, prompts: Sequence[str]) -> Conditioning:
+    def embed(self, prompts: str | Sequence[str]) -> Conditioning:
         """The UNet's context for each prompt of a text-to-image model."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         size, count = self.config["image_size"], len(prompts)
         embedders = self.model.embedders
         entries = {"caption": list(prompts)}
         entries |= other_entries(embedders, None, count, (size, size))
-        return embed(embedders, _merged(self._weights), inputs_for(embedders, entries, count))
+        return embed(embedders, merged(self._weights), inputs_for(embedders, entries, count))
 
     def with_lora(self, path: str | Path, scale: float = 1.0) -> "Pipeline":
         """This pipeline with a LoRA of kohya's or peft's format, which is kept separately.
@@ -268,7 +280,7 @@ class Pipeline:
 
     def merged(self) -> "Pipeline":
         """This pipeline with its LoRAs merged into the parameters."""
-        return dataclasses.replace(self, params=jax.jit(_merged)(self._weights), loras=())
+        return dataclasses.replace(self, params=jax.jit(merged)(self._weights), loras=())
 
     def save(self, path: str | Path, dtype: str = "float32", layout: str = "single_file") -> None:
         """Writes the model with its LoRAs merged; `load` opens the result.
@@ -283,10 +295,10 @@ class Pipeline:
         export(path, self.config, self.merged().params, dtype, layout)
 
     def _start(
-        self, image: Any, mask: Any, strength: float | None, steps: int, rows: list[np.ndarray]
-    ) -> tuple[int | None, Known | None, dict[str, Any]]:
-        """The number of steps to skip, or None; the latents to start from; and the entries of a
-        batch made from the picture, which is encoded in the parts `rows`."""
+        self, image: Any, mask: Any, strength: float | None, rows: list[np.ndarray]
+    ) -> tuple[float | None, Known | None, dict[str, Any]]:
+        """The strength of the edit, or None; the latents to start from; and the entries of a batch
+        made from the picture, which is encoded in the parts `rows`."""
         entries = {"mask": mask, "image": image}
         needed = {entry for e in self.model.embedders for entry in e.needs} & entries.keys()
         if needed and (image is None or mask is None):
@@ -296,17 +308,17 @@ class Pipeline:
                 raise ValueError("mask and strength need an image to change")
             return None, None, {}
         strength = (0.8 if mask is None else 1.0) if strength is None else strength
-        skip = skipped_steps(steps, strength)
+        skipped_steps(1, strength)  # for its check, ahead of encoding
         entries = {entry: entries[entry] for entry in needed}
         if needed and strength == 1.0:
             return None, None, entries
         latents = np.concatenate([self.encode(image[part]) for part in rows])[: len(image)]
         if needed or mask is None:
-            return skip, Known(latents, None), entries
-        # The mask value of a latent is the largest of its pixels'.
+            return strength, Known(latents, None), entries
+        # A latent is redrawn if any of its pixels is; only pixels are blended.
         (height, width), factor = latents.shape[1:3], self.autoencoder.downsampling
         cells = mask.reshape(len(mask), height, factor, width, factor, 1)
-        return skip, Known(latents, cells.max(axis=(2, 4))), entries
+        return strength, Known(latents, np.float32(cells.max(axis=(2, 4)) > 0.0)), entries
 
     def _check_weak(self, weak: "Pipeline") -> None:
         """Raises ValueError for a pipeline that cannot guide this one."""
@@ -339,53 +351,3 @@ class Pipeline:
     def _weights(self) -> Weights:
         """Parameters and LoRAs, with scales as arrays, so that a new scale compiles nothing."""
         return self.params, tuple((lora, np.float32(scale)) for lora, scale in self.loras)
-
-
-def _merged(weights: Weights) -> dict[str, Any]:
-    params, loras = weights
-    for lora, scale in loras:
-        params = merge(params, lora, scale)
-    return params
-
-
-@functools.partial(
-    jax.jit,
-    static_argnums=0,
-    static_argnames=("latent_shape", "sampler", "tile", "weak_model", "callback"),
-)
-def _generate(
-    model: LatentDiffusion,
-    weights: Weights,
-    inputs: list[Inputs],
-    negatives: Inputs,
-    keys: jax.Array,
-    known: Known | None,
-    latents: jax.Array | None,
-    *,
-    run: Run,
-    weak: Weights | None,
-    weak_model: LatentDiffusion | None,
-    **static,
-):
-    weak = None if weak is None else (weak_model, _merged(weak))
-    options = dict(known=known, latents=latents, weak=weak) | static
-    return model.generate(_merged(weights), inputs, negatives, keys, run, **options)
-
-
-def _not_finite(draw: Callable, steps: int) -> str:
-    """The message for pictures that are not finite: draws them again and checks every step."""
-    wrong: list[int] = []
-    draw(callback=lambda done, x0: None if np.isfinite(x0).all() else wrong.append(int(done)))
-    jax.effects_barrier()
-    if not wrong:
-        return "the autoencoder made a picture that is not finite: try dtype float32"
-    return (
-        f"step {min(wrong)} of {steps} gave numbers that are not finite: try another sampler or "
-        "spacing, less guidance, or dtype float32; from the first step on, the weights may be "
-        "damaged"
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _invert(model: LatentDiffusion, weights: Weights, *args):
-    return model.invert(_merged(weights), *args)

@@ -12,7 +12,8 @@ from ldm_jax.conditions.requests import label_index, label_name
 from ldm_jax.data.sources import EmojiSource
 from ldm_jax.diffusion.plan import Guidance, Sampling
 from ldm_jax.latent_diffusion import LatentDiffusion
-from ldm_jax.pipeline import Pipeline, _generate
+from ldm_jax.pipeline import Pipeline
+from ldm_jax.programs import generate
 from tests import tiny_models
 
 PICTURE = np.ones((64, 64, 3), np.float32)
@@ -45,12 +46,12 @@ def test_a_picture_does_not_depend_on_its_company(pipe, four):
 
 
 def test_nothing_recompiles_for_prompt_seed_guidance_or_eta(pipe, four):
-    before = _generate._cache_size()
+    before = generate._cache_size()
     pipe(["tulip", "octopus"], "blue", n=2, steps=4, seed=8, guidance=1.5,
          sampler=Sampling(eta=0.5))  # fmt: skip
     pipe(["tulip", "octopus"], n=2, steps=4, guidance=Guidance([1.5, 2, 3, 4], rescale=0.5))
     pipe(["tulip", "octopus"], n=2, steps=4, sampler=Sampling(spacing="karras"))
-    assert _generate._cache_size() == before
+    assert generate._cache_size() == before
 
 
 def test_latents_replace_the_seed(pipe):
@@ -73,11 +74,11 @@ def test_other_sizes_are_drawn(pipe):
 def test_strength_goes_from_the_picture_itself_to_a_new_one(pipe, pictures):
     """One program for every strength; 0 is what the autoencoder gives back."""
     prompts = ["rainbow", "cat face"]
-    before = _generate._cache_size()
+    before = generate._cache_size()
     # Without guidance, which overshoots in a few steps.
     settings = dict(guidance=1.0, steps=4)
     drawn = [pipe(prompts, image=pictures, strength=s, **settings) for s in (0.0, 0.5, 1.0)]
-    assert _generate._cache_size() == before + 1
+    assert generate._cache_size() == before + 1
     np.testing.assert_allclose(drawn[0], pipe.decode(pipe.encode(pictures)), atol=1e-4)
     change = [np.abs(d - pictures / 255.0).mean() for d in drawn]
     assert change[0] < change[1] < change[2]
@@ -89,11 +90,11 @@ def test_a_mask_keeps_what_it_does_not_cover(pipe, pictures):
     mask = np.zeros((64, 64), bool)
     mask[20:, :30] = True
     drawn = pipe(["rainbow", "cat face"], image=pictures, mask=mask, steps=4)
-    before = _generate._cache_size()
+    before = generate._cache_size()
     np.testing.assert_array_equal(drawn[:, ~mask], (pictures / np.float32(255.0))[:, ~mask])
     assert np.abs(drawn - pictures / 255.0)[:, mask].mean() > 0.02
     pipe(["tulip", "octopus"], image=pictures, mask=255 * mask[:, ::-1].astype(np.uint8), steps=4)
-    assert _generate._cache_size() == before
+    assert generate._cache_size() == before
 
 
 def test_inversion_finds_noise_that_draws_the_picture_again(pipe, pictures):
@@ -145,6 +146,8 @@ def test_a_weak_model_replaces_the_null_condition(pipe):
     other = dataclasses.replace(pipe.model, diffusion=diffusion)
     with pytest.raises(ValueError, match=r"weak: a model of other latents.*\(16, 'eps', \('text',"):
         led(dataclasses.replace(pipe, model=other))
+    with pytest.raises(ValueError, match="with weak, .* no negative_prompt, weights or rescale"):
+        pipe("cat face", "blue", guidance=Guidance(3.0, weak=pipe))
 
 
 def test_encode_and_decode_come_back(pipe):
@@ -194,6 +197,15 @@ def test_guidance_without_a_null_condition_is_refused(pipe):
     (dict(n=0), "at least one picture"),
     (dict(sampler=Sampling(spacing="even")), "spacing 'even': for this schedule choose trailing"),
     (dict(strength=0.5), "mask and strength need an image"),
+    (dict(steps=1.5), "steps=1.5: must be a whole number"),
+    (dict(steps="3"), "steps='3': must be a whole number"),
+    (dict(seed=2**70), "seed=.*: must be a whole number"),
+    (dict(batch="2"), "batch='2': must be a whole number"),
+    (dict(prompt=[None]), r"prompt=\[None\]: give a text, or a list of them"),
+    (dict(conditions=[1]), r"conditions=\[1\]: give a dict of arrays by entry"),
+    (dict(image="cat.png"), "image of shape .*: expected an array"),
+    (dict(image=np.zeros((0, 0, 3))), "image of shape .*: expected an array"),
+    (dict(guidance=Guidance(negative={"crop": (0, 0)})), "cannot lead away from 'crop' here"),
     (dict(image=PICTURE, strength=1.5), "strength=1.5: must lie in 0"),
     (dict(image=PICTURE, mask=np.ones((32, 64))), r"mask of shape \(32, 64\): expected 64×64"),
     (dict(image=PICTURE, mask=np.full((64, 64), 1.5)), "mask values 1.5 … 1.5: expected uint8, or"),
@@ -215,7 +227,7 @@ def test_guidance_without_a_null_condition_is_refused(pipe):
 ])  # fmt: skip
 def test_arguments_out_of_range_are_refused(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
-        pipe("cat face", **arguments)
+        pipe(**{"prompt": "cat face"} | arguments)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -248,7 +260,7 @@ def test_pictures_and_scales_that_are_not_finite_are_refused(pipe):
 
 @pytest.mark.parametrize("network, message", [
     ("unet", "step 1 of 3 gave numbers that are not finite: try another sampler or spacing"),
-    ("autoencoder", "the autoencoder made a picture that is not finite: try dtype float32"),
+    ("autoencoder", "the last step or the autoencoder gave numbers that are not finite: try dtype"),
 ])  # fmt: skip
 def test_a_picture_that_is_not_finite_is_refused(pipe, network, message):
     broken = jax.tree.map(np.array, pipe.params[network])
@@ -268,9 +280,9 @@ def test_a_batch_changes_no_picture(pipe, pictures):
     mask[0, 20:], mask[1, :, :30], mask[2, 30:40] = True, True, True
     each = dict(image=image, mask=mask, latents=pipe.noise(5, 3), steps=4, guidance=2.0)
     whole = pipe(prompts, "blue", **each)
-    before = _generate._cache_size()
+    before = generate._cache_size()
     parts = pipe(prompts, "blue", batch=2, **each)
-    assert _generate._cache_size() == before + 1 and parts.shape == whole.shape
+    assert generate._cache_size() == before + 1 and parts.shape == whole.shape
     np.testing.assert_allclose(parts, whole, atol=1e-3)
     np.testing.assert_array_equal(pipe(prompts, "blue", batch=3, **each), whole)
     np.testing.assert_array_equal(pipe(prompts, "blue", batch=64, **each), whole)

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from ldm_jax.conditions.tokenizer import make_tokenizer
 from ldm_jax.interop import layout
+from ldm_jax.interop.networks import networks
 
 SD_BETAS = (0.00085, 0.012)
 LEADING = dict(spacing="leading", offset=1, end="first")
@@ -65,23 +65,6 @@ def model(unet, autoencoder, conditioning, betas=SD_BETAS, **more) -> dict[str, 
 
 def sizes(*fields: str) -> dict[str, Any]:
     return dict(kind="sizes", fields=list(fields), dropout=0.0)
-
-
-def networks(config: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Name of each network → what `layout` calls its kind, and its fields."""
-    found = {name: (name, config[name]) for name in ("unet", "autoencoder") if name in config}
-    for name, section in config.get("conditioning", {}).items():
-        fields = dict(section.get("network", {}))
-        kind = fields.pop("kind", section["kind"])
-        if kind in ("text", "transformer"):
-            if "vocab_size" not in fields:
-                fields["vocab_size"] = make_tokenizer(section, fields["max_length"]).size
-            found[name] = "bert", fields
-        elif kind == "rescaler":
-            found[name] = kind, fields | dict(in_channels=section["shape"][-1])
-        elif fields:
-            found[name] = kind, fields
-    return found
 
 
 def random_params(config: dict[str, Any], seed: int = 0, scale: float = 0.1) -> dict[str, Any]:

@@ -141,8 +141,8 @@ class LabelEmbedder:
         return np.full(count, -1 if self.zero_null else self.null_class or 0, np.int32)
 
     def negative(self, raw: np.ndarray, entries: dict[str, Any]) -> np.ndarray:
-        """The negative labels or, without them, no label."""
-        return self.prepare(entries) if "label" in entries else self.null(len(raw))
+        """No label."""
+        return self.null(len(raw))
 
     def __call__(self, params, raw, **_) -> Conditioning:
         context = self.network.apply({"params": params}, jnp.maximum(raw, 0))

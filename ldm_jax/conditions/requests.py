@@ -119,6 +119,10 @@ def requests(
         if (value is not None) != (key in needed):
             wants = "needs" if value is None else "takes no"
             raise ValueError(f"this model {wants} {argument}")
+        if value is not None and key == "caption":
+            texts = [value] if isinstance(value, str) else value
+            if not isinstance(texts, Sequence) or not all(isinstance(t, str) for t in texts):
+                raise ValueError(f"prompt={value!r}: give a text, or a list of them")
         if value is not None:
             entries[key] = [value] if isinstance(value, str | int | np.integer) else list(value)
     if "label" in entries:
@@ -164,9 +168,12 @@ def negative_entries(
     for the rest, except the score, those in `given`.
 
     Raises ValueError for anything but one prompt for all pictures or one for each, for a prompt to
-    a model without prompts, and as `other_entries`.
+    a model without prompts, and for negative entries that are no sizes of this model.
     """
-    other_entries(embedders, negative, count, side)
+    for name in negative or {}:
+        if name not in SIZES or name not in _needed(embedders):
+            sizes = ", ".join(e for e in _needed(embedders) if e in SIZES) or "none"
+            raise ValueError(f"negative: guidance cannot lead away from {name!r} here, but {sizes}")
     entries = _sizes((given or {}) | NEGATIVE_SIZES | (negative or {}), count, side)
     if prompt is None:
         return entries

@@ -119,7 +119,12 @@ def sampling_grid(
         down = here.t - schedule.timesteps // steps
         after = schedule.at(np.maximum(down, 0.0))
         after = Level(*(np.where(down >= 0.0, v, e) for v, e in zip(after, last, strict=True)))
-        return grid._replace(after=after)
+        grid = grid._replace(after=after)
+    if (here.alpha == 0.0).sum() > 1:
+        raise ValueError(
+            f"{steps} steps of spacing {spacing!r} visit several levels without signal: choose "
+            "fewer steps, or another spacing"
+        )
     with np.errstate(invalid="ignore"):
         down = np.diff(grid.levels.ratio) < 0.0
     if family != "ddim" and not down.all():

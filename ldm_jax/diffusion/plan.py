@@ -10,24 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ldm_jax.diffusion.checks import check_finite, check_number
+from ldm_jax.diffusion.editing import skipped_steps
 from ldm_jax.diffusion.multistep import Table
 from ldm_jax.diffusion.process import Diffusion
 from ldm_jax.diffusion.samplers import SAMPLERS, get_sampler, make_table
 from ldm_jax.diffusion.schedule import DiscreteSchedule, EDMSchedule, Level
-
-
-def check_finite(**arguments: Any) -> None:
-    """Raises ValueError, by name, for a value that is not a number or not finite; None passes."""
-    for name, value in arguments.items():
-        if value is None:
-            continue
-        try:
-            numbers = np.asarray(value, np.float64)
-        except (TypeError, ValueError):
-            raise ValueError(f"{name}={value!r}: must be a number") from None
-        wrong = numbers[~np.isfinite(numbers)]
-        if wrong.size:
-            raise ValueError(f"{name}={wrong.flat[0]:g}: must be a finite number")
 
 
 def option(default: Any, flag: str, help: str, example: str, kind: type = float) -> Any:
@@ -99,7 +87,17 @@ class Guidance:
 
     def __post_init__(self):
         check_finite(guidance=self.scale, guidance_interval=self.interval, compose=self.weights)
-        check_finite(guidance_rescale=self.rescale, threshold=self.threshold)
+        check_number(guidance_rescale=self.rescale, threshold=self.threshold)
+        check_finite(**{f"negative {k!r}": v for k, v in (self.negative or {}).items()})
+        if self.weights is not None and np.ndim(self.weights) != 1:
+            raise ValueError(f"compose={self.weights!r}: a list of one weight for each prompt")
+        if self.weak is not None and (self.weights is not None or self.rescale or self.negative):
+            raise ValueError(
+                "weak: the worse model replaces what guidance leads away from, so it takes no "
+                "weights (compose), rescale or negative beside it"
+            )
+        if self.weak is not None and not hasattr(self.weak, "model"):
+            raise ValueError(f"weak={self.weak!r}: must be a pipeline, as load returns one")
         if not 0.0 <= self.rescale <= 1.0:
             raise ValueError(f"guidance_rescale={self.rescale:g}: must lie in 0…1")
         if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
@@ -172,15 +170,15 @@ class Sampling:
 
     def __post_init__(self):
         taken = {} if self.sampler is None else get_sampler(self.sampler).options
-        check_finite(shift=self.shift)
+        check_number(shift=self.shift)
         for name, value in self.options.items():
             if self.sampler is not None and name not in taken:
                 raise ValueError(
                     f"sampler {self.sampler!r} has no {name}; its options: "
                     f"{', '.join(taken) or 'none'}"
                 )
-            if not (name == "churn_max" and value == np.inf):
-                check_finite(**{name: value})
+            if not (name == "churn_max" and isinstance(value, float) and value == np.inf):
+                check_number(**{name: value})
             if value < 0.0:
                 raise ValueError(f"{name}={value:g}: must not be negative")
 
@@ -236,14 +234,15 @@ def plan(
     sampling: Sampling | str = "ddim",
     guidance: Guidance | float = 1.0,
     *,
-    skip: int | None = None,
-    trace: bool = False,
+    strength: float | None = None,
+    masked: bool = False,
 ) -> Run:
     """The tables of a run, on the host. Guidance of 1 at every step is left out.
 
     Args:
-      skip: number of steps that an edit skips; 0 also gives the program of an edit, None does not.
-      trace: whether the run starts from known latents and noise, and not from noise alone.
+      strength: of an edit of known latents, 0…1, the share of the steps that is run; None: no edit.
+      masked: whether the edit redraws a part only. With strength 1 the noise then contains no trace
+        of what was there.
 
     Raises:
       ValueError: steps, a spacing, an option or a number of scales that this model does not allow.
@@ -251,6 +250,9 @@ def plan(
     sampling, guidance = Sampling.of(sampling, {}), Guidance.of(guidance, 1.0)
     schedule, family = diffusion.schedule, SAMPLERS[sampling.sampler].family
     grid = diffusion.grid(steps, family, sampling.spacing, sampling.shift)
+    steps = len(grid.here.t)  # CompVis' own spacings may have more or fewer than asked for
+    skip = None if strength is None else skipped_steps(steps, strength)
+    trace = strength is not None and not (masked and skip == 0)
     table = make_table(sampling.sampler, schedule, grid, skip, **sampling.options)
 
     start = Level(*(np.float32(v[skip or 0]) for v in grid.levels))

@@ -38,8 +38,9 @@ def _file(path: Path, state: Tensors, dtype: Any, options: dict[str, Any]) -> Im
 
 
 def _refuse(path: Path, options: dict[str, Any]) -> None:
-    for name, option in (("original", "config"), ("new_attention_order", "new_attention_order")):
-        if options.get(name):
+    names = dict(original="config", new_attention_order="new_attention_order", ema="ema")
+    for name, option in names.items():
+        if options.get(name) not in (None, "", False, "auto"):
             raise ValueError(f"{path} contains its config: {option} is for files of CompVis' code")
 
 

@@ -175,8 +175,9 @@ class _Reader(pickle._Unpickler):
         kind, dtype, key, _, numel, *view = pid
         if kind != "storage" or not isinstance(dtype, np.dtype) or any(view):
             raise ValueError(f"a storage of {getattr(dtype, 'name', dtype)} is not supported")
-        if type(numel) is not int or numel < 0:
-            raise ValueError(f"a storage of {numel!r} elements makes no sense")
+        # Neither is printed: nested tuples of a few bytes can have texts without end.
+        if type(numel) is not int or numel < 0 or not isinstance(key, str | int):
+            raise ValueError("a storage whose key or number of elements makes no sense")
         storage = _Storage(str(key), dtype, numel)
         if self.storages.setdefault(storage.key, storage) != storage:
             raise ValueError(f"storage {key} is described in two ways")

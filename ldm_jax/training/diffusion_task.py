@@ -127,6 +127,7 @@ class DiffusionTask:
         config = self.resolved | {"image_size": self.config.data.image_size}
         images = Pipeline(self.model, merge(self.frozen, ema), config)(
             given.get("caption"),
+            n=1 if {"caption", "label"} & given.keys() else count,
             labels=given.get("label"),
             image=given.get("image"),
             mask=given.get("mask"),

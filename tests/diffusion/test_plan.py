@@ -1,6 +1,7 @@
 """A caller's options, and the tables that are made from them."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.diffusion.schedule import make_schedule
 
 DIFFUSION = Diffusion(make_schedule("linear", 1000, 0.00085, 0.012), "eps")
+ZERO_SNR = Diffusion(make_schedule("linear", zero_terminal_snr=True), "v")
+WEAK = types.SimpleNamespace(model=None)
 FLOW = Diffusion(make_schedule("flow"), "flow")
 
 
@@ -95,6 +98,13 @@ def test_shift_is_of_flow_models():
     (lambda: Guidance(3.0, interval=(0.8, 0.5)), "guidance_interval=0.8,0.5: must lie in 0…1"),
     (lambda: Guidance(rescale=2.0), "guidance_rescale=2: must lie in 0…1"),
     (lambda: Guidance(threshold=0.0), "threshold=0: must lie above 0 and up to 1"),
+    (lambda: Sampling("ddim", eta=[1.0, 2.0]), r"eta=\[1.0, 2.0\]: must be one number"),
+    (lambda: Guidance(rescale="0.5"), "guidance_rescale='0.5': must be a number"),
+    (lambda: Guidance(3.0, weights=1.0), "compose=1.0: a list of one weight for each prompt"),
+    (lambda: Guidance(3.0, weak="runs/early"), "weak='runs/early': must be a pipeline"),
+    (lambda: Guidance(3.0, weak=WEAK, rescale=0.5), "weak: the worse model replaces what guidance"),
+    (lambda: Guidance(3.0, weak=WEAK, weights=[1.0]), "weak: the worse model replaces what guid"),
+    (lambda: plan(ZERO_SNR, 1000, Sampling("ddim", spacing="dpm")), "visit several levels without"),
     (lambda: scales([1.0, 2.0, 3.0]), r"guidance of shape \(3,\): one number, or one for 4 steps"),
 ])  # fmt: skip
 def test_what_is_out_of_range_is_refused(make, message):
@@ -121,6 +131,21 @@ def test_a_run_starts_from_noise_as_diffusers_does(sampler, spacing, sigma):
 
 
 def test_an_edit_starts_from_the_noised_picture():
-    run = plan(DIFFUSION, 10, "ddim", skip=4, trace=True)
+    run = plan(DIFFUSION, 10, "ddim", strength=0.6)
     level = DIFFUSION.schedule.at(np.array(599))
     assert (run.start.alpha, run.start.sigma) == pytest.approx((level.alpha, level.sigma))
+
+
+@pytest.mark.parametrize("spacing, steps, count", [("compat", 7, 8), ("quad", 200, 187)])
+def test_grids_of_another_length_than_asked_for(spacing, steps, count):
+    """CompVis' own: guidance and strength go by the number of steps that there are."""
+    run = plan(DIFFUSION, steps, Sampling("ddim", spacing=spacing), Guidance(3.0, rescale=0.5),
+               strength=0.5)  # fmt: skip
+    assert {len(v) for v in (run.guidance.scale, run.guidance.rescale, run.table["x"])} == {count}
+    assert run.table["active"].sum() == count // 2
+
+
+def test_a_masked_edit_of_full_strength_keeps_no_trace():
+    assert plan(DIFFUSION, 10, strength=1.0, masked=True).start.alpha == 0.0
+    assert plan(DIFFUSION, 10, strength=1.0).start.alpha > 0.0
+    assert plan(DIFFUSION, 10, strength=0.9, masked=True).start.alpha > 0.0

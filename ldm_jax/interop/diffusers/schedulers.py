@@ -113,7 +113,7 @@ def scheduler_to(diffusion: dict[str, Any]) -> dict[str, Any]:
         rescale_betas_zero_snr=schedule.get("zero_terminal_snr", False),
         timestep_spacing="leading" if spacing == "lcm" else spacing,
         steps_offset=diffusion.get("offset", 1),
-        set_alpha_to_one=diffusion.get("end", end) == "clean",
+        set_alpha_to_one=(diffusion.get("end") or end) == "clean",
         clip_sample=False,
         trained_betas=None,
     )
