@@ -1,4 +1,4 @@
-"""Captions of folders as people have them: what matches a picture, what is lost, and its count."""
+"""Captions of users' folders: which match a picture, which are lost, and their number."""
 
 import codecs
 import json
