@@ -9,8 +9,7 @@
 Each network is small but has the real structure, and every parameter is random, including layers
 that start at zero, because half of a network would be untested otherwise. Weights are not stored:
 both sides draw them with `random_weights` by name. A file holds names and shapes, inputs, outputs
-and the
-gradients of Σ output · `uniform("cotangent/NAME")`. Pictures are NHWC; parameters and their
+and the gradients of Σ output · `uniform("cotangent/NAME")`. Pictures are NHWC; parameters and their
 gradients have torch's names and layout.
 """
 

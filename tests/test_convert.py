@@ -1,4 +1,4 @@
-"""The command line between layouts: what it says, and that it writes nothing of half a model."""
+"""The command line of `convert`: its output, and that it does not write incomplete models."""
 
 import subprocess
 import sys

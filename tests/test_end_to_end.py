@@ -1,4 +1,4 @@
-"""The command lines as a user runs them: train, kill, resume, sample, and what goes wrong."""
+"""The command lines as a user runs them: train, kill, resume, sample, and their errors."""
 
 import json
 import os

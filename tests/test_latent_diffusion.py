@@ -59,7 +59,7 @@ def inputs(model, captions):
 
 @pytest.mark.parametrize("kind", ["eps", "x0", "v"])
 def test_loss_of_a_silent_network_is_the_mean_square_of_its_target(root, kind):
-    """A fresh UNet says exactly 0."""
+    """A fresh UNet returns exactly 0."""
     model = build(root, parameterization=kind)
     params = fresh_params(model)
     latents = jax.random.normal(jax.random.key(1), (6, 8, 8, 16))

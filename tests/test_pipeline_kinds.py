@@ -145,14 +145,14 @@ def test_an_inpainting_model_is_told_the_mask_and_what_it_leaves(inpainting):
     np.testing.assert_array_equal(told[0, :, :, 0], np.repeat([0, 1], 4)[None].repeat(8, 0))
     grey = np.where(MASK[..., None], 0.5, PICTURE)
     np.testing.assert_allclose(told[..., 1:], inpainting.encode(grey), atol=1e-5)
-    # Training says the same of pictures as bytes.
+    # uint8 pictures, as in training, give the same.
     bytes_ = np.uint8(np.round(PICTURE * 255))[None]
     same = embedder.prepare({"mask": mask, "image": bytes_})
     np.testing.assert_allclose(same, raw, atol=1 / 255)
 
     drawn = inpainting("a cat", image=PICTURE, mask=MASK, steps=2)
     np.testing.assert_array_equal(drawn[0][~MASK], PICTURE[~MASK])
-    # What lies under the mask does not matter, what lies around does.
+    # The pixels under the mask do not matter, those around it do.
     other = np.where(MASK[..., None], 1.0 - PICTURE, PICTURE)
     np.testing.assert_allclose(inpainting("a cat", image=other, mask=MASK, steps=2)[0][MASK],
                                drawn[0][MASK], atol=1e-5)  # fmt: skip

@@ -164,8 +164,8 @@ def negative_entries(
     count: int,
     side: Sequence[int],
 ) -> dict[str, Any]:
-    """The negative entries: "caption", unless the prompt is None, and sizes: those in `negative`,
-    for the rest, except the score, those in `given`.
+    """The negative entries: "caption", unless the prompt is None, and sizes, from `negative` or
+    else, except for the score, from `given`.
 
     Raises ValueError for anything but one prompt for all pictures or one for each, for a prompt to
     a model without prompts, and for negative entries that are no sizes of this model.

@@ -1,4 +1,4 @@
-"""Captions of folders as people have them: what matches a picture, what is lost, and its count."""
+"""Captions of users' folders: which match a picture, which are lost, and their number."""
 
 import codecs
 import json
@@ -237,7 +237,7 @@ def test_text_that_cannot_be_read_is_lost_by_name(make, caplog, content, suffix)
     assert source.left_out == {}
     assert caplog.messages[0].startswith(f"{root}/daisy/1.{suffix} is not ")
     assert caplog.messages[0].endswith("save it as UTF-8")
-    with pytest.raises(ValueError, match=rf"daisy/1\.{suffix} is no .*; save it as UTF-8"):
+    with pytest.raises(ValueError, match=rf"daisy/1\.{suffix} is not .*; save it as UTF-8"):
         opened(root, on_error="raise")
 
 

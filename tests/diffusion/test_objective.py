@@ -180,7 +180,7 @@ def test_the_optimum_is_the_true_denoiser(kind, schedule, draw, weighting):
     def mean_loss(tilt, shift):
         def network(x, t):
             t = t.reshape(-1, 1, 1, 1)
-            if kind == "edm":  # told ln(σ)/4, and shown x/√(σ² + ¼)
+            if kind == "edm":  # its inputs are ln(σ)/4 and x/√(σ² + ¼)
                 sigma = jnp.exp(4.0 * t)
                 level, x = Level(t, jnp.ones_like(sigma), sigma), x * jnp.sqrt(sigma**2 + 0.25)
             else:

@@ -88,7 +88,7 @@ def test_lands_on_a_point_mass(name, schedule):
         kinds.append("v")  # defined for α² + σ² = 1
     grid = sampling_grid(SCHEDULES[schedule], 7, spacing(SCHEDULES[schedule]))
     if grid.here.alpha[0] > 0.0:
-        kinds.append("eps")  # says nothing of x0 where there is no signal
+        kinds.append("eps")  # does not determine x0 where there is no signal
     elif name in NEED_SIGNAL:
         with pytest.raises(ValueError, match=f"sampler '{name}' needs some signal"):
             make_table(name, SCHEDULES[schedule], grid)

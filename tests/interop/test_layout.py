@@ -142,7 +142,7 @@ def flat(params):
 
 @pytest.mark.parametrize("golden", CONVERTED)
 def test_leaves_are_those_of_the_networks_own_tests(golden):
-    """So whatever those prove of a network holds for what is imported. And back, bit by bit."""
+    """So those tests of a network also apply to imported weights. And back, bit by bit."""
     network, fields, layout, rules = CONVERTED[golden]
     with np.load(MODELS / f"{golden}.npz") as file:
         weights = random_weights(json.loads(str(file["about"]))["shapes"])

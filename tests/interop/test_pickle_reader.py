@@ -171,7 +171,7 @@ def test_a_tensor_is_read_alone(path):
 
 
 class Custom:
-    """What people's own classes are to us, who cannot import them."""
+    """Users' own classes, which cannot be imported here."""
 
     def __init__(self, value):
         self.value, self.me = value, self

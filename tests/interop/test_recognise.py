@@ -1,4 +1,4 @@
-"""What is read off the tensors of single files: the published models, and files that are none."""
+"""Single files recognised by their tensors: the published models, and files that are none."""
 
 import functools
 import json
@@ -68,7 +68,7 @@ def file_of(config):
     return tensors
 
 
-# How far this has moved from 0 says whether Stable Diffusion 2 means v.
+# Its distance from 0 decides whether Stable Diffusion 2 predicts v.
 NORM = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 GUIDED = [name for name, model in MODELS.items() if model.learn_sigma]
 OF_LATENTS = [name for name in MODELS if name not in GUIDED]
@@ -119,7 +119,7 @@ def test_a_model_of_other_widths_is_like_the_published_one(name):
 @pytest.mark.parametrize(
     ("name", "changes", "like"),
     [
-        # A flag, or the kind of autoencoder, says more than widths do.
+        # A flag, or the kind of autoencoder, is more decisive than widths.
         ("celeba256", dict(use_scale_shift_norm=True, resblock_updown=True), "lsun_churches256"),
         ("sd1", dict(use_linear_in_transformer=True), "sd2"),
         ("text2img256", dict(num_res_blocks=1, autoencoder=kl(1.0, 3)), "txt2img-1p4B"),

@@ -1,4 +1,4 @@
-"""Models that were never published: what the originals' YAML says beside a file, and against it."""
+"""Unpublished models: the originals' YAML with a file, and contradictions between the two."""
 
 import copy
 

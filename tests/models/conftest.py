@@ -35,7 +35,7 @@ def distance(ours, reference) -> float:
 
 @pytest.fixture
 def agrees():
-    """Asserts that a network computes what a golden says, and so do its gradients."""
+    """Asserts that a network's outputs and gradients are those of a golden."""
 
     def agrees(name, rules, init, apply, tolerance, gradient_tolerance=1e-4):
         """Args:

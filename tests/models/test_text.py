@@ -1,4 +1,4 @@
-"""LDM's text transformer against x_transformers as LDM ships it (its `BERTEmbedder`)."""
+"""LDM's text transformer against LDM's copy of x_transformers (its `BERTEmbedder`)."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def test_epsilons(epsilons):
 
 
 def test_padding_is_attended_to(fresh):
-    """There is no mask: what stands in the padding changes every token's output."""
+    """There is no mask: the padding changes every token's output."""
     network = TextTransformer(vocab_size=9, width=8, depth=1, heads=1, head_dim=8, max_length=4)
     tokens = jnp.array([[1, 2, 0, 0], [1, 2, 0, 3]])
     y, _ = fresh(network, tokens)

@@ -1,4 +1,4 @@
-"""Metrics survive crashes and full disks, and the clock counts what it says."""
+"""Metrics survive crashes and full disks, and the clock counts correctly."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Fine-tuning of other people's models: what is loaded, trained, left alone, and given back."""
+"""Fine-tuning of imported models: which parameters are loaded, trained, frozen and exported."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""A step that is not finite changes nothing, and says so by not counting."""
+"""A step that is not finite changes nothing, the step number included."""
 
 import jax
 import jax.numpy as jnp

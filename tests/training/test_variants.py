@@ -1,4 +1,4 @@
-"""Every variant of every config trains, from data to a drawn picture, or says why not."""
+"""Every variant of every config trains, from data to a drawn picture, or is refused."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def pictures(tmp_path_factory):
 
 
 def drawn(model, rng):
-    """One picture of a loaded model, told whatever it takes."""
+    """One picture of a loaded model, with all its conditions."""
     if isinstance(model, ldm_jax.FirstStage):
         return model.decode(model.encode(rng.random((1, SIZE, SIZE, 3))))
     needs = {entry for e in model.model.embedders for entry in e.needs}
