@@ -327,6 +327,13 @@ def read_original(path: str | os.PathLike) -> Original:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     tree = _Section(path, "", tree if isinstance(tree, dict) else {})
+    try:
+        return _original(path, tree)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} lacks a value, or has one of another type: {error!r}") from error
+
+
+def _original(path: Path, tree: _Section) -> Original:
     name, params = tree.part("model", (*LATENT, "DiffusionEngine", *STAGES))
     if name in STAGES:
         return Original(path, _stage(name, params))

@@ -320,6 +320,16 @@ def test_what_we_do_not_know_is_refused_by_name(path, value, message, make, writ
     assert "model.yaml: " in str(caught.value)
 
 
+@pytest.mark.parametrize("path, value", [
+    ("image_size", []), (f"{UNET}/out_channels", "absent"),
+    ("first_stage_config/params/ddconfig/attn_resolutions", None),
+])  # fmt: skip
+def test_values_of_another_type_are_one_sentence(path, value, make, write):
+    file = make("stable-diffusion-1")[0]
+    with pytest.raises(ValueError, match="model.yaml lacks a value, or has one of another type: "):
+        open_any(file, config=write(changed(STABLE, path, value)))
+
+
 @pytest.mark.parametrize("text, message", [
     ("model: [1", "model.yaml is not YAML: while parsing"),
     ("3", "model.yaml: model=None is not supported: expected a section"),
