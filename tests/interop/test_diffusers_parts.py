@@ -1,6 +1,7 @@
 """The components of diffusers' folders: JSON of networks and schedulers, tokenizers."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -177,6 +178,18 @@ def test_heads_that_do_not_divide_the_width(copied):
     edit(folder / "unet" / "config.json", attention_head_dim=24)
     with pytest.raises(ValueError, match="unet/config.json: attention_head_dim=24 is not supp"):
         diffusers.read(folder)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("final_sigmas_type", "sigma_min"), ("use_beta_sigmas", True), ("solver_order", 3),
+])  # fmt: skip
+def test_what_no_sampler_here_has_is_said(copied, caplog, key, value):
+    folder = copied("stable-diffusion-1")
+    edit(folder / "scheduler" / "scheduler_config.json", **{key: value})
+    with caplog.at_level(logging.WARNING, "ldm_jax"):
+        logging.getLogger("ldm_jax").propagate = True
+        diffusers.read(folder)
+    assert f"{key}={value!r} is not supported, so pictures differ" in caplog.text
 
 
 def test_keys_that_diffusers_does_not_know_are_passed_over(copied, caplog):

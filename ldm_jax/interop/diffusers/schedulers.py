@@ -1,8 +1,11 @@
 """The JSON of diffusers' schedulers, as our section `diffusion`, and back."""
 
+import logging
 from typing import Any
 
 from ldm_jax.interop.diffusers.components import VERSION, Json
+
+log = logging.getLogger(__name__)
 
 # The sampler of each scheduler, or the nearest; and its defaults for the spacing and for whether
 # the last step ends in clean latents.
@@ -28,6 +31,20 @@ NARROW = ("LCM", "Heun", "KDPM2", "DPMSolverSDE")
 BETAS = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}
 MEANINGS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SPACINGS = ("leading", "trailing", "linspace", "lcm")
+
+
+# Keys of the samplers themselves whose other values nothing here has.
+SAMPLED_OTHERWISE = {
+    "final_sigmas_type": ("zero",),
+    "interpolation_type": ("linear",),
+    "solver_order": (2,),
+    "solver_type": ("midpoint", "bh2"),
+    "lower_order_final": (True,),
+    "euler_at_final": (False,),
+    "use_beta_sigmas": (False,),
+    "use_flow_sigmas": (False,),
+    "use_lu_lambdas": (False,),
+}
 
 
 def diffusion_from(json: Json, stable: bool) -> dict[str, Any]:
@@ -73,7 +90,12 @@ def sampling_from(json: Json) -> dict[str, Any]:
     """`sampler` and, for schedulers that have one, the `spacing` of noise, for `sampling`."""
     name, _, _ = SCHEDULERS.get(json.class_name, ("ddim", None, None))
     if str(json.take("algorithm_type")).startswith("sde-"):
-        name = "dpmpp_3m_sde" if json.take("solver_order") == 3 else "dpmpp_2m_sde"
+        name = "dpmpp_2m_sde"
+    for key, known in SAMPLED_OTHERWISE.items():
+        value = json.take(key, known[0])
+        if value is not None and value not in known:
+            log.warning("%s: %s=%r is not supported, so pictures differ from diffusers'",
+                        json.path, key, value)  # fmt: skip
     spacings = ("karras", "exponential")
     given = [spacing for spacing in spacings if json.take(f"use_{spacing}_sigmas")]
     return dict(sampler=name) | (dict(spacing=given[0]) if given else {})
