@@ -213,3 +213,20 @@ def test_every_kind_trains(kind):
 def test_a_missing_autoencoder_kind_lists_the_known():
     with pytest.raises(ValueError, match="kind='cnn': choose one of kl, vq, tiny"):
         LatentDiffusion.from_config(tiny_models.STABLE | {"autoencoder": {"kind": "cnn"}})
+
+
+def neighbours(dropout):
+    own = dict(kind="array", output="context", shape=[None, 16], dropout=dropout)
+    return pipeline(tiny_models.config({"neighbours": own}, context_dim=16))
+
+
+def test_guidance_leads_away_from_zeros_in_place_of_an_array():
+    """As in retrieval-augmented diffusion and unCLIP, which drop theirs in training."""
+    pipe, given = neighbours(0.1), np.random.default_rng(0).standard_normal((1, 2, 16))
+    asked = dict(steps=2, conditions={"neighbours": given})
+    nothing, plain, guided = (pipe(guidance=scale, **asked) for scale in (0.0, 1.0, 3.0))
+    null = pipe(steps=2, guidance=1.0, conditions={"neighbours": 0.0 * given})
+    np.testing.assert_allclose(nothing, null, atol=1e-4)
+    assert np.abs(guided - plain).max() > 1e-4
+    with pytest.raises(ValueError, match="has no condition to be guided by"):
+        neighbours(0.0)(guidance=3.0, **asked)

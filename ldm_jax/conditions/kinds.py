@@ -208,8 +208,16 @@ class ArrayEmbedder:
     shape: tuple[int | None, ...]
     output: str
     dropout: float
-    guided = False
-    negative, cut = _same, _uncut
+    cut = _uncut
+
+    @property
+    def guided(self) -> bool:
+        """Whether training dropped it, so that the model knows predictions without it."""
+        return self.dropout > 0.0
+
+    def negative(self, raw: np.ndarray, entries: dict[str, Any]) -> np.ndarray:
+        """Zeros, or, if training never dropped it, the same."""
+        return np.zeros_like(raw) if self.guided else raw
 
     @property
     def needs(self) -> tuple[str, ...]:

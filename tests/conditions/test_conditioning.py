@@ -33,7 +33,7 @@ def test_a_long_prompt_is_cut_before_its_last_token():
 
 def test_unknown_vocabulary_lists_the_known():
     with pytest.raises(
-        ValueError, match="vocabulary 'latin': neither one of bert, emoji nor a file"
+        ValueError, match="vocabulary 'latin': neither one of bert, emoji, scenes nor"
     ):
         WordPiece("latin", 8)(["x"])
 
