@@ -213,7 +213,9 @@ def test_what_diffusers_saves_is_read_and_written_whole(make, how, tokens, tmp_p
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
     assert type(again) is type(pipeline)
     same_tensors(tensors(again), tensors(pipeline))
-    assert folders.read(tmp_path / "ours").config == found.config
+    # What is written has a DDIM scheduler, whatever theirs was.
+    written = folders.read(tmp_path / "ours").config
+    assert written | {"sampling": {}} == found.config | {"sampling": {}}
 
 
 @pytest.mark.parametrize("name", [name for name in SYSTEMS if name not in NOT_THERE])
