@@ -108,8 +108,8 @@ def byte_pair_tokenizer(path: Path) -> Tokenizer:
 class WordPiece:
     """BERT's tokenizer, lower-cased: [CLS] pieces… [SEP], padded with 0 to `max_length`.
 
-    `vocabulary` is "bert" (30,522 pieces; for any English), "emoji" (those that the embedded
-    captions use) or the path of a vocab.txt.
+    `vocabulary` is "bert" (30,522 pieces; for any English), "emoji" or "scenes" (those in the
+    captions of that source) or the path of a vocab.txt.
     """
 
     vocabulary: str

@@ -102,3 +102,11 @@ def test_the_table_of_variants_has_all_of_them():
     refused = {name.partition(":")[2] for name in REFUSED}
     marked = {row.split("|")[1].strip() for row in rows if row.split("|")[2].startswith(" refused")}
     assert marked == refused
+
+
+def test_a_preview_without_prompts_has_two_whole_rows(pictures, tmp_path):
+    """Of an unconditional model, five columns; the model's parameters do not matter."""
+    config = config_file(ROOT / "configs" / "unconditional.py").get_config("smoke")
+    task = make_task(reduced(config, pictures, tmp_path))
+    shown = task.preview(task.init(jax.random.key(0), {}))
+    assert shown.shape == (2 * (SIZE + 2) - 2, 5 * (SIZE + 2) - 2, 3)
