@@ -6,6 +6,8 @@
 Variants, as in --config=configs/autoencoder.py:smoke
 
     emoji   1,697 training emoji, 64 px → 8×8×16 latents (default; two hours on two CPU cores)
+    scenes  scenes and emoji in turn, from an autoencoder of emoji (50 minutes):
+            --config.init_from=runs/autoencoder
     vq      the same with a codebook of 1,024 entries in place of KL, not tuned
     smoke   a few steps of a tiny network, for tests
 
@@ -50,6 +52,15 @@ def emoji() -> ml_collections.ConfigDict:
     return config
 
 
+def scenes() -> ml_collections.ConfigDict:
+    config = emoji()
+    config.data.update(source="scenes+emoji", augment=())
+    config.loss.disc_start = 12000  # never
+    config.optimizer.update(lr=1e-3, warmup=50)
+    config.train.update(steps=12000)
+    return config
+
+
 def vq() -> ml_collections.ConfigDict:
     config = emoji()
     config.autoencoder.update(kind="vq", n_embed=1024, z_channels=8, embed_dim=8)
@@ -66,5 +77,5 @@ def smoke() -> ml_collections.ConfigDict:
     return config
 
 
-VARIANTS = {"emoji": emoji, "vq": vq, "smoke": smoke}
+VARIANTS = {"emoji": emoji, "scenes": scenes, "vq": vq, "smoke": smoke}
 get_config = common.chooser("autoencoder", VARIANTS)

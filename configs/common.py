@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import ml_collections
 
+from ldm_jax.data.scene_options import SceneOptions
 from ldm_jax.diffusion.objective import Objective
 from ldm_jax.diffusion.process import Diffusion
 
@@ -41,7 +42,7 @@ def data(**fields) -> dict:
     """The source of the pictures, and their augmentation."""
     return (
         dict(
-            source="emoji",  # emoji, scenes, folder or tfds
+            source="emoji",  # emoji, scenes, folder or tfds; "scenes+emoji": in turn
             path="",
             classes=(),  # only these classes; empty: all
             image_size=64,
@@ -50,22 +51,17 @@ def data(**fields) -> dict:
             min_size=0,
             on_error="skip",  # or raise
             augment=(),
-            # See ldm_jax/data/scene_options.py.
-            scenes=dict(
-                kinds=160,
-                names=(),  # of emoji; empty: `kinds` of them
-                objects=(1, 4),
-                size=(0.3125, 0.4375),
-                textures=True,
-                train_scenes=10_000_000,
-                held_out_scenes=2_048,
-                seed=0,
-            ),
+            scenes=scenes(),
             conditions={},  # made of a picture or of files beside it: ldm_jax/data/conditions.py
             workers=0,  # processes that read; 0: threads of this one
         )
         | fields
     )
+
+
+def scenes(**fields) -> dict:
+    """The options of `data.source="scenes"`."""
+    return dataclasses.asdict(SceneOptions(**fields))
 
 
 def folder(image_size: int, **fields) -> dict:

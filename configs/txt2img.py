@@ -37,6 +37,15 @@ def emoji() -> ml_collections.ConfigDict:
     return config
 
 
+def scenes() -> ml_collections.ConfigDict:
+    config = emoji()
+    config.latents = "step"
+    config.data.update(source="scenes", scenes=common.scenes(kinds=120))
+    config.conditioning.text.update(vocabulary="scenes")
+    config.conditioning.text.network.max_length = 32
+    return config
+
+
 def demo() -> ml_collections.ConfigDict:
     config = emoji()
     config.data.classes = ("food & drink", "animals & nature")
@@ -55,5 +64,5 @@ def smoke() -> ml_collections.ConfigDict:
     return config
 
 
-VARIANTS = {"emoji": emoji, "demo": demo, "smoke": smoke}
+VARIANTS = {"emoji": emoji, "scenes": scenes, "demo": demo, "smoke": smoke}
 get_config = common.chooser("txt2img", VARIANTS)

@@ -1,6 +1,7 @@
 """Metrics of a model: the library call behind `evaluate.py`."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -8,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm_jax.conditions.kinds import SIZES
+from ldm_jax.data.scenes import SceneSource
 from ldm_jax.data.sources import Source, open_source, sample
 from ldm_jax.interop.opening import open_any
 from ldm_jax.loading import load
@@ -15,6 +17,7 @@ from ldm_jax.metrics.distance import floor, frechet_distance, kernel_distance
 from ldm_jax.metrics.efficientnet import load_extractor
 from ldm_jax.metrics.reconstruction import reconstruction_quality
 from ldm_jax.metrics.retrieval import caption_retrieval
+from ldm_jax.metrics.scene_reader import score
 from ldm_jax.models.build import make_autoencoder
 from ldm_jax.pictures import to_signed, to_uint8, to_unit
 from ldm_jax.pipeline import Pipeline
@@ -22,51 +25,84 @@ from ldm_jax.pipeline import Pipeline
 
 def evaluate(
     model: str | Path = "",
-    source: str = "emoji",
+    source: str = "",
     path: str = "",
     count: int = 512,
     guidance: float | None = None,
     steps: int = 50,
     seed: int = 0,
 ) -> tuple[dict[str, float], np.ndarray | None]:
-    """Metrics of a model file or workdir ("": the bundled model) on data like its training data.
+    """Metrics of a model file or workdir ("": the bundled model).
 
-    `psnr` and `ssim` of the autoencoder on held-out pictures of the source; for a model with a UNet
-    also the `drawn_metrics` of `count` training examples (0: none), and their pictures, uint8
-    (count, H, W, 3).
+    `psnr` and `ssim` of the autoencoder on held-out pictures of the source. For a model with a UNet
+    also metrics of `count` pictures that it draws (0: none), and these pictures, uint8 (count, H,
+    W, 3): `scene_metrics` if the source is "scenes" and the model is told captions or labels, else
+    `drawn_metrics`.
+
+    Args:
+      source: what to compare with; "": the kind of data that the model was trained on.
+      path: of that source; see `open_source`.
+      count, guidance, steps, seed: of the drawing.
     """
     opened = open_any(model)
     config, params = opened.config, opened.params
     autoencoder = make_autoencoder(config["autoencoder"])
     size = config.get("image_size", autoencoder.resolution)
-    data = ml_collections.ConfigDict(dict(source=source, path=path, image_size=size))
+    own = config.get("data", {"source": "emoji"})
+    chosen = own if source in ("", own["source"]) else {"source": source}
+    data = ml_collections.ConfigDict(chosen | dict(path=path, image_size=size))
 
     @jax.jit
     def reconstruct(images):
         decoded = autoencoder.apply({"params": params["autoencoder"]}, to_signed(images))
         return to_unit(decoded)
 
-    metrics = reconstruction_quality(reconstruct, open_source(data, "held_out"))
+    held_out = open_source(data, "held_out")
+    metrics = reconstruction_quality(reconstruct, held_out)
     if config["task"] != "diffusion" or not count:
         return metrics, None
-    drawn, images = drawn_metrics(
-        load(model), open_source(data, "train"), count, guidance=guidance, steps=steps, seed=seed
-    )
+    pipe, asked = load(model), dict(guidance=guidance, steps=steps, seed=seed)
+    if isinstance(held_out, SceneSource) and _needed(pipe):
+        drawn, images = scene_metrics(pipe, held_out, count, **asked)
+    else:
+        drawn, images = drawn_metrics(pipe, open_source(data, "train"), count, **asked)
     return metrics | drawn, images
+
+
+def scene_metrics(
+    pipe: Pipeline, source: SceneSource, count: int, **asked: Any
+) -> tuple[dict[str, float], np.ndarray]:
+    """Draws the first `count` scenes of `source` from their captions or labels, and reads them.
+
+    Returns the shares of `ldm_jax.metrics.scene_reader.score`, of a model of labels only `objects`;
+    the same of the scenes themselves, `real_objects` and so on, which is what the reader can reach;
+    and the pictures, uint8 (count, H, W, 3). `asked` is as in `drawn_metrics`.
+
+    Raises:
+      ValueError: the source has fewer scenes.
+    """
+    if count > len(source):
+        raise ValueError(f"count={count}: there are {len(source)} held-out scenes")
+    scenes = [source.scene(i) for i in range(count)]
+    examples = [source[i] for i in range(count)]
+    pictures = _draw(pipe, source, examples, **asked)
+    real = np.stack([example["image"] for example in examples])
+    metrics = score(pictures, scenes, source)
+    metrics |= {f"real_{name}": value for name, value in score(real, scenes, source).items()}
+    if "label" in _needed(pipe):
+        metrics = {name: value for name, value in metrics.items() if name.endswith("objects")}
+    return metrics, pictures
 
 
 def drawn_metrics(
     pipe: Pipeline,
     source: Source,
     count: int,
-    *,
-    guidance: float | None = None,
-    steps: int = 50,
-    seed: int = 0,
-    batch_size: int = 64,
+    **asked: Any,
 ) -> tuple[dict[str, float], np.ndarray]:
     """Draws one picture for the caption or label of each of `count` examples, evenly spaced in the
-    training `source`, or `count` pictures of an unconditional model.
+    training `source`, or `count` pictures of an unconditional model. `asked`: the guidance, steps
+    and seed of the pictures, and `batch_size`.
 
     Returns metrics and the pictures, uint8 (count, H, W, 3). The metrics use EfficientNet-Lite0
     features: FD and KID of the drawn pictures against all of `source`; `fd_floor`, the FD between
@@ -75,30 +111,12 @@ def drawn_metrics(
     Raises:
       ValueError: the model has other conditions, or none of the source's classes.
     """
-    needed = {entry for embedder in pipe.model.embedders for entry in embedder.needs}
-    others = sorted(needed - {"caption", "label"} - SIZES.keys())
-    if others:
-        raise ValueError(
-            f"pictures are drawn from captions, labels or nothing, and this model needs {others[0]}"
-            " too: measure its autoencoder alone, --count=0"
-        )
+    needed = _needed(pipe)
     extract = load_extractor()  # first: it may be missing, and drawing takes minutes
     source = sample(source)
     chosen = np.linspace(0, len(source) - 1, count).round().astype(int)
     examples = [source[i] for i in chosen]
-    images = []
-    for start in tqdm(range(0, count, batch_size), unit="batch", dynamic_ncols=True):
-        batch = examples[start : start + batch_size]
-        batch += batch[-1:] * (batch_size - len(batch))
-        asked = {}
-        if "caption" in needed:
-            asked["prompt"] = [example["caption"] for example in batch]
-        if "label" in needed:
-            names = source.classes if pipe.classes else range(len(source.classes))
-            asked["labels"] = [names[example["label"]] for example in batch]
-        asked |= {} if asked else {"n": batch_size}
-        images.append(pipe(**asked, guidance=guidance, steps=steps, seed=seed + start))
-    pictures = to_uint8(np.concatenate(images)[:count])
+    pictures = _draw(pipe, source, examples, **asked)
 
     training = [source[i] for i in range(len(source))]
     real = extract(np.stack([example["image"] for example in training]) / 255.0)
@@ -119,3 +137,44 @@ def drawn_metrics(
         "kid": kernel_distance(fake, real),
     }
     return {name: float(value) for name, value in metrics.items()}, pictures
+
+
+def _needed(pipe: Pipeline) -> set[str]:
+    """What of an example the pictures are drawn from: its caption, its label, or nothing.
+
+    Raises:
+      ValueError: the model has other conditions.
+    """
+    needed = {entry for embedder in pipe.model.embedders for entry in embedder.needs}
+    others = sorted(needed - {"caption", "label"} - SIZES.keys())
+    if others:
+        raise ValueError(
+            f"pictures are drawn from captions, labels or nothing, and this model needs {others[0]}"
+            " too: measure its autoencoder alone, --count=0"
+        )
+    return needed
+
+
+def _draw(
+    pipe: Pipeline,
+    source: Source,
+    examples: list[dict[str, Any]],
+    guidance: float | None = None,
+    steps: int = 50,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """One picture for each example, uint8 (N, H, W, 3)."""
+    needed, images = _needed(pipe), []
+    for start in tqdm(range(0, len(examples), batch_size), unit="batch", dynamic_ncols=True):
+        batch = examples[start : start + batch_size]
+        batch += batch[-1:] * (batch_size - len(batch))
+        asked = {}
+        if "caption" in needed:
+            asked["prompt"] = [example["caption"] for example in batch]
+        if "label" in needed:
+            names = source.classes if pipe.classes else range(len(source.classes))
+            asked["labels"] = [names[example["label"]] for example in batch]
+        asked |= {} if asked else {"n": batch_size}
+        images.append(pipe(**asked, guidance=guidance, steps=steps, seed=seed + start))
+    return to_uint8(np.concatenate(images)[: len(examples)])

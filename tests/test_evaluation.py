@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import ldm_jax
+from ldm_jax.data.scenes import SceneSource
 from ldm_jax.data.sources import EmojiSource
-from ldm_jax.evaluation import drawn_metrics
+from ldm_jax.evaluation import drawn_metrics, evaluate, scene_metrics
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.metrics.reconstruction import reconstruction_quality
 from ldm_jax.pipeline import Pipeline
@@ -64,3 +65,39 @@ def test_reconstruction_quality_of_known_errors():
     # 0.6 − 0.1 = 127.5 / 255 rounds to 128, an error of 25 / 255.
     assert quality["psnr"] == pytest.approx(20 * np.log10(255 / 25), abs=1e-3)
     assert reconstruction_quality(lambda x: x / 255.0, Few())["ssim"] == pytest.approx(1.0)
+
+
+def test_scenes_are_drawn_from_held_out_captions_and_read(monkeypatch):
+    """A pipeline that returns the asked scenes themselves scores as the reader does on them."""
+    source = SceneSource("held_out", 64, dict(kinds=40))
+    images = np.stack([source[i]["image"] for i in range(6)])
+    pipe = ldm_jax.load()
+    asked = []
+
+    def draw(self, prompt, **settings):
+        start = len(asked)
+        asked.extend(prompt)
+        return images[[min(start + i, 5) for i in range(len(prompt))]] / 255.0
+
+    monkeypatch.setattr(Pipeline, "__call__", draw)
+    metrics, pictures = scene_metrics(pipe, source, 6, steps=1, batch_size=6)
+    assert asked == [source.describe(i)["caption"] for i in range(6)]
+    np.testing.assert_array_equal(pictures, images)
+    assert metrics["objects"] == metrics["real_objects"] == metrics["scene"] == 1.0
+    images[:] = 128
+    assert scene_metrics(pipe, source, 6, batch_size=6)[0]["objects"] == 0.0
+    with pytest.raises(ValueError, match="count=5000: there are 2048 held-out scenes"):
+        scene_metrics(pipe, source, 5000)
+
+
+def test_a_model_is_measured_on_data_like_its_own(tmp_path):
+    """What `evaluate` opens without a source is what the model stores of its training data."""
+    own = dict(source="scenes", scenes=dict(kinds=5, held_out_scenes=3))
+    model = ldm_jax.load()
+    model.config["data"] = own
+    model.save(tmp_path / "model.safetensors")
+    metrics, images = evaluate(tmp_path / "model.safetensors", count=0)
+    assert images is None and metrics["psnr"] > 0
+    with pytest.raises(ValueError, match="there are 3 held-out scenes"):
+        evaluate(tmp_path / "model.safetensors", count=4)
+    assert evaluate(tmp_path / "model.safetensors", "emoji", count=0)[0] != metrics

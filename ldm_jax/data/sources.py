@@ -25,6 +25,7 @@ import numpy as np
 from ldm_jax.data.emoji import EmojiSource
 from ldm_jax.data.folder import FolderSource
 from ldm_jax.data.images import WHITE, Colour, fit_square, picture_entries
+from ldm_jax.data.mixture import Mixture
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.data.splits import check_split
 
@@ -197,7 +198,8 @@ def open_source(config: Any, split: str = "train", index: str | Path | None = No
     of `classes`, are in "train" and none in "held_out".
 
     Args:
-      config: ConfigDict with `source`, one of SOURCES, `image_size`, and optionally `path` (a
+      config: ConfigDict with `source`, one of SOURCES or several in turn ("scenes+emoji", a
+        `Mixture`), `image_size`, and optionally `path` (a
         folder or the name of a TensorFlow data set), `background` (what transparent pixels are
         composited on, white), `held_out` (0.1; the emoji's is fixed), `on_error` ("skip") and
         `min_size` (folders), `scenes` (see `scene_options`), `classes` (only these; all if
@@ -208,6 +210,9 @@ def open_source(config: Any, split: str = "train", index: str | Path | None = No
     Raises:
       ValueError: unknown source or split, no path, or a source without usable pictures.
     """
+    names = config.source.split("+")
+    if len(names) > 1:
+        return _mixture(config, names, split, index)
     source = _open(config, split, index)
     wanted = config.get("classes")
     if not wanted:
@@ -223,6 +228,21 @@ def open_source(config: Any, split: str = "train", index: str | Path | None = No
     if split == "held_out" and not len(of_classes(_open(config, "train", index), wanted)):
         return Subset(source, ())
     return subset
+
+
+def _mixture(config: Any, names: Sequence[str], split: str, index: str | Path | None) -> Source:
+    """The sources `names` in turn; an empty split of one is left out of the held-out pictures."""
+    if config.get("classes"):
+        raise ValueError(
+            f"data.classes={tuple(config.classes)}: choose classes of a single data.source, not "
+            f"of {config.source!r}"
+        )
+    opened = []
+    for name in names:
+        alone = config.copy_and_resolve_references()
+        alone.source = name
+        opened.append(_open(alone, split, index))
+    return Mixture([source for source in opened if len(source)] or opened)
 
 
 def _open(config: Any, split: str, index: str | Path | None) -> Source:

@@ -27,7 +27,7 @@ from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.lpips import lpips
 from ldm_jax.models.vq import VQModel
 from ldm_jax.pictures import image_grid, to_signed, to_uint8, to_unit
-from ldm_jax.training.batches import Prepare, training_loader
+from ldm_jax.training.batches import Prepare, about_data, training_loader
 from ldm_jax.training.state import Params
 from ldm_jax.training.summary import first_pictures, log_summary
 from ldm_jax.training.trainable import like, merge, split
@@ -221,7 +221,8 @@ class AutoencoderTask:
         scale = float((square / count - (total / count) ** 2) ** -0.5)
         log.info("scale_factor %.5f, over %d latents", scale, count)
         first_stage = {**config_dict(self.config)["autoencoder"], "scale_factor": scale}
-        return {"task": "autoencoder", "autoencoder": first_stage}, ema
+        about = {"task": "autoencoder", "autoencoder": first_stage, "data": about_data(self.config)}
+        return about, ema
 
     @functools.cached_property
     def _reconstruct(self):

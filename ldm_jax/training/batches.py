@@ -10,6 +10,16 @@ from ldm_jax.data.conditions import Condition
 from ldm_jax.data.loader import Loader
 from ldm_jax.data.sources import Source
 from ldm_jax.data.transforms import Example, compose
+from ldm_jax.training.workdir import config_dict
+
+# What of the `data` section a model stores, so that it can be measured on data of the same kind.
+# Not the path, which concerns nobody else.
+OF_THE_DATA = ("source", "classes", "scenes", "held_out", "background")
+
+
+def about_data(config: Any) -> dict[str, Any]:
+    """What a trained model stores of its data, as plain values."""
+    return {name: config_dict(config)["data"][name] for name in OF_THE_DATA}
 
 
 class Prepare:

@@ -15,7 +15,7 @@ from ldm_jax.data.loader import Batch, batches_once
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.pictures import image_grid, to_uint8
 from ldm_jax.pipeline import Pipeline
-from ldm_jax.training.batches import Prepare, training_loader
+from ldm_jax.training.batches import Prepare, about_data, training_loader
 from ldm_jax.training.latents import LatentSource, moments, sample_latents
 from ldm_jax.training.state import Params
 from ldm_jax.training.summary import first_pictures, log_summary
@@ -139,6 +139,7 @@ class DiffusionTask:
     def export(self, ema):
         about = {name: self.resolved[name] for name in KEPT}
         about["image_size"] = self.config.data.image_size
+        about["data"] = about_data(self.config)
         if any("label" in embedder.needs for embedder in self.model.embedders):
             about["classes"] = list(self.source.classes)
         return about, merge(self.frozen, ema)
