@@ -12,6 +12,7 @@ from ldm_jax.data.scene_options import SceneOptions
 from ldm_jax.diffusion.objective import Objective
 from ldm_jax.diffusion.process import Diffusion
 
+SCENE_KINDS = 120  # of object, in the configs that train on scenes
 ALL = (".*",)  # of `trainable`: every parameter
 
 
@@ -152,9 +153,22 @@ def small_diffusion(conditioning: dict, sampling: dict, **unet) -> ml_collection
     return config
 
 
+def scenes_diffusion(
+    conditioning: dict, sampling: dict, concat: int = 0, **unet
+) -> ml_collections.ConfigDict:
+    """`small_diffusion`, of scenes; `concat` channels are concatenated to the latents."""
+    config = small_diffusion(conditioning, sampling, **unet)
+    config.latents = "step"  # a scene is seen once
+    config.data.update(source="scenes", scenes=scenes(kinds=SCENE_KINDS))
+    config.unet.in_channels += concat
+    return config
+
+
 def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """A few steps of a tiny network, for tests."""
-    config.data.classes = ("food & drink",)
+    if config.data.source == "emoji":
+        config.data.classes = ("food & drink",)
+    config.data.scenes.held_out_scenes = 32
     config.unet.update(model_channels=32, channel_mult=(1,), attention_resolutions=(1,))
     config.train.update(steps=8, batch_size=8, log_every=2, checkpoint_every=4, preview_every=8)
     config.sampling.steps = 2

@@ -21,28 +21,25 @@ import ml_collections
 
 from configs import common
 
+PROMPTS = ("red apple", "cat face", "smiling face with sunglasses", "rocket", "rainbow")
+SCENES = ("a cat left of a star", "three tulips", "a rocket above a house", "a panda")
 
-def emoji() -> ml_collections.ConfigDict:
-    text = dict(
-        kind="text",
-        vocabulary="emoji",  # emoji, bert (any English) or a vocab.txt
-        dropout=0.1,
-        network=dict(width=128, depth=2, heads=4, head_dim=32, max_length=24),
-    )
-    prompts = ("red apple", "cat face", "smiling face with sunglasses", "rocket", "rainbow")
-    config = common.small_diffusion(
-        {"text": text}, dict(prompts=prompts, guidance=2.0), context_dim=128
-    )
-    config.data.augment = ()  # ("tags",): half the time, words such as "fruit", not the caption
-    return config
+
+def text(vocabulary: str, max_length: int) -> dict:
+    """The text transformer, with `vocabulary`: scenes, emoji, bert (any English) or a vocab.txt."""
+    network = dict(width=128, depth=2, heads=4, head_dim=32, max_length=max_length)
+    return {"text": dict(kind="text", vocabulary=vocabulary, dropout=0.1, network=network)}
 
 
 def scenes() -> ml_collections.ConfigDict:
-    config = emoji()
-    config.latents = "step"
-    config.data.update(source="scenes", scenes=common.scenes(kinds=120))
-    config.conditioning.text.update(vocabulary="scenes")
-    config.conditioning.text.network.max_length = 32
+    sampling = dict(prompts=SCENES, guidance=2.0)
+    return common.scenes_diffusion(text("scenes", 32), sampling, context_dim=128)
+
+
+def emoji() -> ml_collections.ConfigDict:
+    sampling = dict(prompts=PROMPTS, guidance=2.0)
+    config = common.small_diffusion(text("emoji", 24), sampling, context_dim=128)
+    config.data.augment = ()  # ("tags",): half the time, words such as "fruit", not the caption
     return config
 
 

@@ -1,5 +1,6 @@
 """Metrics of a model: the library call behind `evaluate.py`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm_jax.conditions.kinds import SIZES
+from ldm_jax.data.conditions import Condition, check_conditions, make_conditions
+from ldm_jax.data.loader import example_rng
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.data.sources import Source, open_source, sample
 from ldm_jax.interop.opening import open_any
@@ -17,10 +20,11 @@ from ldm_jax.metrics.distance import floor, frechet_distance, kernel_distance
 from ldm_jax.metrics.efficientnet import load_extractor
 from ldm_jax.metrics.reconstruction import reconstruction_quality
 from ldm_jax.metrics.retrieval import caption_retrieval
-from ldm_jax.metrics.scene_reader import score
+from ldm_jax.metrics.scene_tasks import judge
 from ldm_jax.models.build import make_autoencoder
 from ldm_jax.pictures import to_signed, to_uint8, to_unit
 from ldm_jax.pipeline import Pipeline
+from ldm_jax.training.batches import Prepare
 
 
 def evaluate(
@@ -36,7 +40,7 @@ def evaluate(
 
     `psnr` and `ssim` of the autoencoder on held-out pictures of the source. For a model with a UNet
     also metrics of `count` pictures that it draws (0: none), and these pictures, uint8 (count, H,
-    W, 3): `scene_metrics` if the source is "scenes" and the model is told captions or labels, else
+    W, 3): `scene_metrics` if the source is "scenes" and the model is told anything, else
     `drawn_metrics`.
 
     Args:
@@ -63,35 +67,42 @@ def evaluate(
         return metrics, None
     pipe, asked = load(model), dict(guidance=guidance, steps=steps, seed=seed)
     if isinstance(held_out, SceneSource) and _needed(pipe):
-        drawn, images = scene_metrics(pipe, held_out, count, **asked)
+        conditions = make_conditions(data.get("conditions", {}))
+        drawn, images = scene_metrics(pipe, held_out, count, conditions, **asked)
     else:
         drawn, images = drawn_metrics(pipe, open_source(data, "train"), count, **asked)
     return metrics | drawn, images
 
 
 def scene_metrics(
-    pipe: Pipeline, source: SceneSource, count: int, **asked: Any
+    pipe: Pipeline,
+    source: SceneSource,
+    count: int,
+    conditions: Sequence[Condition] = (),
+    **asked: Any,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Draws the first `count` scenes of `source` from their captions or labels, and reads them.
+    """Draws the first `count` scenes of `source` from what the model is told of them, and judges
+    the pictures by `ldm_jax.metrics.scene_tasks`.
 
-    Returns the shares of `ldm_jax.metrics.scene_reader.score`, of a model of labels only `objects`;
-    the same of the scenes themselves, `real_objects` and so on, which is what the reader can reach;
-    and the pictures, uint8 (count, H, W, 3). `asked` is as in `drawn_metrics`.
+    Returns the metrics; the same of the scenes themselves, `real_…`, which is what the judge can
+    reach; and the pictures, uint8 (count, H, W, 3). `conditions` make the entries that the model
+    needs and a scene has not; `asked` is as in `drawn_metrics`.
 
     Raises:
-      ValueError: the source has fewer scenes.
+      ValueError: the source has fewer scenes, or nothing makes an entry.
     """
     if count > len(source):
         raise ValueError(f"count={count}: there are {len(source)} held-out scenes")
-    scenes = [source.scene(i) for i in range(count)]
-    examples = [source[i] for i in range(count)]
+    needed = _needed(pipe)
+    check_conditions(conditions, {e.name: e.needs for e in pipe.model.embedders}, "scenes")
+    prepare = Prepare((), conditions)
+    examples = [prepare(source[i], example_rng(0, i)) for i in range(count)]
     pictures = _draw(pipe, source, examples, **asked)
     real = np.stack([example["image"] for example in examples])
-    metrics = score(pictures, scenes, source)
-    metrics |= {f"real_{name}": value for name, value in score(real, scenes, source).items()}
-    if "label" in _needed(pipe):
-        metrics = {name: value for name, value in metrics.items() if name.endswith("objects")}
-    return metrics, pictures
+    scenes = [source.scene(i) for i in range(count)]
+    metrics = judge(pictures, needed, examples, scenes, source)
+    best = judge(real, needed, examples, scenes, source)
+    return metrics | {f"real_{name}": value for name, value in best.items()}, pictures
 
 
 def drawn_metrics(
@@ -112,6 +123,12 @@ def drawn_metrics(
       ValueError: the model has other conditions, or none of the source's classes.
     """
     needed = _needed(pipe)
+    others = sorted(needed - {"caption", "label"})
+    if others:
+        raise ValueError(
+            f"pictures are drawn from captions, labels or nothing, and this model needs {others[0]}"
+            " too: measure its autoencoder alone, --count=0"
+        )
     extract = load_extractor()  # first: it may be missing, and drawing takes minutes
     source = sample(source)
     chosen = np.linspace(0, len(source) - 1, count).round().astype(int)
@@ -140,19 +157,9 @@ def drawn_metrics(
 
 
 def _needed(pipe: Pipeline) -> set[str]:
-    """What of an example the pictures are drawn from: its caption, its label, or nothing.
-
-    Raises:
-      ValueError: the model has other conditions.
-    """
+    """The entries of an example that the model is told, but for sizes, which have defaults."""
     needed = {entry for embedder in pipe.model.embedders for entry in embedder.needs}
-    others = sorted(needed - {"caption", "label"} - SIZES.keys())
-    if others:
-        raise ValueError(
-            f"pictures are drawn from captions, labels or nothing, and this model needs {others[0]}"
-            " too: measure its autoencoder alone, --count=0"
-        )
-    return needed
+    return needed - SIZES.keys()
 
 
 def _draw(
@@ -175,6 +182,13 @@ def _draw(
         if "label" in needed:
             names = source.classes if pipe.classes else range(len(source.classes))
             asked["labels"] = [names[example["label"]] for example in batch]
-        asked |= {} if asked else {"n": batch_size}
+        arrays = {
+            entry: np.stack([example[entry] for example in batch])
+            for entry in sorted(needed - {"caption", "label"})
+        }
+        if "mask" in arrays:
+            asked |= {"image": arrays.pop("image"), "mask": arrays.pop("mask")[..., 0]}
+        asked |= {"conditions": arrays} if arrays else {}
+        asked |= {} if asked.keys() & {"prompt", "labels"} else {"n": batch_size}
         images.append(pipe(**asked, guidance=guidance, steps=steps, seed=seed + start))
     return to_uint8(np.concatenate(images)[: len(examples)])

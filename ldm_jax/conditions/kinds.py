@@ -18,7 +18,12 @@ from ldm_jax.conditions.tokenizer import (
 )
 from ldm_jax.models.build import Autoencoder
 from ldm_jax.models.clip import CLIPText
-from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler, concat_timestep_embedding
+from ldm_jax.models.embedders import (
+    ClassEmbedder,
+    Patches,
+    SpatialRescaler,
+    concat_timestep_embedding,
+)
 from ldm_jax.models.text import TextTransformer
 from ldm_jax.pictures import to_signed
 
@@ -248,7 +253,7 @@ class ArrayEmbedder:
 
     def null(self, count: int) -> np.ndarray:
         """Zeros; a side of any length is as short as the network allows."""
-        side = 2**self.network.n_stages if isinstance(self.network, SpatialRescaler) else 1
+        side = getattr(self.network, "factor", 1)
         return np.zeros((count, *(n or side for n in self.shape)), self.dtype)
 
     def __call__(self, params, raw, **dropout) -> Conditioning:
@@ -340,12 +345,14 @@ def _sizes(name: str, section: dict[str, Any], dtype: Any, _: Autoencoder) -> Si
     return SizeEmbedder(name, tuple(section["fields"]), section["dropout"], **options)
 
 
+ARRAY_NETWORKS = {"rescaler": SpatialRescaler, "transformer": TextTransformer, "patches": Patches}
+
+
 def _array(name: str, section: dict[str, Any], dtype: Any, _: Autoencoder) -> ArrayEmbedder:
     network = None
     if section.get("network"):
         fields = dict(section["network"])
-        kind = {"rescaler": SpatialRescaler, "transformer": TextTransformer}[fields.pop("kind")]
-        network = kind(**fields, dtype=dtype)
+        network = ARRAY_NETWORKS[fields.pop("kind")](**fields, dtype=dtype)
     return ArrayEmbedder(
         name, network, tuple(section["shape"]), section["output"], section["dropout"]
     )

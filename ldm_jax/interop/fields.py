@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from ldm_jax.models.build import make_autoencoder, tuples
 from ldm_jax.models.clip import CLIPText
-from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
+from ldm_jax.models.embedders import ClassEmbedder, Patches, SpatialRescaler
 from ldm_jax.models.layers import level_widths
 from ldm_jax.models.text import TextTransformer
 from ldm_jax.models.unet import UNet
@@ -213,7 +213,7 @@ def text_fields(kind: str, shapes: Shapes) -> Fields:
 
 NETWORKS = {
     **dict(clip=CLIPText, text=TextTransformer, transformer=TextTransformer),
-    **{"class": ClassEmbedder, "rescaler": SpatialRescaler},
+    **{"class": ClassEmbedder, "rescaler": SpatialRescaler, "patches": Patches},
 }
 # Fields of training alone, or of Flax.
 _NOT_OF_THE_NETWORK = ("dropout", "dtype", "param_dtype", "name", "parent")

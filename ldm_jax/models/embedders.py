@@ -49,9 +49,14 @@ class SpatialRescaler(nn.Module):
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
+    @property
+    def factor(self) -> int:
+        """The input is so many times as high and wide as the output."""
+        return 2**self.n_stages
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        check_sides(x, "maps", 2**self.n_stages)
+        check_sides(x, "maps", self.factor)
         for _ in range(self.n_stages):
             x = average_pool(x)
         if self.out_channels is None:
@@ -59,6 +64,36 @@ class SpatialRescaler(nn.Module):
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         mapper = conv(self.out_channels, 1, use_bias=self.use_bias, name="channel_mapper", **types)
         return mapper(x)
+
+
+class Patches(nn.Module):
+    """Maps (B, H, W, C) → (B, H/size, W/size, out_channels): a matrix on each patch of pixels.
+
+    It brings a map that is larger than the latents to their size without loss.
+
+    Raises ValueError for sides that are no multiples of `size`.
+    """
+
+    size: int = 2
+    out_channels: int = 12
+    dtype: jax.typing.DTypeLike | None = None
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    @property
+    def factor(self) -> int:
+        """The input is so many times as high and wide as the output."""
+        return self.size
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        check_sides(x, "maps", self.size)
+        batch, height, width, channels = x.shape
+        x = x.reshape(
+            batch, height // self.size, self.size, width // self.size, self.size, channels
+        )
+        x = x.swapaxes(2, 3).reshape(batch, height // self.size, width // self.size, -1)
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        return conv(self.out_channels, 1, name="mapper", **types)(x)
 
 
 def guidance_embedding(guidance: jax.Array, dim: int = 256) -> jax.Array:

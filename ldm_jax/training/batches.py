@@ -14,7 +14,7 @@ from ldm_jax.training.workdir import config_dict
 
 # What of the `data` section a model stores, so that it can be measured on data of the same kind.
 # Not the path, which concerns nobody else.
-OF_THE_DATA = ("source", "classes", "scenes", "held_out", "background")
+OF_THE_DATA = ("source", "classes", "scenes", "held_out", "background", "conditions")
 
 
 def about_data(config: Any) -> dict[str, Any]:

@@ -1,0 +1,39 @@
+"""Inpainting: draws the masked part of a picture, from its mask and the latents of the rest.
+
+    python train.py --config=configs/inpaint.py --workdir=runs/inpaint
+    python evaluate.py --model=runs/inpaint
+    python sample.py --model=runs/inpaint --image=picture.png --mask=mask.png
+
+Variants, as in --config=configs/inpaint.py:smoke
+
+    scenes  scenes of 120 kinds of object, LaMa's masks (default)
+    smoke   a few steps of a tiny network, for tests
+
+On your own pictures, with an autoencoder that was trained on them:
+
+    --config.data.source=folder --config.data.path=DIR --config.first_stage=runs/autoencoder
+
+The condition is LDM's (Rombach et al. 2022, §4.5): the latents of the picture whose masked part is
+black, and the mask, concatenated to the noisy latents.
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def scenes() -> ml_collections.ConfigDict:
+    masked = dict(
+        kind="masked_image", mask_first=False, hole=-1.0, mask_range=(-1.0, 1.0), dropout=0.0
+    )
+    config = common.scenes_diffusion({"masked_image": masked}, {}, concat=17)
+    config.data.conditions = {"mask": dict(recipe="lama")}
+    return config
+
+
+def smoke() -> ml_collections.ConfigDict:
+    return common.smoke(scenes())
+
+
+VARIANTS = {"scenes": scenes, "smoke": smoke}
+get_config = common.chooser("inpaint", VARIANTS, "scenes")

@@ -1,0 +1,46 @@
+"""Semantic synthesis: a picture from the class of each of its pixels.
+
+    python train.py --config=configs/semantic.py --workdir=runs/semantic
+    python evaluate.py --model=runs/semantic
+
+Variants, as in --config=configs/semantic.py:smoke
+
+    scenes  scenes of 120 kinds of object (default)
+    smoke   a few steps of a tiny network, for tests
+
+On your own pictures, each with a label picture of its size beside it (`picture.segmentation.png`,
+whose values are classes), and with an autoencoder that was trained on them:
+
+    --config.data.source=folder --config.data.path=DIR --config.first_stage=runs/autoencoder
+    --config.data.conditions.segmentation.classes=182
+    --config.conditioning.segmentation.shape='(None, None, 182)'
+
+The classes, one-hot, are shrunk to the size of the latents, mixed, and concatenated to them
+(Rombach et al. 2022, §4.3.2).
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def scenes() -> ml_collections.ConfigDict:
+    classes = 1 + common.SCENE_KINDS
+    segmentation = dict(
+        kind="array",
+        output="concat",
+        shape=(None, None, classes),
+        network=dict(kind="rescaler", n_stages=3, out_channels=16),
+        dropout=0.0,
+    )
+    config = common.scenes_diffusion({"segmentation": segmentation}, {}, concat=16)
+    config.data.conditions = {"segmentation": dict(classes=classes)}
+    return config
+
+
+def smoke() -> ml_collections.ConfigDict:
+    return common.smoke(scenes())
+
+
+VARIANTS = {"scenes": scenes, "smoke": smoke}
+get_config = common.chooser("semantic", VARIANTS, "scenes")

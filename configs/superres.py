@@ -1,0 +1,42 @@
+"""Super-resolution: a picture of 64 pixels from one of 16.
+
+    python train.py --config=configs/superres.py --workdir=runs/superres
+    python evaluate.py --model=runs/superres
+
+Variants, as in --config=configs/superres.py:smoke
+
+    scenes  scenes of 120 kinds of object, shrunk four times, bicubic (default)
+    smoke   a few steps of a tiny network, for tests
+
+On your own pictures, with an autoencoder that was trained on them:
+
+    --config.data.source=folder --config.data.path=DIR --config.first_stage=runs/autoencoder
+
+The small picture is concatenated to the noisy latents (Rombach et al. 2022, §4.4): there it has
+their size, here twice that, so each 2 × 2 of its pixels become the channels of one latent.
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def scenes() -> ml_collections.ConfigDict:
+    small = dict(
+        kind="array",
+        output="concat",
+        shape=(None, None, 3),
+        network=dict(kind="patches", size=2, out_channels=12),
+        dropout=0.0,
+    )
+    config = common.scenes_diffusion({"low_resolution": small}, {}, concat=12)
+    config.data.conditions = {"low_resolution": dict(factor=4)}
+    return config
+
+
+def smoke() -> ml_collections.ConfigDict:
+    return common.smoke(scenes())
+
+
+VARIANTS = {"scenes": scenes, "smoke": smoke}
+get_config = common.chooser("superres", VARIANTS, "scenes")

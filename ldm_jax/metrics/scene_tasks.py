@@ -1,0 +1,148 @@
+"""How well pictures show what a model was told of a scene: one judge for each kind of condition."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldm_jax.data.scene_drawing import stamp
+from ldm_jax.data.scenes import Scene, SceneSource
+from ldm_jax.metrics.scene_reader import Found, read_scene, score
+
+Example = dict[str, Any]
+OVERLAP = 0.5  # intersection over union of boxes from which an object is in its place
+
+
+def judge(
+    images: np.ndarray,
+    told: set[str],
+    examples: Sequence[Example],
+    scenes: Sequence[Scene],
+    source: SceneSource,
+) -> dict[str, float]:
+    """The metrics of all that the model was told.
+
+    - caption: `objects`, `relation`, `count` and `scene`, of `scene_reader.score`;
+    - label: `class`, the share whose only kind is the right one;
+    - boxes: `boxes`, the share of the objects that are found in their box;
+    - segmentation: `miou`, the mean intersection over union of the classes read back;
+    - mask: `masked_psnr` [dB] of the masked pixels; `mean_colour_psnr`, that of the mean of the
+      pixels that are known; `known_error`, the largest change of a known pixel, in 8-bit steps;
+    - low_resolution: `agreement` [dB], the PSNR of the pictures, shrunk again, beside what the
+      model was told; `psnr` of the pictures, and `bicubic_psnr` of what it was told, enlarged.
+
+    Args:
+      images: uint8 (N, H, W, 3).
+      told: entries of examples; those without a judge are left out.
+      examples: N, with these entries.
+      scenes: N.
+      source: of the scenes.
+    """
+    metrics: dict[str, float] = {}
+    for entry in sorted(told & JUDGES.keys()):
+        metrics |= JUDGES[entry](images, examples, scenes, source)
+    return metrics
+
+
+def _caption(images, examples, scenes, source):
+    return score(images, scenes, source)
+
+
+def _label(images, examples, scenes, source):
+    return {"class": score(images, scenes, source)["objects"]}
+
+
+def _boxes(images, examples, scenes, source):
+    right = []
+    for example, found in zip(examples, read_scene(images, source), strict=True):
+        for kind, box in zip(example["categories"], example["boxes"], strict=True):
+            overlaps = [overlap(one.box, box) for one in found if one.kind == kind]
+            right.append(max(overlaps, default=0.0) >= OVERLAP)
+    return {"boxes": float(np.mean(right))}
+
+
+def overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two boxes (left, top, width, height)."""
+    inside = 1.0
+    for axis in (0, 1):
+        end = min(a[axis] + a[axis + 2], b[axis] + b[axis + 2])
+        inside *= max(0.0, end - max(a[axis], b[axis]))
+    return inside / (a[2] * a[3] + b[2] * b[3] - inside)
+
+
+def _segmentation(images, examples, scenes, source):
+    classes = 1 + len(source.kinds)
+    both = np.zeros(classes)
+    either = np.zeros(classes)
+    for example, found in zip(examples, read_scene(images, source), strict=True):
+        seen, asked = segmentation(found, source), example["segmentation"]
+        agreed = np.bincount(asked[seen == asked], minlength=classes)
+        both += agreed
+        either += np.bincount(seen.ravel(), minlength=classes)
+        either += np.bincount(asked.ravel(), minlength=classes) - agreed
+    return {"miou": float(np.mean(both[either > 0] / either[either > 0]))}
+
+
+def segmentation(found: Sequence[Found], source: SceneSource) -> np.ndarray:
+    """The classes of the pixels of a picture, int (H, W), as in a scene's entry `segmentation`."""
+    side = source.image_size
+    classes = np.zeros((side, side), np.int32)
+    for one in found:
+        left, top, width, height = one.box
+        mask = stamp(source.kinds[one.kind], max(width, height)).mask
+        part = classes[top : top + mask.shape[0], left : left + mask.shape[1]]
+        part[mask[: part.shape[0], : part.shape[1]]] = 1 + one.kind
+    return classes
+
+
+def _mask(images, examples, scenes, source):
+    drawn, mean, largest = [], [], 0
+    for image, example in zip(images, examples, strict=True):
+        mask, real = example["mask"][..., 0] > 0.5, example["image"]
+        if not mask.any() or mask.all():
+            continue
+        drawn.append(_psnr(image[mask], real[mask]))
+        mean.append(_psnr(real[~mask].mean(0, dtype=np.float64), real[mask]))
+        largest = max(largest, np.abs(image[~mask].astype(int) - real[~mask]).max())
+    return {
+        "masked_psnr": float(np.mean(drawn)),
+        "mean_colour_psnr": float(np.mean(mean)),
+        "known_error": float(largest),
+    }
+
+
+def _low_resolution(images, examples, scenes, source):
+    agreement, psnr, bicubic = [], [], []
+    for image, example in zip(images, examples, strict=True):
+        small = np.clip(np.round((example["low_resolution"] + 1.0) * 127.5), 0, 255)
+        small, size = small.astype(np.uint8), image.shape[1::-1]
+        shrunk = _resized(image, small.shape[1::-1])
+        agreement.append(_psnr(shrunk, small))
+        psnr.append(_psnr(image, example["image"]))
+        bicubic.append(_psnr(_resized(small, size), example["image"]))
+    return {
+        "agreement": float(np.mean(agreement)),
+        "psnr": float(np.mean(psnr)),
+        "bicubic_psnr": float(np.mean(bicubic)),
+    }
+
+
+def _resized(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize(tuple(size), Image.Resampling.BICUBIC))
+
+
+def _psnr(image: np.ndarray, real: np.ndarray) -> float:
+    """Of 8-bit values [dB]; 60 at most, so that a mean exists."""
+    error = np.mean((image.astype(np.float64) - real) ** 2) / 255.0**2
+    return float(min(60.0, -10.0 * np.log10(max(error, 1e-12))))
+
+
+JUDGES: dict[str, Callable[..., dict[str, float]]] = {
+    "caption": _caption,
+    "label": _label,
+    "boxes": _boxes,
+    "segmentation": _segmentation,
+    "mask": _mask,
+    "low_resolution": _low_resolution,
+}

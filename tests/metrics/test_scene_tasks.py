@@ -1,0 +1,70 @@
+"""The judges of scenes: near perfect on the scenes themselves, and low where something is wrong."""
+
+import numpy as np
+import pytest
+
+from ldm_jax.data.conditions import LowResolution, Mask
+from ldm_jax.data.scenes import SceneSource
+from ldm_jax.metrics.scene_tasks import JUDGES, judge, overlap
+
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    source = SceneSource("held_out", 64, dict(kinds=40))
+    rng = np.random.default_rng(0)
+    examples = [source[i] for i in range(COUNT)]
+    for example in examples:
+        example |= Mask("mask", whole=0.0)(example, rng)
+        example |= LowResolution("low_resolution")(example, rng)
+    images = np.stack([example["image"] for example in examples])
+    return images, examples, [source.scene(i) for i in range(COUNT)], source
+
+
+def judged(scenes, told, images=None):
+    real, *rest = scenes
+    return judge(real if images is None else images, {told}, *rest)
+
+
+def test_the_scenes_themselves(scenes):
+    assert judged(scenes, "caption")["scene"] == 1.0
+    assert judged(scenes, "boxes") == {"boxes": 1.0}
+    assert judged(scenes, "segmentation")["miou"] > 0.97
+    mask = judged(scenes, "mask")
+    assert mask["masked_psnr"] == 60.0 and mask["known_error"] == 0.0
+    assert 5.0 < mask["mean_colour_psnr"] < 25.0
+    small = judged(scenes, "low_resolution")
+    assert small["agreement"] == small["psnr"] == 60.0 and 15.0 < small["bicubic_psnr"] < 30.0
+
+
+def test_other_scenes(scenes):
+    """Each picture judged by what was asked of the next."""
+    images = np.roll(scenes[0], 1, axis=0)
+    assert judged(scenes, "caption", images)["objects"] < 0.2
+    assert judged(scenes, "boxes", images)["boxes"] < 0.2
+    assert judged(scenes, "segmentation", images)["miou"] < 0.2
+    mask = judged(scenes, "mask", images)
+    assert mask["masked_psnr"] < 20.0 and mask["known_error"] > 100.0
+    assert judged(scenes, "low_resolution", images)["agreement"] < 20.0
+
+
+def test_objects_at_other_places(scenes):
+    """Moved by 12 pixels, the kinds are right and the boxes wrong."""
+    images = np.roll(scenes[0], 12, axis=2)
+    assert judged(scenes, "boxes", images)["boxes"] < 0.35
+    assert judged(scenes, "caption", images)["objects"] > 0.5
+
+
+def test_a_label_asks_for_one_kind(scenes):
+    assert judged(scenes, "label") == {"class": judged(scenes, "caption")["objects"]}
+
+
+def test_what_has_no_judge_is_left_out(scenes):
+    assert judged(scenes, "image") == {} and "image" not in JUDGES
+
+
+def test_overlap():
+    assert overlap((0, 0, 4, 4), (0, 0, 4, 4)) == 1.0
+    assert overlap((0, 0, 4, 4), (2, 0, 4, 4)) == pytest.approx(8 / 24)
+    assert overlap((0, 0, 4, 4), (4, 0, 4, 4)) == 0.0
