@@ -51,6 +51,11 @@ FIT = flags.DEFINE_enum(
     "and cuts the result to the size of the image; resize: to the neighbouring multiples that keep "
     "the proportions best.",
 )
+CONDITIONS = (
+    flags.DEFINE_string("segmentation", "", "A grey picture: the class of each pixel."),
+    flags.DEFINE_string("layout", "", 'JSON: [{"category_id": 0, "bbox": [x, y, w, h]}, …].'),
+    flags.DEFINE_string("low_resolution", "", "A small picture to enlarge."),
+)
 SOURCE = flags.DEFINE_string("source", "", "A prompt that describes --image: invert it (DDIM).")
 INTERPOLATE = flags.DEFINE_integer("interpolate", 0, "Pictures between this seed and the next.")
 PREVIEWS = flags.DEFINE_integer("previews", 0, "Number of steps to show in previews.png.")
@@ -95,6 +100,7 @@ def main():
         edit=edit if IMAGE.value else None,
         weak=weak,
         weak_pipe=load_drawing(weak, DTYPE.value) if weak else None,
+        files={flag.name: _path(flag) for flag in CONDITIONS if flag.value},
         interpolate=INTERPOLATE.value,
         previews=PREVIEWS.value,
     )

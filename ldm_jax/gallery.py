@@ -4,7 +4,9 @@ import dataclasses
 import json
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ldm_jax.condition_files import condition_arguments
 from ldm_jax.conditions.requests import label_name, parts
 from ldm_jax.data.images import composite, read_image, read_mask
 from ldm_jax.diffusion.editing import slerp
@@ -116,6 +119,7 @@ def draw(
     edit: Edit | None = None,
     weak: str = "",
     weak_pipe: Pipeline | None = None,
+    files: Mapping[str, str] = MappingProxyType({}),
     interpolate: int = 0,
     previews: int = 0,
 ) -> Path:
@@ -127,7 +131,8 @@ def draw(
     Every PNG's text chunk "ldm_jax" and `settings.json` hold all settings to draw it again.
     `settings` are the flags of `sample.py` by their names: arguments of `Pipeline.__call__`, and
     fields of `Guidance` and `Sampling`; None is the default. `weak_pipe` is the pipeline of
-    autoguidance, from the file `weak`. `interpolate` draws this many pictures of one prompt between
+    autoguidance, from the file `weak`. `files` are conditions, by their flags: see
+    `condition_arguments`. `interpolate` draws this many pictures of one prompt between
     the noise of the seed and that of the next, and `interpolation.gif`. `previews` adds
     `previews.png`: the model's predictions at this many steps, a row for each picture.
     """
@@ -161,6 +166,7 @@ def draw(
     guidance = from_flags(Guidance, settings | {"weak": weak_pipe})
     apart = flags(Sampling).keys() | flags(Guidance).keys()
     own = {k: v for k, v in settings.items() if v is not None and k not in apart}
+    own |= condition_arguments(pipe, files, settings.get("height"), settings.get("width"))
     arguments |= own | {"sampler": sampling, "guidance": guidance}
     with watch:
         made = pipe(prompts or None, **arguments, progress=watch.callback)
@@ -170,6 +176,7 @@ def draw(
     about = {"model": model or "shipped", "version": __version__, **settings}
     about |= {} if edit is None else {"edit": dataclasses.asdict(edit)}
     about |= {"weak": weak} if weak else {}
+    about |= dict(files)
     about |= {"interpolate": interpolate} if interpolate else {}
     asked = {"prompts": prompts} | ({"classes": labels} if labels else {})
     names = [" AND ".join(names)] if settings.get("compose") else names

@@ -207,7 +207,7 @@ class Boxes(Named):
         if "categories" in example:
             where, categories, boxes = example["name"], example["categories"], example["boxes"]
         else:
-            where, categories, boxes = self._read(beside(example, self))
+            where, categories, boxes = self.read(beside(example, self))
         if categories.size and not 0 <= categories.min() <= categories.max() < self.tokens - 1:
             raise ValueError(f"{where}: categories lie in 0 … {self.tokens - 2}")
         height, width = example["placement"].original
@@ -228,7 +228,7 @@ class Boxes(Named):
         places = np.round(np.clip(boxes, 0.0, 1.0) * (sections - 1)).astype(np.int32)
         return places[:, 1::2] * sections + places[:, ::2]
 
-    def _read(self, path: Path) -> tuple[Path, np.ndarray, np.ndarray]:
+    def read(self, path: Path) -> tuple[Path, np.ndarray, np.ndarray]:
         """The path, categories (N,), and boxes (N, 4) as they lie in the file."""
         try:
             objects = json.loads(path.read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ldm_jax.interop import names
 from ldm_jax.models.build import AUTOENCODERS, make_autoencoder, tuples
 from ldm_jax.models.clip import CLIPText
-from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
+from ldm_jax.models.embedders import ClassEmbedder, Patches, SpatialRescaler
 from ldm_jax.models.text import TextTransformer
 from ldm_jax.models.unet import UNet
 
@@ -138,6 +138,11 @@ def _rescaler(in_channels: int = 0, kind: str = "", **fields: Any) -> tuple[nn.M
     return module, [_floats(1, side, side, in_channels)], {}
 
 
+def _patches(in_channels: int = 0, **fields: Any) -> tuple[nn.Module, list, dict]:
+    module = Patches(**fields)
+    return module, [_floats(1, module.size, module.size, in_channels)], {}
+
+
 def _floats(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -154,6 +159,7 @@ _BUILD: dict[str, Callable[..., tuple[nn.Module, list, dict]]] = {
     "bert": lambda kind="", **fields: (TextTransformer(**fields), [_integers(1, 1)], {}),
     "class": lambda **fields: (ClassEmbedder(**fields), [_integers(1)], {}),
     "rescaler": _rescaler,
+    "patches": _patches,
 }
 
 

@@ -23,7 +23,7 @@ def networks(config: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
             kind = "bert"
             if "vocab_size" not in fields:
                 fields["vocab_size"] = make_tokenizer(section, fields.get("max_length", 77)).size
-        elif kind == "rescaler":
+        elif kind in ("rescaler", "patches"):
             fields["in_channels"] = section["shape"][-1]
         found[name] = kind, fields
     return found
