@@ -24,7 +24,12 @@ from configs import common
 
 def scenes() -> ml_collections.ConfigDict:
     masked = dict(
-        kind="masked_image", mask_first=False, hole=-1.0, mask_range=(-1.0, 1.0), dropout=0.0
+        kind="masked_image",
+        channels=16,  # of the latents
+        mask_first=False,
+        hole=-1.0,
+        mask_range=(-1.0, 1.0),
+        dropout=0.0,
     )
     config = common.scenes_diffusion({"masked_image": masked}, {}, concat=17)
     config.data.conditions = {"mask": dict(recipe="lama")}

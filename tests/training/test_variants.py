@@ -41,17 +41,22 @@ def drawn(model, rng):
     if "mask" in needs:
         asked |= {"image": rng.random((SIZE, SIZE, 3)), "mask": np.eye(SIZE, dtype=bool)}
     side = SIZE // model.autoencoder.downsampling
+    told = {embedder.name: embedder for embedder in model.model.embedders}
+    enlarged = getattr(getattr(told.get("low_resolution"), "network", None), "factor", 1) * side
     arrays = {
-        "low_resolution": (1, side, side, 3),
+        "low_resolution": (1, enlarged, enlarged, 3),
         "depth": (1, side, side, 1),
         "image_embedding": (1, 32),
         "neighbours": (1, 4, 32),
     }
     conditions = {n: rng.standard_normal(s) for n, s in arrays.items() if n in needs}
     conditions |= {"noise_level": np.array([20])} if "noise_level" in needs else {}
-    conditions |= {"boxes": np.full((1, 92), 8191)} if "boxes" in needs else {}
-    classes = rng.integers(0, 182, (1, SIZE, SIZE))
-    conditions |= {"segmentation": np.eye(182)[classes]} if "segmentation" in needs else {}
+    if "boxes" in needs:
+        boxes = told["boxes"]
+        conditions["boxes"] = np.full((1, *boxes.shape), boxes.network.vocab_size - 1)
+    if "segmentation" in needs:
+        count = told["segmentation"].shape[-1]
+        conditions["segmentation"] = np.eye(count)[rng.integers(0, count, (1, SIZE, SIZE))]
     return model(**asked, conditions=conditions, steps=1, guidance=1.0)
 
 

@@ -15,6 +15,7 @@ from tests.tiny_models import random_params
 
 SIZE = 64
 OWN = ("autoencoder", "txt2img", "class2img", "unconditional")
+OWN += ("inpaint", "superres", "semantic", "layout")
 
 
 def names(root: Path) -> list[str]:
@@ -47,8 +48,11 @@ def photographs(folder: Path, count: int = 24) -> Path:
 def reduced(config: ml_collections.ConfigDict, pictures: Path, workdir: Path) -> Any:
     """The config with its structure and narrow networks, for two steps on `pictures`."""
     config = config.copy_and_resolve_references()
-    config.data.update(source="folder", path=str(pictures), image_size=SIZE, held_out=0.2)
-    config.data.update(classes=(), min_size=0)
+    config.data.update(classes=(), min_size=0, image_size=SIZE)
+    if "scenes" in config.data.source:
+        config.data.scenes.held_out_scenes = 8
+    else:
+        config.data.update(source="folder", path=str(pictures), held_out=0.2)
     config.train.update(steps=2, batch_size=8, log_every=1, preview_every=2, checkpoint_every=2)
     if "autoencoder" in config:
         _narrow_autoencoder(config.autoencoder)
