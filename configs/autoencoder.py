@@ -8,6 +8,8 @@ Variants, as in --config=configs/autoencoder.py:smoke
     emoji   1,697 training emoji, 64 px → 8×8×16 latents (default; two hours on two CPU cores)
     scenes  scenes and emoji in turn, from an autoencoder of emoji (50 minutes):
             --config.init_from=runs/autoencoder
+    decoder the decoder alone of such an autoencoder, against the discriminator from the start: the
+            latents stay as they are, and so do the models trained on them (--config.init_from)
     vq      the same with a codebook of 1,024 entries in place of KL, not tuned
     smoke   a few steps of a tiny network, for tests
 
@@ -61,6 +63,13 @@ def scenes() -> ml_collections.ConfigDict:
     return config
 
 
+def decoder() -> ml_collections.ConfigDict:
+    config = scenes()
+    config.trainable = ("^autoencoder/(decoder|post_quant_conv|conv_out)/", "^discriminator/")
+    config.loss.disc_start = 0
+    return config
+
+
 def vq() -> ml_collections.ConfigDict:
     config = emoji()
     config.autoencoder.update(kind="vq", n_embed=1024, z_channels=8, embed_dim=8)
@@ -77,5 +86,5 @@ def smoke() -> ml_collections.ConfigDict:
     return config
 
 
-VARIANTS = {"emoji": emoji, "scenes": scenes, "vq": vq, "smoke": smoke}
+VARIANTS = {"emoji": emoji, "scenes": scenes, "decoder": decoder, "vq": vq, "smoke": smoke}
 get_config = common.chooser("autoencoder", VARIANTS)

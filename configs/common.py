@@ -166,7 +166,7 @@ def scenes_diffusion(
     config.train.update(batch_size=32)
     config.optimizer.update(lr=2e-3)
     config.latents = "step"  # a scene is seen once
-    config.data.update(source="scenes", scenes=scenes(kinds=SCENE_KINDS))
+    config.data.update(source="scenes", scenes=scenes(kinds=SCENE_KINDS, held_out_scenes=512))
     config.unet.in_channels += concat
     return config
 

@@ -209,7 +209,11 @@ class AutoencoderTask:
 
     def export(self, ema):
         """Measures `scale_factor`: 1/std over all latents of all training pictures (LDM, §G), or of
-        the first of an endless source."""
+        the first of an endless source. If the encoder did not train, it stays."""
+        about = {"task": "autoencoder", "data": about_data(self.config)}
+        first_stage = config_dict(self.config)["autoencoder"]
+        if not {"encoder", "quant_conv"} & ema.get("autoencoder", {}).keys():
+            return about | {"autoencoder": first_stage}, merge(self.frozen, ema)
         ema, count, total, square = merge(self.frozen, ema), 0.0, 0.0, 0.0
         for batch in batches_once(sample(self.source), 32, entries=("image",)):
             mean, logvar = (
@@ -220,9 +224,7 @@ class AutoencoderTask:
             square += (mean**2 + np.exp(logvar)).sum()
         scale = float((square / count - (total / count) ** 2) ** -0.5)
         log.info("scale_factor %.5f, over %d latents", scale, count)
-        first_stage = {**config_dict(self.config)["autoencoder"], "scale_factor": scale}
-        about = {"task": "autoencoder", "autoencoder": first_stage, "data": about_data(self.config)}
-        return about, ema
+        return about | {"autoencoder": first_stage | {"scale_factor": scale}}, ema
 
     @functools.cached_property
     def _reconstruct(self):

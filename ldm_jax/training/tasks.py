@@ -21,7 +21,7 @@ from ldm_jax.training.initialise import check_frozen, loaded_parameters
 from ldm_jax.training.latents import IN_MEMORY, LATENTS, LatentSource
 from ldm_jax.training.state import Params, Task
 from ldm_jax.training.text_states import with_states
-from ldm_jax.training.trainable import split
+from ldm_jax.training.trainable import like, split
 from ldm_jax.training.workdir import config_dict
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ def _autoencoder(config: Any, index: Path | None) -> AutoencoderTask:
     config = config.copy_and_resolve_references()
     if not config.autoencoder and opened is not None:
         config.autoencoder = opened.config["autoencoder"]
+    if opened is not None:  # an encoder that does not train keeps its latents' scale
+        config.autoencoder.scale_factor = opened.config["autoencoder"]["scale_factor"]
     if config.autoencoder.get("kind") == "tiny":
         raise ValueError(
             "autoencoder.kind='tiny' imitates the latents of a larger autoencoder, which training "
@@ -123,8 +125,7 @@ def _start(config: Any, opened: Imported | None, abstract: Params) -> tuple[Para
         return {}, {}
     loaded = loaded_parameters(abstract, opened, config.init_from, config.init_networks)
     check_frozen(frozen, loaded)
-    loaded, frozen = split(loaded, config.trainable)
-    return loaded, frozen
+    return like(loaded, trained), like(loaded, frozen)  # a file may lack a network that trains
 
 
 def _resolved(config: Any, opened: Imported | None) -> tuple[Any, dict[str, Any]]:

@@ -48,7 +48,7 @@ def like(params: Params, chosen: Params) -> Params:
     """The leaves of `params` that `chosen` has as well."""
     if not isinstance(chosen, dict):
         return params
-    return {key: like(params[key], value) for key, value in chosen.items()}
+    return {key: like(params[key], value) for key, value in chosen.items() if key in params}
 
 
 def _examples(flat: Params) -> list[str]:

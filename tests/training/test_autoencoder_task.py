@@ -1,18 +1,22 @@
 """LDM's autoencoder loss, against closed forms and against one big differentiation."""
 
 import functools
-import importlib.util
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ldm_jax
 from ldm_jax.diffusion.noise import per_example
+from ldm_jax.interop.native import save_model
 from ldm_jax.models.vq import VQModel
 from ldm_jax.pictures import to_signed
 from ldm_jax.training.autoencoder_task import AutoencoderTask, hinge_loss, kl_divergence
 from ldm_jax.training.tasks import make_task
+from tests.models.published import config_file
+from tests.tiny_models import random_params
 
 
 def test_kl_is_zero_at_the_prior_and_known_beside_it():
@@ -29,12 +33,17 @@ def test_hinge_loss_at_and_beyond_the_margins():
     assert float(hinge_loss(jnp.array([-1.0]), jnp.array([1.0]))) == 2.0
 
 
+def autoencoders(root):
+    return config_file(root / "configs" / "autoencoder.py")
+
+
+def smoke(root):
+    return autoencoders(root).get_config("smoke")
+
+
 @pytest.fixture(scope="module", params=["kl", pytest.param("vq", marks=pytest.mark.long)])
 def task(root, request):
-    spec = importlib.util.spec_from_file_location("config", root / "configs" / "autoencoder.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config("smoke")
+    config = smoke(root)
     config.loss.disc_weight = 0.5
     config.loss.kl_weight = 1e-3  # large enough to be seen
     if request.param == "vq":
@@ -146,3 +155,22 @@ def test_scale_factor_makes_latents_of_unit_variance(task, setting):
     latents = scale * (mean + jnp.exp(0.5 * logvar) * noise)
     # Forty of the hundred and twenty pictures it was measured on.
     assert float(jnp.std(latents)) == pytest.approx(1.0, abs=0.1)
+
+
+def test_training_the_decoder_alone_leaves_the_latents(root, tmp_path):
+    """The models of these latents go on: encoder and scale are bit for bit what they were."""
+    config = smoke(root)
+    start = json.loads(config.to_json())["autoencoder"] | {"scale_factor": 0.37}
+    first = {"task": "autoencoder", "autoencoder": start}
+    save_model(tmp_path / "start.safetensors", first, random_params(first))
+    config.init_from = str(tmp_path / "start.safetensors")
+    config.trainable = autoencoders(root).get_config("decoder").trainable
+    config.loss.disc_start = 0
+    config.train.update(steps=2, checkpoint_every=2, preview_every=2)
+    ldm_jax.train(config, tmp_path / "run")
+    before, after = (ldm_jax.load(tmp_path / name) for name in ("start.safetensors", "run"))
+    images = np.random.default_rng(0).random((1, 64, 64, 3))
+    latents = before.encode(images)
+    np.testing.assert_array_equal(latents, after.encode(images))
+    assert after.config["autoencoder"]["scale_factor"] == 0.37
+    assert np.abs(before.decode(latents) - after.decode(latents)).max() > 0.0
