@@ -6,6 +6,7 @@
 Variants, as in --config=configs/class2img.py:smoke
 
     emoji   all 1,697 training emoji in their nine groups (default)
+    scenes  one object of 120 kinds, anywhere
     smoke   a few steps of a tiny network, for tests
 
 On your own pictures, in a folder for each class:
@@ -22,20 +23,33 @@ import ml_collections
 from configs import common
 
 
-def emoji() -> ml_collections.ConfigDict:
-    label = dict(
+def label() -> dict:
+    section = dict(
         kind="class",
         dropout=0.1,
         null=None,  # the label for no class; with n_classes of 0 the one after the last
         network=dict(n_classes=0, embed_dim=128),  # 0: the number of classes of the data
     )
-    # Without labels, previews use the classes of held-out pictures.
-    return common.small_diffusion({"label": label}, dict(labels=(), guidance=2.0), context_dim=128)
+    return {"label": section}
+
+
+# Without labels, previews use the classes of held-out pictures.
+SAMPLING = dict(labels=(), guidance=2.0)
+
+
+def emoji() -> ml_collections.ConfigDict:
+    return common.small_diffusion(label(), SAMPLING, context_dim=128)
+
+
+def scenes() -> ml_collections.ConfigDict:
+    config = common.scenes_diffusion(label(), SAMPLING, context_dim=128)
+    config.data.scenes.objects = (1, 1)
+    return config
 
 
 def smoke() -> ml_collections.ConfigDict:
     return common.smoke(emoji())
 
 
-VARIANTS = {"emoji": emoji, "smoke": smoke}
+VARIANTS = {"emoji": emoji, "scenes": scenes, "smoke": smoke}
 get_config = common.chooser("class2img", VARIANTS)

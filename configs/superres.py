@@ -6,6 +6,7 @@
 Variants, as in --config=configs/superres.py:smoke
 
     scenes  scenes of 120 kinds of object, shrunk four times, bicubic (default)
+    bsrgan, bsrgan_light    the same with BSRGAN's blur, noise and compression
     smoke   a few steps of a tiny network, for tests
 
 On your own pictures, with an autoencoder that was trained on them:
@@ -16,12 +17,14 @@ The small picture is concatenated to the noisy latents (Rombach et al. 2022, §4
 their size, here twice that, so each 2 × 2 of its pixels become the channels of one latent.
 """
 
+from functools import partial
+
 import ml_collections
 
 from configs import common
 
 
-def scenes() -> ml_collections.ConfigDict:
+def scenes(degradation: str = "pil_bicubic") -> ml_collections.ConfigDict:
     small = dict(
         kind="array",
         output="concat",
@@ -30,7 +33,7 @@ def scenes() -> ml_collections.ConfigDict:
         dropout=0.0,
     )
     config = common.scenes_diffusion({"low_resolution": small}, {}, concat=12)
-    config.data.conditions = {"low_resolution": dict(factor=4)}
+    config.data.conditions = {"low_resolution": dict(factor=4, degradation=degradation)}
     return config
 
 
@@ -39,4 +42,5 @@ def smoke() -> ml_collections.ConfigDict:
 
 
 VARIANTS = {"scenes": scenes, "smoke": smoke}
+VARIANTS |= {name: partial(scenes, name) for name in ("bsrgan", "bsrgan_light")}
 get_config = common.chooser("superres", VARIANTS, "scenes")

@@ -6,6 +6,7 @@
 Variants, as in --config=configs/unconditional.py:smoke
 
     emoji   all 1,697 training emoji (default)
+    scenes  scenes of 120 kinds of object
     smoke   a few steps of a tiny network, for tests
 
 On your own pictures:
@@ -25,9 +26,13 @@ def emoji() -> ml_collections.ConfigDict:
     return common.small_diffusion({}, {})
 
 
+def scenes() -> ml_collections.ConfigDict:
+    return common.scenes_diffusion({}, {})
+
+
 def smoke() -> ml_collections.ConfigDict:
     return common.smoke(emoji())
 
 
-VARIANTS = {"emoji": emoji, "smoke": smoke}
+VARIANTS = {"emoji": emoji, "scenes": scenes, "smoke": smoke}
 get_config = common.chooser("unconditional", VARIANTS)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from PIL import Image
 
+from ldm_jax.data.degradations import DEGRADATIONS, degraded
 from ldm_jax.data.masks import RECIPES, draw_mask
 from ldm_jax.pictures import to_signed
 
@@ -79,7 +80,10 @@ class Mask(Named):
 
 @dataclasses.dataclass(frozen=True)
 class LowResolution(Named):
-    """The picture shrunk `factor` times (bicubic, antialiased), float32 (h, w, 3) in [−1, 1].
+    """The picture shrunk `factor` times, float32 (h, w, 3) in [−1, 1].
+
+    `degradation` is one of `degradations.DEGRADATIONS`: a filter of Pillow, or BSRGAN's blur, noise
+    and compression, "bsrgan" or "bsrgan_light".
 
     With `noise_levels` N, noise is added, of a random timestep below N of DDPM's schedule (linear β
     from 1e-4 to 0.02 in 1,000 steps), and the timestep becomes the entry `noise_level`, int32, as
@@ -88,6 +92,14 @@ class LowResolution(Named):
 
     factor: int = 4
     noise_levels: int = 0
+    degradation: str = "pil_bicubic"
+
+    def __post_init__(self):
+        if self.degradation not in DEGRADATIONS:
+            raise ValueError(
+                f"data.conditions.{self.name}.degradation={self.degradation!r}: choose one of "
+                f"{', '.join(DEGRADATIONS)}"
+            )
 
     @property
     def entries(self):
@@ -101,9 +113,7 @@ class LowResolution(Named):
                 f"data.conditions.{self.name}.factor={self.factor} does not divide pictures of "
                 f"{height}×{width}"
             )
-        size = (width // self.factor, height // self.factor)
-        small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-        small = to_signed(small)
+        small = to_signed(degraded(image, self.factor, self.degradation, rng))
         if not self.noise_levels:
             return {self.name: small}
         level = int(rng.integers(self.noise_levels))
