@@ -46,6 +46,7 @@ def emoji() -> ml_collections.ConfigDict:
         perceptual_weight=1.0,
         disc_start=40000,
         disc_weight=0.1,
+        disc_loss="hinge",  # or vanilla
     )
     config.optimizer = common.optimizer(
         lr=1.5e-3, schedule="cosine", lr_end=0.02, warmup=200, b2=0.99, weight_decay=0.0

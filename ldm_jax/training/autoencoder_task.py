@@ -47,6 +47,14 @@ def hinge_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
     return 0.5 * (jnp.mean(jax.nn.relu(1.0 - real)) + jnp.mean(jax.nn.relu(1.0 + fake)))
 
 
+def vanilla_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
+    """½[E log(1 + e^−D(x)) + E log(1 + e^D(x̂))], cross-entropy (Goodfellow et al. 2014)."""
+    return 0.5 * (jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake)))
+
+
+DISCRIMINATOR_LOSSES = {"hinge": hinge_loss, "vanilla": vanilla_loss}
+
+
 @dataclasses.dataclass(frozen=True)
 class AutoencoderTask:
     """See `ldm_jax.training.state.Task`. `perceptual`: LPIPS parameters, or None."""
@@ -171,7 +179,8 @@ class AutoencoderTask:
         def discriminator_loss(discriminator):
             real = self.discriminator.apply({"params": discriminator}, x)
             fake = self.discriminator.apply({"params": discriminator}, x_hat)
-            return hinge_loss(real, fake), (jnp.mean(real), jnp.mean(fake))
+            loss = DISCRIMINATOR_LOSSES[self.config.loss.disc_loss](real, fake)
+            return loss, (jnp.mean(real), jnp.mean(fake))
 
         g_loss, g_to_image = jax.value_and_grad(generator_loss)(x_hat)
         (d_loss, (real, fake)), d_grads = jax.value_and_grad(discriminator_loss, has_aux=True)(

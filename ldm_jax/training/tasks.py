@@ -15,7 +15,7 @@ from ldm_jax.interop.layout import Imported
 from ldm_jax.interop.opening import open_any
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.build import Autoencoder, make_autoencoder
-from ldm_jax.training.autoencoder_task import AutoencoderTask
+from ldm_jax.training.autoencoder_task import DISCRIMINATOR_LOSSES, AutoencoderTask
 from ldm_jax.training.diffusion_task import DiffusionTask
 from ldm_jax.training.initialise import check_frozen, loaded_parameters
 from ldm_jax.training.latents import IN_MEMORY, LATENTS, LatentSource
@@ -54,6 +54,11 @@ def _autoencoder(config: Any, index: Path | None) -> AutoencoderTask:
         raise ValueError(
             "autoencoder.kind='tiny' imitates the latents of a larger autoencoder, which training "
             "from pictures alone cannot do, and distilling one is not supported: load a trained one"
+        )
+    if config.loss.disc_loss not in DISCRIMINATOR_LOSSES:
+        raise ValueError(
+            f"loss.disc_loss={config.loss.disc_loss!r}: choose one of "
+            f"{', '.join(DISCRIMINATOR_LOSSES)}"
         )
     if not config.loss.lpips:
         log.info("loss.lpips names no file: training without the perceptual term")

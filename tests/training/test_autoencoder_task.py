@@ -13,7 +13,12 @@ from ldm_jax.diffusion.noise import per_example
 from ldm_jax.interop.native import save_model
 from ldm_jax.models.vq import VQModel
 from ldm_jax.pictures import to_signed
-from ldm_jax.training.autoencoder_task import AutoencoderTask, hinge_loss, kl_divergence
+from ldm_jax.training.autoencoder_task import (
+    AutoencoderTask,
+    hinge_loss,
+    kl_divergence,
+    vanilla_loss,
+)
 from ldm_jax.training.tasks import make_task
 from tests.models.published import config_file
 from tests.tiny_models import random_params
@@ -31,6 +36,22 @@ def test_hinge_loss_at_and_beyond_the_margins():
     assert float(hinge_loss(jnp.array([2.0]), jnp.array([-2.0]))) == 0.0
     assert float(hinge_loss(jnp.array([0.0]), jnp.array([0.0]))) == 1.0
     assert float(hinge_loss(jnp.array([-1.0]), jnp.array([1.0]))) == 2.0
+
+
+def test_vanilla_loss_is_the_cross_entropy_of_the_logits():
+    """Of probabilities p = 1/(1 + e^−D): ½[−log p(x) − log(1 − p(x̂))]; log 2 where D is 0."""
+    assert float(vanilla_loss(jnp.zeros(3), jnp.zeros(3))) == pytest.approx(np.log(2.0))
+    real, fake = jnp.array([1.5, -0.5]), jnp.array([0.25, -2.0])
+    p, q = 1 / (1 + np.exp(-np.array(real))), 1 / (1 + np.exp(-np.array(fake)))
+    expected = 0.5 * (-np.log(p).mean() - np.log(1 - q).mean())
+    assert float(vanilla_loss(real, fake)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_unknown_loss_of_the_discriminator_is_named(root):
+    config = smoke(root)
+    config.loss.disc_loss = "wasserstein"
+    with pytest.raises(ValueError, match="disc_loss='wasserstein': choose one of hinge, vanilla"):
+        make_task(config)
 
 
 def autoencoders(root):
