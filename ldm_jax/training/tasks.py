@@ -49,7 +49,8 @@ def _autoencoder(config: Any, index: Path | None) -> AutoencoderTask:
     if not config.autoencoder and opened is not None:
         config.autoencoder = opened.config["autoencoder"]
     if opened is not None:  # an encoder that does not train keeps its latents' scale
-        config.autoencoder.scale_factor = opened.config["autoencoder"]["scale_factor"]
+        with config.unlocked():
+            config.autoencoder.scale_factor = opened.config["autoencoder"]["scale_factor"]
     if config.autoencoder.get("kind") == "tiny":
         raise ValueError(
             "autoencoder.kind='tiny' imitates the latents of a larger autoencoder, which training "

@@ -188,6 +188,7 @@ def test_training_the_decoder_alone_leaves_the_latents(root, tmp_path):
     config.trainable = autoencoders(root).get_config("decoder").trainable
     config.loss.disc_start = 0
     config.train.update(steps=2, checkpoint_every=2, preview_every=2)
+    config.lock()  # as the command line does
     ldm_jax.train(config, tmp_path / "run")
     before, after = (ldm_jax.load(tmp_path / name) for name in ("start.safetensors", "run"))
     images = np.random.default_rng(0).random((1, 64, 64, 3))
