@@ -6,6 +6,7 @@
 Variants, as in --config=configs/txt2img.py:demo
 
     emoji   all 1,697 training emoji, 64 px (default; an hour and a half on two CPU cores)
+    scenes  one to four objects of 120 kinds, 64 px, never the same twice (hours on two CPU cores)
     demo    food, drink, animals and nature only: 262 pictures, minutes on two CPU cores
     smoke   a few steps of a tiny network, for tests
 

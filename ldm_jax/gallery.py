@@ -173,7 +173,7 @@ def draw(
     made = made if size is None else centre(made, size, axis=1)
     images, depth = split_depth(made) if made.shape[-1] == 6 else (to_uint8(made), None)
 
-    about = {"model": model or "shipped", "version": __version__, **settings}
+    about = {"model": model or "bundled", "version": __version__, **settings}
     about |= {} if edit is None else {"edit": dataclasses.asdict(edit)}
     about |= {"weak": weak} if weak else {}
     about |= dict(files)

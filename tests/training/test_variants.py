@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import ldm_jax
+from ldm_jax.evaluation import evaluate
 from ldm_jax.training.tasks import make_task
 from tests.conftest import ROOT
 from tests.models.published import config_file
@@ -15,7 +16,10 @@ REFUSED = {"published:taesd": "autoencoder.kind='tiny' imitates the latents of a
 SHORT = ("published:taesd", "published:sgm-mnist_cond")  # `make long` has the others
 # Those that differ from another variant in numbers alone are traced, not compiled: data, one step's
 # gradients and the loss on held-out pictures, by shape.
-TRACED = tuple(
+TRACED = ("autoencoder:scenes", "txt2img:scenes", "class2img:scenes", "unconditional:scenes")
+TRACED += ("inpaint:scenes", "superres:scenes", "semantic:scenes", "layout:scenes")
+TRACED += ("superres:bsrgan", "superres:bsrgan_light")
+TRACED += tuple(
     f"published:{name}"
     for name in (
         *("kl-f4", "kl-f16", "kl-f32", "sd-vae", "sdxl-vae", "sd2-upscaler-vae", "vq-f4"),
@@ -80,12 +84,19 @@ def test_variant(name, pictures, tmp_path):
     assert np.isfinite(list(metrics.values())).all() and metrics
     image = drawn(ldm_jax.load(tmp_path / "run"), np.random.default_rng(0))
     assert image.shape[1:3] == (SIZE, SIZE) and np.isfinite(image).all()
+    if config.data.source == "scenes":
+        judged, images = evaluate(tmp_path / "run", count=2, steps=1)
+        assert images.shape == (2, SIZE, SIZE, 3)
+        assert {f"real_{n}" for n in judged if not n.startswith(("real_", "psnr", "ssim"))} & set(
+            judged
+        )
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", TRACED)
 def test_variant_by_shape(name, pictures, tmp_path):
-    config = config_file(ROOT / "configs" / "published.py").get_config(name.partition(":")[2])
+    file, _, variant = name.partition(":")
+    config = config_file(ROOT / "configs" / f"{file}.py").get_config(variant)
     config = reduced(config, pictures, tmp_path)
     task, key = make_task(config), jax.random.key(0)
     params = jax.eval_shape(task.init, key, task.loaded)

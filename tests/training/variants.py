@@ -59,6 +59,11 @@ def reduced(config: ml_collections.ConfigDict, pictures: Path, workdir: Path) ->
     if config.task == "autoencoder":
         config.discriminator.update(ndf=8)
         config.loss.update(disc_start=1)
+        if config.trainable != (".*",):  # the decoder alone, of a trained autoencoder
+            section = config.autoencoder.to_dict() | {"scale_factor": 1.0}
+            whole = {"task": "autoencoder", "autoencoder": section}
+            config.init_from = str(workdir / "start.safetensors")
+            save_model(config.init_from, whole, random_params(whole))
         return config
     for section in config.conditioning.values():
         _narrow_condition(section)
