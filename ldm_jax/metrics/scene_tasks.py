@@ -30,7 +30,7 @@ def judge(
     - mask: `masked_psnr` [dB] of the masked pixels; `mean_colour_psnr`, that of the mean of the
       pixels that are known; `known_error`, the largest change of a known pixel, in 8-bit steps;
     - low_resolution: `agreement` [dB], the PSNR of the pictures, shrunk again, beside what the
-      model was told; `psnr` of the pictures, and `bicubic_psnr` of what it was told, enlarged.
+      model was told; `drawn_psnr` of the pictures, and `bicubic_psnr` of that, enlarged.
 
     Args:
       images: uint8 (N, H, W, 3).
@@ -123,7 +123,7 @@ def _low_resolution(images, examples, scenes, source):
         bicubic.append(_psnr(_resized(small, size), example["image"]))
     return {
         "agreement": float(np.mean(agreement)),
-        "psnr": float(np.mean(psnr)),
+        "drawn_psnr": float(np.mean(psnr)),
         "bicubic_psnr": float(np.mean(bicubic)),
     }
 

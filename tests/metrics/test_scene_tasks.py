@@ -35,7 +35,7 @@ def test_the_scenes_themselves(scenes):
     assert mask["masked_psnr"] == 60.0 and mask["known_error"] == 0.0
     assert 5.0 < mask["mean_colour_psnr"] < 25.0
     small = judged(scenes, "low_resolution")
-    assert small["agreement"] == small["psnr"] == 60.0 and 15.0 < small["bicubic_psnr"] < 30.0
+    assert small["agreement"] == small["drawn_psnr"] == 60.0 and 15.0 < small["bicubic_psnr"] < 30.0
 
 
 def test_other_scenes(scenes):

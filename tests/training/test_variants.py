@@ -87,9 +87,7 @@ def test_variant(name, pictures, tmp_path):
     if config.data.source == "scenes":
         judged, images = evaluate(tmp_path / "run", count=2, steps=1)
         assert images.shape == (2, SIZE, SIZE, 3)
-        assert {f"real_{n}" for n in judged if not n.startswith(("real_", "psnr", "ssim"))} & set(
-            judged
-        )
+        assert any(name.startswith("real_") for name in judged)
 
 
 @pytest.mark.long
