@@ -8,12 +8,12 @@ Variants, as in --config=configs/autoencoder.py:smoke
     emoji   1,697 training emoji, 64 px → 8×8×16 latents (default; two hours on two CPU cores)
     scenes  scenes and emoji in turn, from an autoencoder of emoji (50 minutes):
             --config.init_from=runs/autoencoder
-    decoder the decoder alone of such an autoencoder, against the discriminator from the start: the
-            latents stay as they are, and so do the models trained on them (--config.init_from)
+    decoder the same, of the decoder alone (25 minutes): latents stay bit for bit as they are, and
+            models trained on them can go on
     vq      the same with a codebook of 1,024 entries in place of KL, not tuned
     smoke   a few steps of a tiny network, for tests
 
-L1 + KL, and from `loss.disc_start` on the discriminator. The perceptual term needs a file of VGG-16
+L1 + KL, and from `loss.disc_start` on the discriminator (`scenes` and `decoder` end without). The perceptual term needs a file of VGG-16
 and LPIPS weights: `python -m scripts.build_lpips lpips.safetensors` makes one, and
 --config.loss.lpips=lpips.safetensors uses it.
 """
@@ -67,7 +67,8 @@ def scenes() -> ml_collections.ConfigDict:
 def decoder() -> ml_collections.ConfigDict:
     config = scenes()
     config.trainable = ("^autoencoder/(decoder|post_quant_conv|conv_out)/", "^discriminator/")
-    config.loss.disc_start = 0
+    config.loss.disc_start = 9000  # never
+    config.train.steps = 9000
     return config
 
 
