@@ -13,9 +13,9 @@ Variants, as in --config=configs/autoencoder.py:smoke
     vq      the same with a codebook of 1,024 entries in place of KL, not tuned
     smoke   a few steps of a tiny network, for tests
 
-L1 + KL, and from `loss.disc_start` on the discriminator (`scenes` and `decoder` end without). The perceptual term needs a file of VGG-16
-and LPIPS weights: `python -m scripts.build_lpips lpips.safetensors` makes one, and
---config.loss.lpips=lpips.safetensors uses it.
+L1 + KL, and from `loss.disc_start` on the discriminator (`scenes` and `decoder` end before). The
+perceptual term needs a file of VGG-16 and LPIPS weights: `python -m scripts.build_lpips
+lpips.safetensors` makes one, and --config.loss.lpips=lpips.safetensors uses it.
 """
 
 import ml_collections
