@@ -345,14 +345,12 @@ def _sizes(name: str, section: dict[str, Any], dtype: Any, _: Autoencoder) -> Si
     return SizeEmbedder(name, tuple(section["fields"]), section["dropout"], **options)
 
 
-ARRAY_NETWORKS = {"rescaler": SpatialRescaler, "transformer": TextTransformer, "patches": Patches}
-
-
 def _array(name: str, section: dict[str, Any], dtype: Any, _: Autoencoder) -> ArrayEmbedder:
     network = None
     if section.get("network"):
         fields = dict(section["network"])
-        network = ARRAY_NETWORKS[fields.pop("kind")](**fields, dtype=dtype)
+        kinds = dict(rescaler=SpatialRescaler, transformer=TextTransformer, patches=Patches)
+        network = kinds[fields.pop("kind")](**fields, dtype=dtype)
     return ArrayEmbedder(
         name, network, tuple(section["shape"]), section["output"], section["dropout"]
     )
