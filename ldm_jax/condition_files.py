@@ -33,6 +33,8 @@ def condition_arguments(
       ValueError: the model is not told this, a file is not what it should be, or a size is asked
         for that does not fit it.
     """
+    if not files:
+        return {}
     embedders = {embedder.name: embedder for embedder in pipe.model.embedders}
     made: dict[str, Any] = {}
     size = None if height is None and width is None else (height, width)
@@ -51,7 +53,7 @@ def condition_arguments(
                 f"{size[0]}×{size[1]}"
             )
         size = own
-    return {"conditions": made, "height": size[0], "width": size[1]} if made else {}
+    return {"conditions": made, "height": size[0], "width": size[1]}
 
 
 Read = tuple[np.ndarray, tuple[int, int]]
