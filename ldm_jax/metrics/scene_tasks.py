@@ -55,9 +55,10 @@ def _label(images, examples, scenes, source):
 
 def _boxes(images, examples, scenes, source):
     right = []
-    for example, found in zip(examples, read_scene(images, source), strict=True):
-        for kind, box in zip(example["categories"], example["boxes"], strict=True):
-            overlaps = [overlap(one.box, box) for one in found if one.kind == kind]
+    for scene, found in zip(scenes, read_scene(images, source), strict=True):
+        for placed in scene.objects:
+            box = source.box(placed)
+            overlaps = [overlap(one.box, box) for one in found if one.kind == placed.kind]
             right.append(max(overlaps, default=0.0) >= OVERLAP)
     return {"boxes": float(np.mean(right))}
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ldm_jax.data.conditions import LowResolution, Mask
+from ldm_jax.data.conditions import Boxes, LowResolution, Mask
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.metrics.scene_tasks import JUDGES, judge, overlap
 
@@ -18,6 +18,7 @@ def scenes():
     for example in examples:
         example |= Mask("mask", whole=0.0)(example, rng)
         example |= LowResolution("low_resolution")(example, rng)
+        example |= Boxes("boxes", objects=4, tokens=1090)(example, rng)  # tokens, not boxes
     images = np.stack([example["image"] for example in examples])
     return images, examples, [source.scene(i) for i in range(COUNT)], source
 
