@@ -2,34 +2,26 @@
 
     python -m scripts.draw_docs
 
-docs/pictures: `scenes.png`, the first held-out scenes with their captions; `edits.png`, a row for
-each edit of docs/samplers.md; `drawn_by.png`, the same noise through every sampler.
+docs/pictures: `shipped.png`, evenly spaced training captions; `edits.png`, a row for each edit of
+docs/samplers.md; `drawn_by.png`, the same noise through every sampler.
 """
 
-import textwrap
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import ldm_jax
-from ldm_jax.data.scenes import SceneSource
+from ldm_jax.data.sources import EmojiSource
 from ldm_jax.diffusion.editing import slerp
 from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.gallery import Edit
-from ldm_jax.pictures import save_png, to_uint8
+from ldm_jax.pictures import image_grid, save_png, to_uint8
 from ldm_jax.runtime.compile_cache import use_compile_cache
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 MARGIN, GAP = 176, 4  # of a labelled sheet, in pixels
-PROMPTS = (
-    "a red apple",
-    "a cat left of a star",
-    "three tulips",
-    "a rocket above a house",
-    "two pandas on a blue ground",
-    "a ghost, a banana and a drum from left to right",
-)
+PROMPTS = ("red apple", "cat face", "smiling face with sunglasses", "rocket", "rainbow", "octopus")
 
 
 def labelled(rows: dict[str, list[np.ndarray]], path: Path) -> None:
@@ -48,63 +40,56 @@ def labelled(rows: dict[str, list[np.ndarray]], path: Path) -> None:
     save_png(path, np.asarray(sheet))
 
 
-def scenes(pipe: ldm_jax.Pipeline, columns: int = 8, rows: int = 4) -> None:
-    data = pipe.config["data"]
-    source = SceneSource("held_out", pipe.config["image_size"], data["scenes"], data["held_out"])
-    captions = [source.describe(i)["caption"] for i in range(columns * rows)]
-    side, below, font = 2 * source.image_size, 44, ImageFont.load_default(11)
-    sheet = Image.new("RGB", (columns * (side + GAP), rows * (side + below)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, image in enumerate(to_uint8(pipe(captions))):
-        left, top = i % columns * (side + GAP), i // columns * (side + below)
-        sheet.paste(
-            Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC), (left, top)
-        )
-        words = "\n".join(textwrap.wrap(captions[i], 24)[:3])
-        pen.multiline_text((left + 2, top + side + 2), words, "black", font, spacing=1)
-    save_png(PICTURES / "scenes.png", np.asarray(sheet))
+def shipped(pipe: ldm_jax.Pipeline) -> None:
+    source = EmojiSource("train")
+    chosen = np.linspace(0, len(source) - 1, 128).round().astype(int)
+    captions = [source[i]["caption"] for i in chosen]
+    save_png(PICTURES / "shipped.png", image_grid(to_uint8(pipe(captions)), 16))
 
 
 def edits(pipe: ldm_jax.Pipeline) -> None:
-    picture = to_uint8(pipe("a cat above a star on a light blue ground", seed=3))[0]
+    source = EmojiSource("train")
+    captions = [source[i]["caption"] for i in range(len(source))]
+    cat = source[captions.index("cat face")]["image"]
     mask = np.zeros((64, 64), bool)
-    mask[32:] = True
-    wide = np.pad(picture, ((0, 0), (32, 32), (0, 0)), mode="edge")
+    mask[34:] = True
+    wide = np.pad(cat, ((0, 0), (32, 32), (0, 0)), mode="edge")
     beside = np.ones((64, 128), bool)
     beside[:, 32:96] = False
-    below = [f"a cat above {noun}" for noun in ("a house", "a tulip", "a bus", "a key", "a crab")]
-    path = "picture.png"
-    save_png(path, picture)
-    caption = "a cat above a star on a light blue ground"
-    inverted, _ = Edit(path, source=caption).arguments(pipe, 50)
+    animals = ["smiling cat with heart-eyes", "tiger face", "monkey face", "fox", "dog face"]
+    path = "cat.png"
+    save_png(path, cat)
+    inverted, _ = Edit(path, source="cat face").arguments(pipe, 50)
     Path(path).unlink()
     ends = [pipe.noise(seed)[0] for seed in (4, 5)]
     between = np.asarray(slerp(*ends, np.linspace(0.0, 1.0, 7)))
-    hidden = np.where(mask[..., None], np.uint8(200), picture)
+    hidden = np.where(mask[..., None], np.uint8(200), cat)
 
     def to_bytes(images):
         return list(to_uint8(images))
 
     rows = {
-        "image to image,\nstrength 0.2 … 0.8": [
-            picture,
+        "image to image,\nstrength 0.02 … 0.5": [
+            cat,
             *(
-                to_bytes(pipe("a dog above a red heart", image=picture, strength=s))[0]
-                for s in (0.2, 0.35, 0.5, 0.65, 0.8)
+                to_bytes(pipe("dog face", image=cat, strength=s, guidance=1.0))[0]
+                for s in (0.02, 0.06, 0.1, 0.2, 0.5)
             ),
         ],
-        "inpainting,\nfive prompts": [hidden, *to_bytes(pipe(below, image=picture, mask=mask))],
-        "outpainting": [picture, *to_bytes(pipe("tulips", image=wide, mask=beside, n=2, tile=64))],
+        "inpainting,\nfive prompts": [hidden, *to_bytes(pipe(animals, image=cat, mask=mask))],
+        "outpainting": [cat, *to_bytes(pipe("red heart", image=wide, mask=beside, n=2, tile=64))],
         "inversion, then\nanother prompt": [
-            picture,
+            cat,
             *(
                 to_bytes(pipe(p, **inverted, guidance=1.0))[0]
-                for p in (caption, caption.replace("cat", "dog"), caption.replace("star", "tulip"))
+                for p in ("cat face", "dog face", "tiger face", "monkey face")
             ),
         ],
-        "from one seed's noise to\nthe next": to_bytes(pipe("a panda", n=7, latents=between)),
+        "from one seed's noise to\nthe next, no prompt": to_bytes(
+            pipe("", n=7, latents=between, guidance=1.0)
+        ),
         "larger than trained,\nin tiles": to_bytes(
-            pipe(["four stars", "three tulips"], width=192, tile=64)
+            pipe(["water wave", "sunrise over mountains"], width=192, tile=64)
         ),
     }
     labelled(rows, PICTURES / "edits.png")
@@ -123,5 +108,5 @@ def drawn_by(pipe: ldm_jax.Pipeline) -> None:
 if __name__ == "__main__":
     use_compile_cache()
     pipeline = ldm_jax.load()
-    for draw in (scenes, edits, drawn_by):
+    for draw in (shipped, edits, drawn_by):
         draw(pipeline)
