@@ -8,7 +8,7 @@ Variants, as in --config=configs/autoencoder.py:smoke
     emoji   1,697 training emoji, 64 px → 8×8×16 latents (default; two hours on two CPU cores)
     scenes  scenes and emoji in turn, from an autoencoder of emoji (50 minutes):
             --config.init_from=runs/autoencoder
-    decoder the same, of the decoder alone (25 minutes): latents stay bit for bit as they are, and
+    decoder the same, of the decoder alone (27 minutes): latents stay bit for bit as they are, and
             models trained on them can go on
     vq      the same with a codebook of 1,024 entries in place of KL, not tuned
     smoke   a few steps of a tiny network, for tests

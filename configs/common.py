@@ -159,7 +159,7 @@ def scenes_diffusion(
     """`small_diffusion`, of scenes; `concat` channels are concatenated to the latents.
 
     Its UNet stays at the size of the latents, where it attends in every block: objects stand
-    anywhere, and four in a picture are small. 4.0 M parameters.
+    anywhere, and four in a picture are small. 2.8 M parameters, 4.0 M with cross-attention.
     """
     config = small_diffusion(conditioning, sampling, **unet)
     config.unet.update(model_channels=128, channel_mult=(1,), attention_resolutions=(1,))

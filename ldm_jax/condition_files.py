@@ -37,7 +37,7 @@ def condition_arguments(
         return {}
     embedders = {embedder.name: embedder for embedder in pipe.model.embedders}
     made: dict[str, Any] = {}
-    size = None if height is None and width is None else (height, width)
+    size = (height, width)
     for flag, path in files.items():
         name = ENTRIES[flag]
         if name not in embedders:
@@ -47,19 +47,18 @@ def condition_arguments(
                 f"{', '.join(takes) or 'none'}"
             )
         made[name], own = _READ[flag](Path(path), embedders[name], pipe, size)
-        if size is not None and own != size:
-            raise ValueError(
-                f"{path} asks for a drawing of {own[0]}×{own[1]} (height×width), not of "
-                f"{size[0]}×{size[1]}"
-            )
+        for side, asked, given in zip(("height", "width"), size, own, strict=True):
+            if asked not in (None, given):
+                raise ValueError(f"{path} asks for a drawing of {side} {given}, not {asked}")
         size = own
     return {"conditions": made, "height": size[0], "width": size[1]}
 
 
-Read = tuple[np.ndarray, tuple[int, int]]
+Size = tuple[int | None, int | None]  # (height, width) that the caller asks for
+Read = tuple[np.ndarray, tuple[int, int]]  # the entry, and the size that it is for
 
 
-def _segmentation(path: Path, embedder: Embedder, pipe: Pipeline, size: Any) -> Read:
+def _segmentation(path: Path, embedder: Embedder, pipe: Pipeline, size: Size) -> Read:
     with Image.open(path) as file:
         labels = np.asarray(file)
     if labels.ndim != 2:
@@ -70,9 +69,8 @@ def _segmentation(path: Path, embedder: Embedder, pipe: Pipeline, size: Any) -> 
     return labels.astype(np.int32)[None], labels.shape
 
 
-def _layout(path: Path, embedder: Embedder, pipe: Pipeline, size: Any) -> Read:
-    side = pipe.config["image_size"]
-    size = size or (side, side)
+def _layout(path: Path, embedder: Embedder, pipe: Pipeline, size: Size) -> Read:
+    size = tuple(side or pipe.config["image_size"] for side in size)
     tokens, objects = embedder.network.vocab_size, (embedder.shape[0] - 2) // 3
     condition = Boxes(embedder.name, objects=objects, tokens=tokens, min_area=0.0)
     name, categories, boxes = condition.read(path)
@@ -90,7 +88,7 @@ def _layout(path: Path, embedder: Embedder, pipe: Pipeline, size: Any) -> Read:
     return condition(known | whole, np.random.default_rng(0))[embedder.name][None], size
 
 
-def _low_resolution(path: Path, embedder: Embedder, pipe: Pipeline, size: Any) -> Read:
+def _low_resolution(path: Path, embedder: Embedder, pipe: Pipeline, size: Size) -> Read:
     small = composite(read_image(path), (255, 255, 255))
     factor = pipe.autoencoder.downsampling // getattr(embedder.network, "factor", 1)
     return to_signed(small)[None], (factor * small.shape[0], factor * small.shape[1])

@@ -54,6 +54,11 @@ def evaluate(
     size = config.get("image_size", autoencoder.resolution)
     own = config.get("data", {"source": "emoji"})
     chosen = own if source in ("", own["source"]) else {"source": source}
+    if chosen["source"] in ("folder", "tfds") and not path:
+        raise ValueError(
+            f"the pictures to compare with are of source {chosen['source']!r}: name them with "
+            "--path, or choose --source=emoji or scenes"
+        )
     data = ml_collections.ConfigDict(chosen | dict(path=path, image_size=size))
 
     @jax.jit

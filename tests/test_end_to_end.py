@@ -170,6 +170,8 @@ def test_a_run_leaves_its_report_and_pictures(txt2img):
     ]
     assert json.loads((txt2img / "config.json").read_text())["train"]["steps"] == STEPS
     assert any((txt2img / "tensorboard").iterdir())
+    data = open_any(txt2img).config["data"]
+    assert data["source"] == "emoji" and "path" not in data
 
 
 def test_sampling_writes_pictures_that_know_their_settings(root, txt2img, tmp_path):

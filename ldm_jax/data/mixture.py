@@ -14,7 +14,7 @@ class Mixture:
     one is repeated, in a fixed random order. Labels are numbered through all sources, in order.
 
     Args:
-      sources: two or more; see `ldm_jax.data.sources.Source`. None is empty, or the mixture is.
+      sources: two or more; see `ldm_jax.data.sources.Source`. If one is empty, so is the mixture.
     """
 
     def __init__(self, sources: Sequence[Any]):

@@ -199,11 +199,10 @@ def open_source(config: Any, split: str = "train", index: str | Path | None = No
 
     Args:
       config: ConfigDict with `source`, one of SOURCES or several in turn ("scenes+emoji", a
-        `Mixture`), `image_size`, and optionally `path` (a
-        folder or the name of a TensorFlow data set), `background` (what transparent pixels are
-        composited on, white), `held_out` (0.1; the emoji's is fixed), `on_error` ("skip") and
-        `min_size` (folders), `scenes` (see `scene_options`), `classes` (only these; all if
-        empty).
+        `Mixture`), `image_size`, and optionally `path` (a folder or the name of a TensorFlow data
+        set), `background` (what transparent pixels are composited on, white), `held_out` (0.1; the
+        emoji's is fixed), `on_error` ("skip") and `min_size` (folders), `scenes` (see
+        `scene_options`), `classes` (only these; all if empty).
       split: "train", "held_out" or "all".
       index: the file that stores the findings in a folder between starts; None: no file.
 

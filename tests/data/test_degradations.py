@@ -102,6 +102,16 @@ def test_the_final_size_is_reached_after_the_free_shrinking():
         assert degraded(PICTURE, 2, "bsrgan", rng(seed)).shape == (32, 32, 3)
 
 
+@pytest.mark.parametrize("free", [0.0, 1.0])
+def test_shrinking_keeps_places(free):
+    """Of a ramp, each pixel is the mean of the pixels that it stands for, but at the edges."""
+    recipe = degradations.Recipe(0, 1.0, 1, (2, 4), free, (0, 0), (100, 100))
+    ramp = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None] * 3, 64, axis=0).repeat(3, axis=2)
+    means = ramp.astype(np.float64).reshape(32, 2, 32, 2, 3).mean((1, 3))
+    made = np.mean([degradations.degrade(ramp, 2, recipe, rng(i)) for i in range(8)], axis=0)
+    np.testing.assert_allclose(made[8:-8, 8:-8], means[8:-8, 8:-8], atol=1.5)
+
+
 def test_an_unknown_degradation_is_named():
     with pytest.raises(ValueError, match="degradation='blur': choose one of pil_nearest, .*bsrgan"):
         make_conditions({"low_resolution": dict(degradation="blur")})
