@@ -1,5 +1,7 @@
 """The judges of scenes: near perfect on the scenes themselves, and low where something is wrong."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -55,6 +57,21 @@ def test_objects_at_other_places(scenes):
     images = np.roll(scenes[0], 12, axis=2)
     assert judged(scenes, "boxes", images)["boxes"] < 0.35
     assert judged(scenes, "caption", images)["objects"] > 0.5
+
+
+def test_other_objects_at_the_right_places(scenes):
+    """A box is right only with what was asked to be in it."""
+    _, _, asked, source = scenes
+    others = [
+        dataclasses.replace(
+            scene,
+            objects=tuple(dataclasses.replace(o, kind=(o.kind + 1) % 40) for o in scene.objects),
+        )
+        for scene in asked
+    ]
+    images = np.stack([source.draw(scene) for scene in others])
+    assert judged(scenes, "boxes", images)["boxes"] < 0.1
+    assert judged(scenes, "segmentation", images)["miou"] < 0.2
 
 
 def test_a_label_asks_for_one_kind(scenes):
