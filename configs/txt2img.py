@@ -24,6 +24,11 @@ from configs import common
 
 PROMPTS = ("red apple", "cat face", "smiling face with sunglasses", "rocket", "rainbow")
 SCENES = ("a cat left of a star", "three tulips", "a rocket above a house", "a panda")
+# Objects of one size on plain grounds, at multiples of half of a latent's pixels: a network of this
+# size learns how they are put together, and not how each looks at every pixel.
+COMPOSED = dict(
+    size=(0.4375, 0.4375), grid=4, textures=False, train_scenes=100_000, held_out_scenes=512
+)
 
 
 def text(vocabulary: str, max_length: int) -> dict:
@@ -34,7 +39,10 @@ def text(vocabulary: str, max_length: int) -> dict:
 
 def scenes() -> ml_collections.ConfigDict:
     sampling = dict(prompts=SCENES, guidance=2.0)
-    return common.scenes_diffusion(text("scenes", 32), sampling, context_dim=128)
+    config = common.small_diffusion(text("scenes", 24), sampling, context_dim=128)
+    config.data.update(source="scenes", scenes=common.scenes(**COMPOSED, kinds=120))
+    config.train.update(steps=7500)
+    return config
 
 
 def emoji() -> ml_collections.ConfigDict:

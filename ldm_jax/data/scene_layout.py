@@ -1,5 +1,6 @@
 """Where the objects of a scene stand, and the numbers that it is drawn from."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,13 +33,25 @@ class Draws:
         return choices[self.below(len(choices))]
 
 
-def fitting(sizes: Sequence[int], count: int, side: int) -> list[int]:
-    """The sizes of which so many stand side by side on a canvas of `side` pixels."""
-    return [size for size in sizes if count * size + (count + 1) * _gap(side) <= side]
+def fitting(sizes: Sequence[int], count: int, side: int, grid: int = 1) -> list[int]:
+    """The sizes of which so many stand side by side on a canvas of `side` pixels, and still do
+    where each begins at a multiple of `grid` pixels."""
+    gap = _gap(side)
+    return [
+        size
+        for size in sizes
+        if count * size + (count + 1) * gap <= side
+        and (count - 1) * -(-size // grid) * grid + size <= side
+    ]
 
 
 def place(
-    lines: Sequence[Sequence[Shape]], side: int, vertical: bool, aligned: bool, draws: Draws
+    lines: Sequence[Sequence[Shape]],
+    side: int,
+    vertical: bool,
+    aligned: bool,
+    draws: Draws,
+    grid: int = 1,
 ) -> list[list[Corner]]:
     """Where objects begin that stand in lines, one line after another, without overlap.
 
@@ -49,7 +62,58 @@ def place(
         line stands across that direction.
       aligned: whether the middles of any two lines differ across that direction by at most a third
         of their distance along it.
+      grid: objects begin at multiples of so many pixels.
     """
+    while True:
+        placed = _place(lines, side, vertical, aligned, draws)
+        if grid == 1:
+            return placed
+        placed = [
+            [(round(top / grid) * grid, round(left / grid) * grid) for top, left in line]
+            for line in placed
+        ]
+        if _stands(lines, placed, side, vertical, aligned):
+            return placed
+
+
+def _stands(
+    lines: Sequence[Sequence[Shape]],
+    placed: Sequence[Sequence[Corner]],
+    side: int,
+    vertical: bool,
+    aligned: bool,
+) -> bool:
+    """Whether lines that were moved are still as `place` promises."""
+    turn = slice(None) if vertical else slice(None, None, -1)
+    spans = [  # of each object: its begin and end along the direction, and across
+        [
+            [
+                (begin, begin + length)
+                for begin, length in zip(corner[turn], shape[turn], strict=True)
+            ]
+            for corner, shape in zip(corners, line, strict=True)
+        ]
+        for corners, line in zip(placed, lines, strict=True)
+    ]
+    if max(end for line in spans for span in line for _, end in span) > side:
+        return False
+    for line in spans:
+        if any(end > begin for (_, (_, end)), (_, (begin, _)) in itertools.pairwise(line)):
+            return False
+    along = [(min(a for (a, _), _ in line), max(b for (_, b), _ in line)) for line in spans]
+    if any(end > begin for (_, end), (begin, _) in itertools.pairwise(along)):
+        return False
+    across = [(line[0][1][0], line[-1][1][1]) for line in spans]
+    return not aligned or all(
+        3 * abs(sum(across[i]) - sum(across[j])) <= abs(sum(along[i]) - sum(along[j]))
+        for i, j in itertools.combinations(range(len(spans)), 2)
+    )
+
+
+def _place(
+    lines: Sequence[Sequence[Shape]], side: int, vertical: bool, aligned: bool, draws: Draws
+) -> list[list[Corner]]:
+    """`place` without a grid."""
     # Of each object, its length along the direction and across.
     lengths = [[shape if vertical else shape[::-1] for shape in line] for line in lines]
     thick = [max(along for along, _ in line) for line in lengths]

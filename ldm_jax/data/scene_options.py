@@ -14,6 +14,7 @@ from ldm_jax.data.scene_layout import fitting
 CANVAS = (64, 512)
 PER_SCENE = 4
 SIZES = 5  # different sizes of an object
+GRIDS = (1, 2, 4, 8, 16)
 SMALLEST = 16  # pixels of an object's longer side, to be recognised
 
 
@@ -26,6 +27,8 @@ class SceneOptions:
       names: use the emoji of these names instead.
       objects: the least and the most in a scene, within 1 … 4.
       size: the least and the greatest longer side of an object, as shares of the canvas.
+      grid: objects begin at multiples of so many pixels, a divisor of 16; at 8, the pixels of a
+        latent of an f8 autoencoder, an object has the same latents wherever it stands.
       textures: whether half of the grounds are textured.
       train_scenes, held_out_scenes: how many scenes each split has.
       seed: of everything but what is held out.
@@ -35,6 +38,7 @@ class SceneOptions:
     names: tuple[str, ...] = ()
     objects: tuple[int, int] = (1, 4)
     size: tuple[float, float] = (0.3125, 0.4375)
+    grid: int = 1
     textures: bool = True
     train_scenes: int = 10_000_000
     held_out_scenes: int = 2_048
@@ -66,6 +70,9 @@ def read_options(options: Mapping[str, Any]) -> SceneOptions:
             f"data.scenes.objects={least, most}: the least and the most number of objects, within "
             f"1 … {PER_SCENE}"
         )
+    if chosen.grid not in GRIDS:
+        allowed = ", ".join(map(str, GRIDS))
+        raise ValueError(f"data.scenes.grid={chosen.grid}: choose {allowed} pixels")
     return chosen
 
 
@@ -100,7 +107,7 @@ def sizes_of(side: int, options: SceneOptions) -> list[int]:
             f"data.image_size={side}: scenes have {CANVAS[0]} … {CANVAS[1]} pixels a side"
         )
     side_by_side = min(options.objects[1], 2)
-    largest = max(n for n in range(side) if fitting([n], side_by_side, side)) / side
+    largest = max(n for n in range(side) if fitting([n], side_by_side, side, options.grid)) / side
     least, most = options.size
     if not SMALLEST / side <= least <= most <= largest:
         allowed = f"{SMALLEST / side:.3g} … {largest:.3g}"

@@ -120,7 +120,8 @@ class SceneSource:
         self.image_size, self.objects = image_size, tuple(chosen.objects)
         self.sizes = sizes_of(image_size, chosen)
         self._seed, self._textured = chosen.seed, chosen.textures
-        self._three_fit = bool(fitting(self.sizes, 3, image_size))
+        self._grid = chosen.grid
+        self._three_fit = bool(fitting(self.sizes, 3, image_size, self._grid))
         self._tables = _tables(self.kinds, fraction)
         self._menus = {
             name: self._menu(name == "held_out")
@@ -189,10 +190,10 @@ class SceneSource:
             draws.pick,
         )
         vertical = axis == "above" if axis else bool(draws.below(2))
-        sizes = fitting(self.sizes, max(len(lines), *map(len, lines)), self.image_size)
+        sizes = fitting(self.sizes, max(len(lines), *map(len, lines)), self.image_size, self._grid)
         chosen = [[(kind, draws.pick(sizes)) for kind in line] for line in lines]
         shapes = [[stamp(self.kinds[kind], size).shape for kind, size in line] for line in chosen]
-        corners = place(shapes, self.image_size, vertical, bool(axis), draws)
+        corners = place(shapes, self.image_size, vertical, bool(axis), draws, self._grid)
         objects = tuple(
             Placed(*drawn, *corner)
             for line in zip(chosen, corners, strict=True)

@@ -335,6 +335,33 @@ def test_aligned_lines_do_not_differ_by_more_than_a_third(vertical):
             assert apart[1] <= apart[0] / 3 + 0.51, (seed, lines)
 
 
+@pytest.mark.parametrize("side, size", [(64, 0.25), (64, 0.4375), (100, 0.28), (256, 0.47)])
+@pytest.mark.parametrize("grid", [2, 4, 8, 16])
+def test_objects_begin_at_multiples_of_the_grid(grid, side, size):
+    """They do not overlap, stay on the canvas and are still where the relation says."""
+    source = SceneSource(image_size=side, options={"size": (size, size), "grid": grid})
+    seen = set()
+    for index in range(150):
+        scene = source.scene(index)
+        corners = [(placed.top, placed.left) for placed in scene.objects]
+        assert not np.any(np.array(corners) % grid)
+        seen.update(corners)
+        assert source.masks(scene).sum(0).max() == 1
+        if not scene.axis:
+            continue
+        along, across = (0, 1) if scene.axis == "above" else (1, 0)
+        spans, objects = [], iter(scene.objects)
+        for _, count in scene.groups:
+            parts = list(itertools.islice(objects, count))
+            shapes = [sprite(source.kinds[p.kind], p.size).shape[:2] for p in parts]
+            first = np.array([(p.top, p.left) for p in parts])
+            spans.append((first.min(0), (first + shapes).max(0)))
+        for (begin, end), (other, last) in itertools.combinations(spans, 2):
+            apart = np.abs(begin + end - other - last)
+            assert end[along] <= other[along] and 3 * apart[across] <= apart[along]
+    assert len(seen) > 3  # and they do move
+
+
 @pytest.mark.parametrize(
     "options, expected",
     [
@@ -393,6 +420,7 @@ def test_nothing_held_out():
         ({"size": (0.1, 0.3)}, r"size=\(0.1, 0.3\): .* 0.25 … 0.469 for image_size=64"),
         ({"size": (0.3, 0.5)}, r"size=\(0.3, 0.5\): .* up to 4 objects"),
         ({"size": (0.4, 0.3)}, r"size=\(0.4, 0.3\): the least and the greatest"),
+        ({"grid": 3}, "grid=3: choose 1, 2, 4, 8, 16 pixels"),
         ({"train_scenes": 0}, "train_scenes=0: expected 1 or more"),
         ({"held_out_scenes": -1}, "held_out_scenes=-1: expected 0 or more"),
         ({"seed": -1}, "seed=-1: expected 0 or more"),

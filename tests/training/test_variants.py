@@ -16,16 +16,19 @@ REFUSED = {"published:taesd": "autoencoder.kind='tiny' imitates the latents of a
 SHORT = ("published:taesd", "published:sgm-mnist_cond")  # `make long` has the others
 # Those that differ from another variant in numbers alone are traced, not compiled: data, one step's
 # gradients and the loss on held-out pictures, by shape.
-TRACED = ("autoencoder:scenes", "txt2img:scenes", "class2img:scenes", "unconditional:scenes")
-TRACED += ("inpaint:scenes", "superres:scenes", "semantic:scenes", "layout:scenes")
+TRACED = ("autoencoder:emoji", "txt2img:emoji", "class2img:emoji", "unconditional:emoji")
+TRACED += ("autoencoder:scenes", "txt2img:scenes", "class2img:scenes", "unconditional:scenes")
+TRACED += ("txt2img:demo", "inpaint:scenes", "superres:scenes", "semantic:scenes", "layout:scenes")
 TRACED += ("superres:bsrgan", "superres:bsrgan_light")
 TRACED += tuple(
     f"published:{name}"
     for name in (
-        *("kl-f4", "kl-f16", "kl-f32", "sd-vae", "sdxl-vae", "sd2-upscaler-vae", "vq-f4"),
+        *("kl-f4", "kl-f8", "kl-f16", "kl-f32", "sd-vae", "sdxl-vae", "sd2-upscaler-vae", "vq-f4"),
         *("vq-f8", "vq-f8-n256", "vq-f16", "ffhq256", "lsun_beds256", "cin256", "text2img256"),
-        *("semantic_synthesis512", "sd2", "sd2-inpainting", "sd2-unclip-l", "sgm-cifar10_cond"),
-        *("adm-128", "adm-256"),
+        *("lsun_churches256", "cin256-v2", "txt2img-1p4B", "semantic_synthesis512"),
+        *("sd1-inpainting", "sd2", "sd2-v", "sd2-inpainting", "sd2-unclip-l", "sdxl-refiner"),
+        *("sgm-imagenet-kl_f8_8chn", "sgm-imagenet-f8_cond", "sgm-txt2img-clipl"),
+        *("sgm-cifar10_cond", "adm-128", "adm-256", "adm-256-uncond", "adm-512"),
     )
 )
 

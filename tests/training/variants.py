@@ -51,6 +51,8 @@ def reduced(config: ml_collections.ConfigDict, pictures: Path, workdir: Path) ->
     config.data.update(classes=(), min_size=0, image_size=SIZE)
     if "scenes" in config.data.source:
         config.data.scenes.held_out_scenes = 8
+        if config.get("latents") == "memory":
+            config.data.scenes.train_scenes = 16
     else:
         config.data.update(source="folder", path=str(pictures), held_out=0.2)
     config.train.update(steps=2, batch_size=8, log_every=1, preview_every=2, checkpoint_every=2)
