@@ -4,7 +4,7 @@
     python -m benchmarks.decode --open=100000
 
 The first prints images/s on one core for synthetic photographs (JPEG, quality 90), each decoded
-whole and then shrunk, and through `read_square`, by turns. The second opens a folder of so many
+whole and then shrunk, and through `read_fitted`, by turns. The second opens a folder of so many
 pictures three times, with a caption beside each: without an index, with one, and for another split.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 from ldm_jax.data.folder import FolderSource
-from ldm_jax.data.images import fit_square, read_image, read_square
+from ldm_jax.data.images import fit, read_fitted, read_image
 from tests.data.test_images import photograph
 
 SIZES = ((512, 512, 256), (640, 480, 256), (768, 512, 256), (1024, 1024, 256), (3000, 2000, 512))
@@ -37,12 +37,12 @@ def rate(read: Callable[[], object]) -> float:
 
 
 def decoding(folder: Path) -> None:
-    print("JPEG          square   whole      read_square   ratio")
+    print("JPEG          square   whole      read_fitted   ratio")
     for width, height, size in SIZES:
         path = folder / "picture.jpg"
         Image.fromarray(photograph(width, height)).save(path, quality=90)
-        whole = rate(lambda path=path, size=size: fit_square(read_image(path), size))
-        fast = rate(lambda path=path, size=size: read_square(path, size))
+        whole = rate(lambda path=path, size=size: fit(read_image(path), (size, size)))
+        fast = rate(lambda path=path, size=size: read_fitted(path, (size, size)))
         file = f"{width} x {height}"
         print(f"{file:12}  {size:4}   {whole:6.0f}/s   {fast:8.0f}/s   {fast / whole:8.1f}")
 

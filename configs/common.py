@@ -52,6 +52,7 @@ def data(**fields) -> dict:
             min_size=0,
             on_error="skip",  # or raise
             augment=(),
+            buckets=False,  # pictures of a folder keep their aspect ratio, nearly
             scenes=scenes(),
             conditions={},  # made of a picture or of files beside it: ldm_jax/data/conditions.py
             workers=0,  # processes that read; 0: threads of this one

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 from absl import flags
 
-from ldm_jax.interop.opening import LAYOUTS, export, read_any
+from ldm_jax.interop.opening import DTYPES, LAYOUTS, export, read_any
 from ldm_jax.runtime.console import run
 
 TO = flags.DEFINE_enum("to", "single_file", list(LAYOUTS), "Layout of OUT.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16", "bfloat16"], "Type in OUT.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Type in OUT.")
 EMA = flags.DEFINE_enum(
     "ema",
     "auto",

@@ -229,6 +229,7 @@ class Pipeline:
         `pipe(prompt, latents=pipe.invert(images, prompt), guidance=1, steps=steps)` reconstructs
         them, up to the autoencoder's error; another prompt, or guidance, edits them.
         """
+        (steps,) = whole(steps=steps)
         images = as_images(images)
         count = len(images)
         embedders, diffusion = self.model.embedders, self.model.diffusion
@@ -290,7 +291,7 @@ class Pipeline:
             one .safetensors with the names of CompVis' and Stability's code.
 
         Raises:
-          ValueError: an unknown layout, or one that cannot express this model.
+          ValueError: an unknown dtype or layout, or a layout that cannot express this model.
         """
         export(path, self.config, self.merged().params, dtype, layout)
 

@@ -254,6 +254,8 @@ def test_pictures_and_scales_that_are_not_finite_are_refused(pipe):
         pipe.with_lora("none.safetensors", scale=float("nan"))
     with pytest.raises(ValueError, match="^guidance='strong': must be a number"):
         pipe("cat face", guidance="strong")
+    with pytest.raises(ValueError, match="^steps=1.5: must be a whole number"):
+        pipe.invert(PICTURE, "cat face", steps=1.5)
     with pytest.raises(ValueError, match="^scales=inf: must be a finite number"):
         pipe.with_scales(float("inf"))
 

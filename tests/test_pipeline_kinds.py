@@ -178,6 +178,8 @@ def test_a_condition_of_ones_own_reaches_the_network():
         pipe("a cat", conditions={"depth": np.zeros((1, 8, 8))})
     with pytest.raises(ValueError, match="3 of depth for 2 pictures"):
         pipe("a cat", n=2, conditions={"depth": np.zeros((3, 8, 8, 1))})
+    with pytest.raises(ValueError, match="a map of 4 × 8 latents for a picture of 8 × 8: it must"):
+        pipe("a cat", steps=2, conditions={"depth": np.zeros((1, 4, 8, 1))})
 
 
 def test_tiles_cut_the_concatenated_condition_too(inpainting):

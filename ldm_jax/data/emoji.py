@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm_jax.data.images import WHITE, Colour, fit_square, picture_entries
+from ldm_jax.data.images import WHITE, Colour, fit, picture_entries
 from ldm_jax.data.splits import check_split, in_split
 
 EMOJI_ZIP = Path(__file__).parent / "emoji.zip"
@@ -39,25 +39,26 @@ class EmojiSource:
         self, split: str = "train", image_size: int = EMOJI_SIZE, background: Colour = WHITE
     ):
         check_split(split)
-        self.classes, records, images = read_emoji()
-        kept = [i for i, record in enumerate(records) if in_split(record["held_out"], split)]
-        self._records = [records[i] for i in kept]
-        self._images = images[kept]
+        self.classes, records, _ = read_emoji()
+        # Places and not pictures, which would be sent to every worker process.
+        self._places = [
+            i for i, record in enumerate(records) if in_split(record["held_out"], split)
+        ]
         self.left_out: dict[str, int] = {}
         self.lost_captions: dict[str, int] = {}
         self._size, self._background = image_size, tuple(background)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = self._images[index]
-        square = fit_square(image, self._size)
-        entries = picture_entries(square, image.shape[:2], self._background)
+        image = read_emoji()[2][self._places[index]]
+        fitted = fit(image, (self._size, self._size))
+        entries = picture_entries(fitted, image.shape[:2], self._background)
         return entries | self.describe(index)
 
     def describe(self, index: int) -> dict[str, Any]:
-        record = self._records[index]
+        record = read_emoji()[1][self._places[index]]
         return {
             "caption": record["name"],
             "label": record["group"],

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
+from ldm_jax.data.buckets import bucket_shapes, nearest_bucket
 from ldm_jax.data.captions import UNREADABLE, find_captions, read_beside, texts_beside
-from ldm_jax.data.images import WHITE, Colour, picture_entries, read_shape, read_square
+from ldm_jax.data.images import WHITE, Colour, picture_entries, read_fitted, read_shape
 from ldm_jax.data.index import File, Finding, Listing, examine, folder_index, list_files
 from ldm_jax.data.splits import check_split, in_split, is_held_out
 from ldm_jax.data.text_files import is_utf8, printable
@@ -46,7 +47,8 @@ class FolderSource:
     - caption: the text beside it, else from a list (see `captions`), else the class, else "";
     - held-out: a fixed fraction, by the hash of the path relative to the folder. If that would hold
       out every picture, none is held out; a split may be empty;
-    - each picture is resized on its short side and centre-cropped to `image_size`;
+    - each picture is resized and centre-cropped to a square of `image_size`, or, with `buckets`, to
+      the shape of `bucket_shapes` whose aspect ratio is nearest;
     - bytes of a name that are not UTF-8 are written `\\xe9` in `name` and `classes`; a class with
       such a name gives no caption. `path` is the name in the file system;
     - `picture.depth.png`, `.mask.png` and `.segmentation.png` beside `picture.*` are conditions.
@@ -71,6 +73,8 @@ class FolderSource:
       min_size: pixels.
       index: the file that stores the findings between starts (see `index`); None: they are kept in
         memory, for this process.
+      buckets: whether pictures have several shapes. Then `shapes` are those in use, and `groups`,
+        int (N,), is the index of each example's in them.
 
     Raises:
       FileNotFoundError: the folder does not exist.
@@ -88,12 +92,13 @@ class FolderSource:
         on_error: str = "skip",
         min_size: int = 0,
         index: str | Path | None = None,
+        buckets: bool = False,
     ):
         check_split(split)
         if on_error not in ("skip", "raise"):
             raise ValueError(f'unknown on_error {on_error!r}; choose "skip" or "raise"')
         self._root = os.path.abspath(os.path.expanduser(path))
-        self._size, self._background = image_size, tuple(background)
+        self._background = tuple(background)
         self._raise = on_error == "raise"
         if not os.path.isdir(self._root):
             raise FileNotFoundError(f"data.path {printable(self._root)!r} is not a folder")
@@ -127,6 +132,12 @@ class FolderSource:
         labels = {name: label for label, name in enumerate(self.classes)}
         self._labels = [labels[printable(_class_of(name))] for name in self._names]
         self._captions = [captions.get(name, _class_caption(name)) for name in self._names]
+        self.shapes, self.groups = ((image_size, image_size),), None
+        if buckets:
+            possible = bucket_shapes(image_size)
+            nearest = [nearest_bucket(headers[name].value, possible) for name in self._names]
+            used, self.groups = np.unique(np.array(nearest, np.int32), return_inverse=True)
+            self.shapes = tuple(possible[i] for i in used)
         self._replaced: dict[int, int] = {}
         self._unreadable: set[int] = set()
         _say(self._root, split, self._messages(listing, faults, lost, usable))
@@ -136,16 +147,17 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
+        size = self.shapes[0 if self.groups is None else self.groups[index]]
         for at in self._candidates(index):
             try:
-                square, shape = read_square(self._path(at), self._size)
+                fitted, shape = read_fitted(self._path(at), size)
             except Exception as error:  # of many kinds: OSError, SyntaxError, struct.error, ...
                 self._note_unreadable(at, error)
                 continue
             self._replaced.pop(index, None)
             if at != index:
                 self._replaced[index] = at
-            return picture_entries(square, shape, self._background) | self._describe(at)
+            return picture_entries(fitted, shape, self._background) | self._describe(at)
         raise ValueError(f"{printable(self._root)}: no picture can be read any more")
 
     def describe(self, index: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reading and fitting pictures: any file that Pillow reads becomes an 8-bit square of one size."""
+"""Reading and fitting pictures: any file that Pillow reads becomes 8-bit and of one shape."""
 
 import os
 from typing import Any
@@ -9,6 +9,7 @@ from PIL import ExifTags, Image, ImageOps
 from ldm_jax.data.placement import Placement
 
 Colour = tuple[int, int, int]
+Shape = tuple[int, int]  # (height, width) in pixels
 WHITE: Colour = (255, 255, 255)
 
 
@@ -40,27 +41,28 @@ def read_mask(path: str | os.PathLike) -> np.ndarray:
     return np.asarray(Image.fromarray(image[..., :3]).convert("L"))
 
 
-def read_square(path: str | os.PathLike, size: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """The centre square of a picture file, and (height, width) of the whole file, upright.
+def read_fitted(path: str | os.PathLike, size: Shape) -> tuple[np.ndarray, Shape]:
+    """The centre of a picture file, and (height, width) of the whole file, upright.
 
-    The square is `fit_square(read_image(path), size)`, uint8 (size, size, 3 or 4), except that a
-    JPEG of at least twice that size is decoded at a half, a quarter or an eighth, which is several
-    times faster and differs by about one grey level.
+    The centre is `fit(read_image(path), size)`, uint8 (h, w, 3 or 4), except that a JPEG of at
+    least twice that size is decoded at a half, a quarter or an eighth, which is several times
+    faster and differs by about one grey level.
 
     Raises:
       Exception: as `read_image`.
     """
     with Image.open(path) as file:
         width, height = file.size
-        drafted = file.draft(None, (size, size))  # only JPEGs; no side becomes less than `size`
+        turned = size[::-1] if _lies(file) else size  # as the file is stored
+        drafted = file.draft(None, turned[::-1])  # only JPEGs; no side becomes less than this
         if drafted is None or file.size == (width, height):
             image = _pixels(ImageOps.exif_transpose(file))
-            return fit_square(image, size), image.shape[:2]
+            return fit(image, size), image.shape[:2]
         shape = (width, height) if _lies(file) else (height, width)
         extent = (drafted[1][3], drafted[1][2])
-        square = Image.fromarray(fit_square(_pixels(file), size, extent))
-        square.getexif().update(file.getexif())
-        return np.asarray(ImageOps.exif_transpose(square)), shape
+        fitted = Image.fromarray(fit(_pixels(file), turned, extent))
+        fitted.getexif().update(file.getexif())
+        return np.asarray(ImageOps.exif_transpose(fitted)), shape
 
 
 def read_shape(path: str | os.PathLike) -> tuple[int, int]:
@@ -99,23 +101,22 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
 
 
-def fit_square(
-    image: np.ndarray, size: int, extent: tuple[float, float] | None = None
-) -> np.ndarray:
-    """The centre square of uint8 (H, W, C), resized to (size, size, C), bicubic and antialiased.
+def fit(image: np.ndarray, size: Shape, extent: tuple[float, float] | None = None) -> np.ndarray:
+    """The centre of uint8 (H, W, C), all that the aspect ratio allows, resized to `size` (height,
+    width), bicubic and antialiased.
 
     If the picture ends within its last pixels, `extent` is its exact (height, width).
     """
     height, width = extent or image.shape[:2]
-    if image.shape[:2] == (height, width) == (size, size):
+    if image.shape[:2] == (height, width) == tuple(size):
         return image
-    side = min(height, width)
-    left, top = (width - side) / 2, (height - side) / 2
+    high, wide = min(height, width * size[0] / size[1]), min(width, height * size[1] / size[0])
+    left, top = (width - wide) / 2, (height - high) / 2
     # reducing_gap: large pictures are box-filtered down first, which is several times faster.
     resized = Image.fromarray(image).resize(
-        (size, size),
+        size[::-1],
         Image.Resampling.BICUBIC,
-        box=(left, top, left + side, top + side),
+        box=(left, top, left + wide, top + high),
         reducing_gap=3.0,
     )
     return np.asarray(resized)
@@ -130,18 +131,16 @@ def composite(image: np.ndarray, background: Colour) -> np.ndarray:
     return ((over + 127) // 255).astype(np.uint8)
 
 
-def picture_entries(
-    square: np.ndarray, original: tuple[int, int], background: Colour
-) -> dict[str, Any]:
+def picture_entries(fitted: np.ndarray, original: Shape, background: Colour) -> dict[str, Any]:
     """The entries of an example that are made from its picture; see `sources`.
 
     Args:
-      square: uint8 (size, size, 3 or 4), the centre square of the file.
+      fitted: uint8 (h, w, 3 or 4), the centre of the file, as `fit` makes it.
       original: (height, width) of the file, upright.
       background: what transparent pixels are composited on.
     """
-    placement = Placement.centre(original, square.shape[0])
-    if square.shape[-1] == 3:
-        return {"image": square, "placement": placement}
-    image = composite(square, background)
-    return {"image": image, "rgba": square, "background": background, "placement": placement}
+    placement = Placement.centre(original, fitted.shape[:2])
+    if fitted.shape[-1] == 3:
+        return {"image": fitted, "placement": placement}
+    image = composite(fitted, background)
+    return {"image": image, "rgba": fitted, "background": background, "placement": placement}

@@ -2,10 +2,11 @@
 
 Global position `step * batch_size + row` counts examples since the start of training. It
 determines the epoch (position // n) and the place in that epoch's permutation; each epoch shows
-each example once, and a batch may span two epochs. An endless source is not permuted. The
-augmentation of an example is drawn from (seed, position). So resuming needs only the step, and
-process p of n, which holds rows [p*b, (p+1)*b) of the global batch, sees the same data as any other
-division. Worker processes make whole batches, so their number changes nothing either.
+each example once, and a batch may span two epochs. An endless source is not permuted; one with
+`groups` has batches of one group (`buckets.Grouped`). The augmentation of an example is drawn from
+(seed, position). So resuming needs only the step, and process p of n, which holds rows
+[p*b, (p+1)*b) of the global batch, sees the same data as any other division. Worker processes make
+whole batches, so their number changes nothing either.
 """
 
 import atexit
@@ -22,7 +23,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from multiprocessing import util
 from typing import Any
 
@@ -30,6 +31,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from ldm_jax.data.buckets import Grouped, permutation
 from ldm_jax.data.sources import Source
 from ldm_jax.data.transforms import Example, Transform
 
@@ -90,6 +92,8 @@ class Loader:
             raise ValueError(f"workers is {workers}; expected 0 (threads) or more")
         self.source, self.seed = source, seed
         self.shuffle = shuffle and not getattr(source, "endless", False)
+        groups = getattr(source, "groups", None)
+        self._grouped = None if groups is None else Grouped(groups, batch_size, (seed, _ORDER))
         self.batch_size, self.entries, self.workers = batch_size, tuple(entries), workers
         self._rows = _rows(batch_size, process_index, process_count)
         self._transform = transform
@@ -107,7 +111,10 @@ class Loader:
             entries of two examples differ in shape; names entry and examples.
         """
         positions = [step * self.batch_size + row for row in self._rows]
-        indices = [self._index(position) for position in positions]
+        if self._grouped is None:
+            indices = [self._index(position) for position in positions]
+        else:
+            indices = self._grouped.indices(step, self._rows)
         examples = [
             _read(self.source, index, self._transform, self.seed, position)
             for index, position in zip(indices, positions, strict=True)
@@ -178,7 +185,7 @@ class Loader:
         epoch, offset = divmod(position, len(self.source))
         if not self.shuffle:
             return offset
-        return int(_permutation(len(self.source), self.seed, epoch)[offset])
+        return int(permutation(len(self.source), self.seed, _ORDER, epoch)[offset])
 
 
 @atexit.register
@@ -219,11 +226,6 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> range:
         raise ValueError(f"process_index {process_index} of {process_count} processes")
     local = batch_size // process_count
     return range(process_index * local, (process_index + 1) * local)
-
-
-@lru_cache(maxsize=4)
-def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, _ORDER, epoch)).permutation(size)
 
 
 def _read(

@@ -30,13 +30,13 @@ class Placement:
     mirrored: bool = False
 
     @classmethod
-    def centre(cls, original: tuple[int, int], size: int) -> "Placement":
-        """The centre square of a file, `size` pixels a side: what `images.fit_square` makes."""
+    def centre(cls, original: tuple[int, int], size: tuple[int, int]) -> "Placement":
+        """The centre of a file in `size` (height, width): what `images.fit` makes."""
         height, width = original
-        scale = size / min(height, width)
-        resized = (max(round(height * scale), size), max(round(width * scale), size))
-        corner = ((resized[0] - size) // 2, (resized[1] - size) // 2)
-        return cls((int(height), int(width)), resized, corner, (size, size))
+        scale = max(size[0] / height, size[1] / width)
+        resized = (max(round(height * scale), size[0]), max(round(width * scale), size[1]))
+        corner = ((resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2)
+        return cls((int(height), int(width)), resized, corner, (int(size[0]), int(size[1])))
 
     def flipped(self) -> "Placement":
         """With left and right exchanged."""

@@ -24,7 +24,7 @@ import numpy as np
 
 from ldm_jax.data.emoji import EmojiSource
 from ldm_jax.data.folder import FolderSource
-from ldm_jax.data.images import WHITE, Colour, fit_square, picture_entries
+from ldm_jax.data.images import WHITE, Colour, fit, picture_entries
 from ldm_jax.data.mixture import Mixture
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.data.splits import check_split
@@ -39,6 +39,7 @@ class Source(Protocol):
       lost_captions: how many captions were found but cannot be used, by reason.
       endless: optional; True where examples are made up, each by its index alone: they need no
         shuffling, and are too many to look at all of them.
+      groups: optional; int (N,), or None: only examples of one group are in a batch together.
     """
 
     classes: tuple[str, ...]
@@ -116,8 +117,8 @@ class TfdsSource:
         image = np.asarray(record["image"])
         if image.shape[-1] == 1:
             image = np.repeat(image, 3, axis=-1)
-        square = fit_square(image, self._size)
-        entries = picture_entries(square, image.shape[:2], self._background)
+        fitted = fit(image, (self._size, self._size))
+        entries = picture_entries(fitted, image.shape[:2], self._background)
         return entries | self._describe(record, index)
 
     def describe(self, index: int) -> dict[str, Any]:
@@ -156,6 +157,8 @@ class Subset:
     def __init__(self, source: Source, indices: Sequence[int]):
         self.classes, self._source, self._indices = source.classes, source, indices
         self.left_out, self.lost_captions = source.left_out, source.lost_captions
+        self.shapes, groups = getattr(source, "shapes", ()), getattr(source, "groups", None)
+        self.groups = None if groups is None else groups[np.asarray(indices, int)]
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -210,6 +213,11 @@ def open_source(config: Any, split: str = "train", index: str | Path | None = No
       ValueError: unknown source or split, no path, or a source without usable pictures.
     """
     names = config.source.split("+")
+    if config.get("buckets") and config.source != "folder":
+        raise ValueError(
+            f"data.buckets: pictures of data.source={config.source!r} are square; only a folder's "
+            "can have several shapes"
+        )
     if len(names) > 1:
         return _mixture(config, names, split, index)
     source = _open(config, split, index)
@@ -263,6 +271,7 @@ def _open(config: Any, split: str, index: str | Path | None) -> Source:
                 on_error=config.get("on_error", "skip"),
                 min_size=config.get("min_size", 0),
                 index=index,
+                buckets=config.get("buckets", False) and split == "train",
                 **common,
             )
         case "tfds":

@@ -21,6 +21,7 @@ LAYOUTS = {
     "compvis": compvis.write,
     "diffusers": diffusers.write,
 }
+DTYPES = ("float32", "float16", "bfloat16")
 # The parts that are not a model alone, by task.
 ALONE = {
     "unet": "a UNet alone: add autoencoder=PATH and, if it takes a context, text=PATH",
@@ -208,10 +209,13 @@ def export(
 ) -> None:
     """Writes a model, whole or not at all; folders above `path` are made.
 
-    `layout` is "single_file" (ours, with the config), "compvis" or "diffusers" (a folder).
+    `dtype` is one of DTYPES; `layout` is "single_file" (ours, with the config), "compvis" or
+    "diffusers" (a folder).
 
-    Raises ValueError for an unknown layout, or one that cannot express this model.
+    Raises ValueError for an unknown dtype or layout, or a layout that cannot express this model.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: choose one of {', '.join(LAYOUTS)}")
     if config["task"] == "text" and layout != "single_file":

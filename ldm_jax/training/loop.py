@@ -164,7 +164,8 @@ def _train_steps(
     about = {"config": config_dict(run.config), "version": __version__}
     batches = (put_batch(mesh, batch) for _, batch in batches)
     batch = next(batches)
-    programs = {(phase := task.phase(start)): _compute(mesh, _compile_step, run, phase, batch)}
+    program = (task.phase(start), _shapes(batch))
+    programs = {program: _compute(mesh, _compile_step, run, program[0], batch)}
 
     with contextlib.ExitStack() as stack:
         write_config(workdir, about["config"])
@@ -185,11 +186,11 @@ def _train_steps(
                     log.info("First step done %.1f s after the start", time.perf_counter() - began)
 
         while step < settings.steps:
-            if (phase := task.phase(step)) not in programs:
+            if (program := (task.phase(step), _shapes(batch))) not in programs:
                 finish()
                 with clock.paused():
-                    programs[phase] = _compute(mesh, _compile_step, run, phase, batch)
-            state, metrics = programs[phase](state, run.frozen, batch, np.int32(step))
+                    programs[program] = _compute(mesh, _compile_step, run, program[0], batch)
+            state, metrics = programs[program](state, run.frozen, batch, np.int32(step))
             pending.append(metrics)
             under_way.append((step, metrics["loss"]))
             step += 1
@@ -245,6 +246,11 @@ def _compile_step(run: Run, phase: Hashable, batch: dict[str, jax.Array]) -> Cal
     program = train_step.lower(run.abstract, run.frozen, batch, np.int32(0)).compile()
     log.info("Compiled the training step in %.1f s", time.perf_counter() - began)
     return program
+
+
+def _shapes(batch: dict[str, jax.Array]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a batch's entries, in their order."""
+    return tuple(array.shape for array in batch.values())
 
 
 def _compute(mesh: Mesh, function: Callable, *args: Any) -> Any:

@@ -37,6 +37,11 @@ def log_summary(source: Any, held_out: Any, embedders: Sequence[Embedder] = ()) 
         if unknown:
             some = ", ".join(repr(word) for word in list(unknown)[:SHOWN])
             parts.append(f"words that the vocabulary lacks: {len(unknown):,} ({some})")
+    groups = getattr(source, "groups", None)
+    if groups is not None:
+        counts = np.bincount(groups, minlength=len(source.shapes)).tolist()
+        shapes = zip(source.shapes, counts, strict=True)
+        parts += [", ".join(f"{n:,} of {height} × {width}" for (height, width), n in shapes)]
     for what, reasons in (("pictures", source.left_out), ("captions", source.lost_captions)):
         parts += [f"{what} left out: {count:,}, {reason}" for reason, count in reasons.items()]
     log.info("Data: %s", "; ".join(parts))

@@ -51,6 +51,8 @@ def _autoencoder(config: Any, index: Path | None) -> AutoencoderTask:
     if opened is not None:  # an encoder that does not train keeps its latents' scale
         with config.unlocked():
             config.autoencoder.scale_factor = opened.config["autoencoder"]["scale_factor"]
+    if config.data.get("buckets"):
+        raise ValueError("data.buckets: an autoencoder trains on squares; use buckets in stage 2")
     if config.autoencoder.get("kind") == "tiny":
         raise ValueError(
             "autoencoder.kind='tiny' imitates the latents of a larger autoencoder, which training "
@@ -84,6 +86,10 @@ def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
             f"data.augment: {', '.join(pictures)} would change the pictures, but latents='memory' "
             "encodes each once; use latents='step', or augment captions only"
         )
+    if config.data.get("buckets") and config.latents == "memory":
+        raise ValueError(
+            "data.buckets: latents='memory' keeps latents of one shape; use latents='step'"
+        )
     opened = open_any(config.init_from) if config.init_from else None
     config, resolved = _resolved(config, opened)
     conditions = make_conditions(config.data.conditions)
@@ -103,7 +109,7 @@ def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
         check_files(conditions, pictures)
     _fit_labels(resolved, source.classes)
     model = LatentDiffusion.from_config(resolved)
-    _check_pixels(config, model.autoencoder)
+    _check_pixels(config, source, model.autoencoder)
     side = config.data.image_size // model.autoencoder.downsampling
     shape = (side, side, model.latent_channels)
     abstract = jax.eval_shape(lambda key: model.init(key, shape), jax.random.key(0))
@@ -195,7 +201,7 @@ def _latents(section: dict[str, Any]) -> str:
     return f"{autoencoder.embed_dim} channels at 1/{autoencoder.downsampling} of the size"
 
 
-def _check_pixels(config: Any, autoencoder: Autoencoder) -> None:
+def _check_pixels(config: Any, source: Any, autoencoder: Autoencoder) -> None:
     if autoencoder.in_channels not in (1, 3):
         raise ValueError(
             f"the autoencoder takes pictures of {autoencoder.in_channels} channels; data sources "
@@ -206,6 +212,12 @@ def _check_pixels(config: Any, autoencoder: Autoencoder) -> None:
             f"data.image_size={config.data.image_size} is no multiple of the autoencoder's factor "
             f"{autoencoder.downsampling}"
         )
+    for height, width in getattr(source, "shapes", ()):
+        if height % autoencoder.downsampling or width % autoencoder.downsampling:
+            raise ValueError(
+                f"data.buckets: pictures of {height} × {width} are no multiple of the "
+                f"autoencoder's factor {autoencoder.downsampling}; use a larger data.image_size"
+            )
 
 
 def _fit_labels(resolved: dict[str, Any], classes: tuple[str, ...]) -> None:

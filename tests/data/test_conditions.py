@@ -24,7 +24,7 @@ def one(name, **section):
 def example(tmp_path=None, size=64, original=(64, 96)):
     y, x = np.mgrid[0:size, 0:size]
     image = np.stack([x * 4, y * 4, x * 2 + y * 2], axis=-1).clip(0, 255).astype(np.uint8)
-    made = {"image": image, "placement": Placement.centre(original, size), "name": "a"}
+    made = {"image": image, "placement": Placement.centre(original, (size, size)), "name": "a"}
     return made | ({"path": str(tmp_path / "a.jpg")} if tmp_path else {})
 
 
@@ -104,7 +104,7 @@ def test_segmentation_is_read_beside_the_picture_and_cropped_with_it(tmp_path):
     Image.fromarray(labels).save(tmp_path / "a.segmentation.png")
     made = one("segmentation", classes=100)(example(tmp_path), rng())["segmentation"]
     assert made.dtype == np.int32 and (made == np.arange(16, 80)).all()
-    flipped = example(tmp_path) | {"placement": Placement.centre((64, 96), 64).flipped()}
+    flipped = example(tmp_path) | {"placement": Placement.centre((64, 96), (64, 64)).flipped()}
     mirrored = one("segmentation", classes=100)(flipped, rng())["segmentation"]
     assert (mirrored == made[:, ::-1]).all()
     with pytest.raises(ValueError, match=r"a\.segmentation\.png: class 95, but .*classes is 90"):

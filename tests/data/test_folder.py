@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image, features
 
 from ldm_jax.data.folder import FolderSource, _readable
-from ldm_jax.data.images import fit_square, read_image
+from ldm_jax.data.images import fit, read_image
 from ldm_jax.data.placement import Placement
 from ldm_jax.data.sources import open_source
 from ldm_jax.data.splits import is_held_out
@@ -87,11 +87,11 @@ def test_exif_orientation(tmp_path):
 def test_resize_and_centre_crop():
     image = np.zeros((40, 120, 3), np.uint8)
     image[:, 40:80] = 200
-    assert (fit_square(image, 20)[:, 3:-3] == 200).all()
+    assert (fit(image, (20, 20))[:, 3:-3] == 200).all()
     checkers = np.indices((64, 64)).sum(0) % 2 * 255
-    grey = fit_square(np.repeat(checkers[..., None], 3, -1).astype(np.uint8), 8)
+    grey = fit(np.repeat(checkers[..., None], 3, -1).astype(np.uint8), (8, 8))
     assert np.abs(grey.astype(int) - 127).max() <= 2  # an aliased one would be black or white
-    assert fit_square(image, 40).shape == (40, 40, 3)
+    assert fit(image, (40, 40)).shape == (40, 40, 3)
 
 
 def broken_files(path):
@@ -315,7 +315,7 @@ def test_examples_tell_where_they_come_from(tmp_path, monkeypatch):
     source = folder(tmp_path.name)
     example = source[0]
     assert example["path"] == str(tmp_path / "a" / "1.png")
-    assert example["placement"] == Placement.centre((20, 40), 16)
+    assert example["placement"] == Placement.centre((20, 40), (16, 16))
     told = {"caption": "a", "label": 0, "name": "a/1.png", "path": str(tmp_path / "a" / "1.png")}
     assert source.describe(0) == told == source.describe(-1)
     with pytest.raises(IndexError):

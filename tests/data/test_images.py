@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax.data.images import fit_square, read_image, read_mask, read_shape, read_square
+from ldm_jax.data.images import fit, read_fitted, read_image, read_mask, read_shape
 
 
 def photograph(width, height):
@@ -39,9 +39,9 @@ def test_a_jpeg_is_read_as_if_decoded_whole(tmp_path, width, height, size, orien
     path = tmp_path / "a.jpg"
     Image.fromarray(photograph(width, height)).save(path, quality=90, exif=exif)
     whole = read_image(path)
-    square, shape = read_square(path, size)
+    square, shape = read_fitted(path, (size, size))
     assert square.shape == (size, size, 3) and shape == whole.shape[:2] == read_shape(path)
-    difference = np.abs(square.astype(int) - fit_square(whole, size))
+    difference = np.abs(square.astype(int) - fit(whole, (size, size)))
     assert difference.mean() < 2
     if min(width, height) < 2 * size:
         assert difference.max() == 0
@@ -51,16 +51,16 @@ def test_a_jpeg_is_read_as_if_decoded_whole(tmp_path, width, height, size, orien
 def test_other_jpegs(tmp_path, mode):
     path = tmp_path / "a.jpg"
     Image.fromarray(photograph(128, 128)).convert(mode).save(path, quality=95)
-    expected = fit_square(read_image(path), 64).astype(int)
-    assert np.abs(read_square(path, 64)[0] - expected).mean() < 2
+    expected = fit(read_image(path), (64, 64)).astype(int)
+    assert np.abs(read_fitted(path, (64, 64))[0] - expected).mean() < 2
 
 
 def test_other_formats_are_decoded_whole(tmp_path):
     for name in ("a.png", "a.webp", "a.bmp"):
         Image.fromarray(photograph(128, 96)).save(tmp_path / name)
-        square, shape = read_square(tmp_path / name, 32)
+        square, shape = read_fitted(tmp_path / name, (32, 32))
         assert shape == (96, 128)
-        np.testing.assert_array_equal(square, fit_square(read_image(tmp_path / name), 32))
+        np.testing.assert_array_equal(square, fit(read_image(tmp_path / name), (32, 32)))
 
 
 def test_a_truncated_jpeg_raises(tmp_path):
@@ -69,7 +69,7 @@ def test_a_truncated_jpeg_raises(tmp_path):
     path.write_bytes(path.read_bytes()[:-500])
     assert read_shape(path) == (96, 128)
     with pytest.raises(OSError, match="truncated"):
-        read_square(path, 32)
+        read_fitted(path, (32, 32))
 
 
 @pytest.mark.parametrize("file", ["a.jpg", "a.png", "a.webp", "a.tif", "a.avif", "a.mpo"])
@@ -80,7 +80,7 @@ def test_sizes_from_headers_are_upright(tmp_path, file, orientation):
     Image.new("RGB", (40, 20)).save(tmp_path / file, exif=exif)
     shape = (40, 20) if orientation >= 5 else (20, 40)
     assert read_shape(tmp_path / file) == read_image(tmp_path / file).shape[:2] == shape
-    assert read_square(tmp_path / file, 8)[1] == shape
+    assert read_fitted(tmp_path / file, (8, 8))[1] == shape
 
 
 def _layer(mode, colour):

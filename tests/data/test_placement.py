@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax.data.images import fit_square
+from ldm_jax.data.images import fit
 from ldm_jax.data.placement import Placement
 from ldm_jax.data.transforms import TRANSFORMS
 
@@ -18,9 +18,9 @@ def smooth(height, width):
 @pytest.mark.parametrize("size", [(40, 64), (64, 40), (48, 48), (97, 33)])
 def test_a_map_of_the_file_follows_the_fitted_picture(size):
     image = smooth(*size)
-    where = Placement.centre(size, 32)
+    where = Placement.centre(size, (32, 32))
     assert where.size == (32, 32) and min(where.resized) == 32
-    fitted = fit_square(image, 32)
+    fitted = fit(image, (32, 32))
     brought = where.apply(image[..., 0], smooth=True)
     inner = (slice(2, -2),) * 2
     assert np.abs(fitted[..., 0][inner].astype(int) - brought[inner]).max() <= 6
@@ -31,7 +31,7 @@ def test_a_map_of_the_file_follows_the_fitted_picture(size):
 def test_a_map_follows_every_augmentation(name, seed):
     size = (64, 96)
     image = smooth(*size)
-    example = {"image": fit_square(image, 32), "placement": Placement.centre(size, 32)}
+    example = {"image": fit(image, (32, 32)), "placement": Placement.centre(size, (32, 32))}
     moved = TRANSFORMS[name](example, np.random.default_rng(seed))
     where = moved["placement"]
     assert where.size == moved["image"].shape[:2]
@@ -50,14 +50,14 @@ def test_a_map_follows_every_augmentation(name, seed):
 
 
 def test_flipping_twice_is_nothing():
-    where = Placement.centre((50, 81), 32)
+    where = Placement.centre((50, 81), (32, 32))
     assert where.flipped().flipped() == where
     assert where.flipped().mirrored
 
 
 def test_boxes_follow():
     """A box around the middle of a file twice as wide as high, cropped to its centre square."""
-    where = Placement.centre((32, 64), 32)
+    where = Placement.centre((32, 64), (32, 32))
     box = np.array([[0.5, 0.25, 0.75, 0.75]])
     np.testing.assert_allclose(where.boxes(box), [[0.5, 0.25, 1.0, 0.75]])
     np.testing.assert_allclose(where.flipped().boxes(box), [[0.0, 0.25, 0.5, 0.75]])
@@ -67,7 +67,7 @@ def test_boxes_follow():
 
 def test_nearest_keeps_labels_and_outside_is_filled():
     labels = np.arange(4, dtype=np.int32).reshape(2, 2) * 50
-    where = Placement.centre((2, 2), 4).moved(-1, 0)
+    where = Placement.centre((2, 2), (4, 4)).moved(-1, 0)
     out = where.apply(labels, smooth=False, outside=7)
     assert set(out[1:].ravel()) <= {0, 50, 100, 150} and (out[0] == 7).all()
     repeated = where.apply(labels, smooth=False)
@@ -82,6 +82,6 @@ def test_sources_give_the_placement_of_their_pictures(tmp_path):
     Image.fromarray(smooth(40, 64)).save(tmp_path / "a.png")
     config = ConfigDict(dict(source="folder", path=str(tmp_path), image_size=32, held_out=0.0))
     (example,) = [open_source(config, "train")[0]]
-    assert example["placement"] == Placement.centre((40, 64), 32)
+    assert example["placement"] == Placement.centre((40, 64), (32, 32))
     emoji = open_source(ConfigDict(dict(source="emoji", image_size=32)), "held_out")[0]
-    assert emoji["placement"] == Placement.centre((64, 64), 32)
+    assert emoji["placement"] == Placement.centre((64, 64), (32, 32))

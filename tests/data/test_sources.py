@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import sys
 import zipfile
 from collections import Counter
@@ -33,6 +34,13 @@ def test_split_is_fixed():
     with zipfile.ZipFile(EMOJI_ZIP) as pack:
         records = json.loads(pack.read("emoji.json"))["emoji"]
     assert all(r["held_out"] == is_held_out(r["name"], 0.1) for r in records)
+
+
+def test_the_pictures_are_not_sent_to_worker_processes():
+    source = EmojiSource("held_out")
+    sent = pickle.dumps(source)
+    assert len(sent) < 10_000
+    np.testing.assert_array_equal(pickle.loads(sent)[7]["image"], source[7]["image"])
 
 
 def test_is_held_out_fraction():
@@ -93,7 +101,7 @@ def test_describe_and_placement():
     source = EmojiSource("held_out", image_size=32)
     assert source.left_out == source.lost_captions == {}
     assert same_but_for_pixels(source, -1)["tags"]
-    assert source[0]["placement"] == Placement.centre((64, 64), 32)
+    assert source[0]["placement"] == Placement.centre((64, 64), (32, 32))
     subset = of_classes(source, ["flags"])
     told = [same_but_for_pixels(subset, i)["label"] for i in range(len(subset))]
     assert told and set(told) == {source.classes.index("flags")}
@@ -199,7 +207,7 @@ def test_tfds_examples(tfds_builder):
 def test_tfds_describe_and_placement(tfds_builder, monkeypatch):
     tfds_builder(["train"])
     source = open_tfds("train")
-    assert source[0]["placement"] == Placement.centre((8, 9), 8)
+    assert source[0]["placement"] == Placement.centre((8, 9), (8, 8))
     assert source.left_out == source.lost_captions == {}
     for index in (0, 7, -1):
         same_but_for_pixels(source, index)

@@ -352,3 +352,5 @@ def test_export(layout, files, tmp_path):
 def test_a_layout_that_there_is_not(files, tmp_path):
     with pytest.raises(ValueError, match="layout='onnx': choose one of single_file, compvis, diff"):
         export(tmp_path / "model", *files[1:], layout="onnx")
+    with pytest.raises(ValueError, match="dtype='int8': choose one of float32, float16, bfloat16"):
+        export(tmp_path / "model", *files[1:], dtype="int8")
