@@ -18,6 +18,7 @@ from ldm_jax.interop.opening import open_any
 from ldm_jax.loading import load
 from ldm_jax.metrics.distance import floor, frechet_distance, kernel_distance
 from ldm_jax.metrics.efficientnet import load_extractor
+from ldm_jax.metrics.novelty import novelty
 from ldm_jax.metrics.reconstruction import reconstruction_quality
 from ldm_jax.metrics.retrieval import caption_retrieval
 from ldm_jax.metrics.scene_tasks import judge
@@ -75,7 +76,8 @@ def evaluate(
         conditions = make_conditions(data.get("conditions", {}))
         drawn, images = scene_metrics(pipe, held_out, count, conditions, **asked)
     else:
-        drawn, images = drawn_metrics(pipe, open_source(data, "train"), count, **asked)
+        training = open_source(data, "train")
+        drawn, images = drawn_metrics(pipe, training, count, held_out, **asked)
     return metrics | drawn, images
 
 
@@ -114,6 +116,7 @@ def drawn_metrics(
     pipe: Pipeline,
     source: Source,
     count: int,
+    held_out: Source = (),
     **asked: Any,
 ) -> tuple[dict[str, float], np.ndarray]:
     """Draws one picture for the caption or label of each of `count` examples, evenly spaced in the
@@ -122,7 +125,8 @@ def drawn_metrics(
 
     Returns metrics and the pictures, uint8 (count, H, W, 3). The metrics use EfficientNet-Lite0
     features: FD and KID of the drawn pictures against all of `source`; `fd_floor`, the FD between
-    two halves of `source`; and, for captions, retrieval (`ldm_jax.metrics.retrieval`).
+    two halves of `source`; for captions, retrieval (`ldm_jax.metrics.retrieval`); and, with
+    pictures that are `held_out`, whether the drawn ones are new (`ldm_jax.metrics.novelty`).
 
     Raises:
       ValueError: the model has other conditions, or none of the source's classes.
@@ -135,7 +139,7 @@ def drawn_metrics(
             " too: measure its autoencoder alone, --count=0"
         )
     extract = load_extractor()  # first: it may be missing, and drawing takes minutes
-    source = sample(source)
+    source, fresh = sample(source), [held_out[i]["image"] for i in range(len(held_out))]
     chosen = np.linspace(0, len(source) - 1, count).round().astype(int)
     examples = [source[i] for i in chosen]
     pictures = _draw(pipe, source, examples, **asked)
@@ -158,6 +162,8 @@ def drawn_metrics(
         "fd_floor": floor(real),
         "kid": kernel_distance(fake, real),
     }
+    if fresh:
+        metrics |= novelty(fake, extract(np.stack(fresh) / 255.0), real)
     return {name: float(value) for name, value in metrics.items()}, pictures
 
 

@@ -42,9 +42,11 @@ def test_metrics_without_captions(kind):
         config = config | {"classes": list(Few().classes)}
     model, params = LatentDiffusion.from_config(config), tiny_models.random_params(config)
     metrics, images = drawn_metrics(
-        Pipeline(model, params, config), Few(), 3, steps=2, batch_size=2
+        Pipeline(model, params, config), Few(), 3, Few(), steps=2, batch_size=2
     )
-    assert images.shape == (3, 16, 16, 3) and set(metrics) == {"fd", "fd_floor", "kid"}
+    assert images.shape == (3, 16, 16, 3)
+    assert set(metrics) == {"fd", "fd_floor", "kid", "copied", "novelty_p"}
+    assert metrics["copied"] == 0.0  # noise is far from all of them
 
 
 def test_a_model_of_other_conditions_is_refused():

@@ -7,7 +7,7 @@ import pytest
 
 from ldm_jax.data.conditions import Boxes, LowResolution, Mask
 from ldm_jax.data.scenes import SceneSource
-from ldm_jax.metrics.scene_tasks import JUDGES, judge, overlap
+from ldm_jax.metrics.scene_tasks import JUDGES, biharmonic, judge, overlap
 
 COUNT = 12
 
@@ -37,6 +37,7 @@ def test_the_scenes_themselves(scenes):
     mask = judged(scenes, "mask")
     assert mask["masked_psnr"] == 60.0 and mask["known_error"] == 0.0
     assert 5.0 < mask["mean_colour_psnr"] < 25.0
+    assert mask["biharmonic_psnr"] > mask["mean_colour_psnr"]
     small = judged(scenes, "low_resolution")
     assert small["agreement"] == small["drawn_psnr"] == 60.0 and 15.0 < small["bicubic_psnr"] < 30.0
 
@@ -86,3 +87,20 @@ def test_overlap():
     assert overlap((0, 0, 4, 4), (0, 0, 4, 4)) == 1.0
     assert overlap((0, 0, 4, 4), (2, 0, 4, 4)) == pytest.approx(8 / 24)
     assert overlap((0, 0, 4, 4), (4, 0, 4, 4)) == 0.0
+
+
+def test_biharmonic_surfaces_are_continued():
+    """Cubic polynomials solve Δ²u = 0, on the grid too; known pixels stay."""
+    y, x = np.mgrid[-1:1:32j, -1:1:40j]
+    surfaces = [x**3 - y, x**3 - 3 * x * y**2 + y**2 - x**2, x * y + 0.3 * x]
+    image = np.round(np.stack([127.5 + 50.0 * s for s in surfaces], -1)).astype(np.uint8)
+    mask = np.zeros((32, 40), bool)
+    mask[8:20, 10:30] = True
+    hidden = np.where(mask[..., None], 0, image).astype(np.uint8)
+    filled = biharmonic(hidden, mask)
+    assert np.abs(filled.astype(int) - image).max() <= 6  # of values rounded to 8 bits
+    np.testing.assert_array_equal(filled[~mask], image[~mask])
+    edge = np.zeros((32, 40), bool)
+    edge[:, 35:] = edge[:5] = True
+    grey = np.full_like(image, 77)
+    np.testing.assert_array_equal(biharmonic(np.where(edge[..., None], 0, grey), edge), grey)
