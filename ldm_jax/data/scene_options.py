@@ -29,6 +29,7 @@ class SceneOptions:
       size: the least and the greatest longer side of an object, as shares of the canvas.
       grid: objects begin at multiples of so many pixels, a divisor of 16; at 8, the pixels of a
         latent of an f8 autoencoder, an object has the same latents wherever it stands.
+      grounds: the names of the grounds, of `scene_text.GROUNDS`; empty: all.
       textures: whether half of the grounds are textured.
       train_scenes, held_out_scenes: how many scenes each split has.
       seed: of everything but what is held out.
@@ -39,6 +40,7 @@ class SceneOptions:
     objects: tuple[int, int] = (1, 4)
     size: tuple[float, float] = (0.3125, 0.4375)
     grid: int = 1
+    grounds: tuple[str, ...] = ()
     textures: bool = True
     train_scenes: int = 10_000_000
     held_out_scenes: int = 2_048
@@ -73,6 +75,10 @@ def read_options(options: Mapping[str, Any]) -> SceneOptions:
     if chosen.grid not in GRIDS:
         allowed = ", ".join(map(str, GRIDS))
         raise ValueError(f"data.scenes.grid={chosen.grid}: choose {allowed} pixels")
+    unknown = [name for name in chosen.grounds if name not in scene_text.GROUNDS]
+    if unknown:
+        allowed = ", ".join(scene_text.GROUNDS)
+        raise ValueError(f"data.scenes.grounds: there is no {unknown[0]!r}; choose of {allowed}")
     return chosen
 
 

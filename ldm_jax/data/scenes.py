@@ -122,7 +122,7 @@ class SceneSource:
         self._seed, self._textured = chosen.seed, chosen.textures
         self._grid = chosen.grid
         self._three_fit = bool(fitting(self.sizes, 3, image_size, self._grid))
-        self._tables = _tables(self.kinds, fraction)
+        self._tables = _tables(self.kinds, fraction, tuple(chosen.grounds))
         self._menus = {
             name: self._menu(name == "held_out")
             for name in ("train", "held_out")
@@ -305,7 +305,7 @@ class _Tables:
       relation: bool (2, K, K), [relation, a, b]: "a left of b" is held out.
       count: bool (5, K), from 2 on.
       ground: bool (K, G), of an object alone.
-      shows: bool (K, G), whether the object can be seen on the ground.
+      shows: bool (K, G), whether the object can be seen on the ground, or nowhere better.
       contrast: float (K, G), the share of it that can.
     """
 
@@ -322,7 +322,7 @@ class _Tables:
 
 
 @functools.lru_cache(maxsize=8)
-def _tables(kinds: tuple[str, ...], fraction: float) -> _Tables:
+def _tables(kinds: tuple[str, ...], fraction: float, chosen: tuple[str, ...] = ()) -> _Tables:
     if not 0 <= fraction < 1:
         raise ValueError(f"data.scenes: held out is a share of 0 … 1, below 1, not {fraction}")
 
@@ -332,12 +332,14 @@ def _tables(kinds: tuple[str, ...], fraction: float) -> _Tables:
 
     grounds = tuple(scene_text.GROUNDS)
     shares = np.stack([contrast(name) for name in kinds])
+    if chosen:
+        shares[:, [name not in chosen for name in grounds]] = 0.0
     count = table(range(PER_SCENE + 1), kinds, wording="{} {}")
     count[:2] = False
     return _Tables(
         relation=table(RELATIONS, kinds, kinds, wording="{1} {0} {2}"),
         count=count,
         ground=table(kinds, grounds, wording="{} on {}"),
-        shows=shares >= SHOWS,
+        shows=shares >= np.minimum(SHOWS, shares.max(1, keepdims=True)),
         contrast=shares,
     )

@@ -25,6 +25,7 @@ from ldm_jax.data.splits import is_held_out
 from ldm_jax.data.transforms import flip
 
 MANY = 3000
+FEW = {"held_out_scenes": 100}
 # Captions of the first scenes.
 GOLDEN = [
     "a butterfly above a tractor on a blue background",
@@ -389,6 +390,14 @@ def test_sizes_kinds_and_textures_are_chosen():
     assert {placed.size for scene in scenes for placed in scene.objects} == {32}
     assert {placed.kind for scene in scenes for placed in scene.objects} == set(range(5))
     assert {scene.texture for scene in scenes} == {""}
+    grounds = ("white", "purple")
+    source = SceneSource("all", options={"grounds": grounds, "train_scenes": 100} | FEW)
+    shown = {tuple(scene_text.GROUNDS)[source.scene(i).ground] for i in range(200)}
+    assert shown == set(grounds)
+    # Objects that hardly show on the only ground are drawn alone as well.
+    source = SceneSource(options={"grounds": ("white",), "objects": (1, 1)})
+    alone = {source.scene(i).objects[0].kind for i in range(3000)}
+    assert source.kinds.index("ghost") in alone
     some = SceneSource(options={"names": ("robot", "flag: Japan", "grapes")})
     assert some.classes == ("robot", "flag: Japan", "grapes")
     assert any("grapes" in some.describe(i)["caption"] for i in range(20))
@@ -421,6 +430,7 @@ def test_nothing_held_out():
         ({"size": (0.3, 0.5)}, r"size=\(0.3, 0.5\): .* up to 4 objects"),
         ({"size": (0.4, 0.3)}, r"size=\(0.4, 0.3\): the least and the greatest"),
         ({"grid": 3}, "grid=3: choose 1, 2, 4, 8, 16 pixels"),
+        ({"grounds": ("whit",)}, "grounds: there is no 'whit'; choose of white, grey"),
         ({"train_scenes": 0}, "train_scenes=0: expected 1 or more"),
         ({"held_out_scenes": -1}, "held_out_scenes=-1: expected 0 or more"),
         ({"seed": -1}, "seed=-1: expected 0 or more"),
