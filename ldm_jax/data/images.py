@@ -1,7 +1,7 @@
 """Reading and fitting pictures: any file that Pillow reads becomes an 8-bit square of one size."""
 
 import os
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -40,7 +40,9 @@ def read_mask(path: str | os.PathLike) -> np.ndarray:
     return np.asarray(Image.fromarray(image[..., :3]).convert("L"))
 
 
-def read_square(path: str | os.PathLike, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+def read_square(
+    path: str | os.PathLike | IO[bytes], size: int
+) -> tuple[np.ndarray, tuple[int, int]]:
     """The centre square of a picture file, and (height, width) of the whole file, upright.
 
     The square is `fit_square(read_image(path), size)`, uint8 (size, size, 3 or 4), except that a
@@ -63,7 +65,7 @@ def read_square(path: str | os.PathLike, size: int) -> tuple[np.ndarray, tuple[i
         return np.asarray(ImageOps.exif_transpose(square)), shape
 
 
-def read_shape(path: str | os.PathLike) -> tuple[int, int]:
+def read_shape(path: str | os.PathLike | IO[bytes]) -> tuple[int, int]:
     """(height, width) of a picture file, upright, from its header alone: no pixel is decoded.
 
     Raises:
