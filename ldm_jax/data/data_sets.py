@@ -4,7 +4,7 @@
 - Tars: successive members KEY.jpg (or another picture), and optionally KEY.txt (the caption),
   KEY.json (scores, sizes, a caption) and KEY.cls (the class), as img2dataset and webdataset write.
 - Parquet: a column with the bytes of pictures, or of structs with the field `bytes` as Hugging Face
-  writes; captions are in the first of `CAPTIONS` that there is, classes in `label`.
+  writes (of several, the first of `PICTURES`, else the first); captions are in the first of `CAPTIONS` that there is, classes in `label`.
 
 Keys of JSON and columns are compared without regard to the case of their letters.
 """
@@ -104,7 +104,7 @@ def open_data_set(
       ValueError: there is nothing of this kind, several kinds, or a parquet file without pictures.
       ImportError: pyarrow is not installed.
     """
-    root = os.path.abspath(os.path.expanduser(path))
+    whole = root = os.path.abspath(os.path.expanduser(path))
     if not os.path.exists(root):
         raise FileNotFoundError(f"--source={printable(path)} does not exist")
     if os.path.isdir(root):
@@ -120,7 +120,7 @@ def open_data_set(
     if kind == "auto":
         kind = _recognised(path, found)
     if kind == "folder":
-        return _open_folder(root, folder_options)
+        return _open_folder(whole, folder_options)
     if not found[kind]:
         raise ValueError(f"--source={printable(path)} holds no .{kind} file")
     if kind == "parquet":
@@ -281,8 +281,8 @@ def _open_parquet(path: str, columns: Columns) -> tuple[Any, str, list[str]]:
             )
     pictures = [field.name for field in schema if _holds_bytes(field.type)]
     usual = [name for wanted in PICTURES for name in pictures if name.lower() == wanted]
-    chosen = columns.image if columns.image in pictures else next(iter(usual or pictures), "")
-    if not chosen or (columns.image and chosen != columns.image):
+    usable = [n for n in pictures if n == columns.image] if columns.image else usual or pictures
+    if not usable:
         problem = f"{shown} has no column with the bytes of pictures"
         if any("url" in name.lower() for name in schema.names):
             raise ValueError(
@@ -290,8 +290,8 @@ def _open_parquet(path: str, columns: Columns) -> tuple[Any, str, list[str]]:
                 "(https://github.com/rom1504/img2dataset), then prepare the tars that it writes"
             )
         raise ValueError(f"{problem}; it has {', '.join(schema.names)}")
-    named = {chosen, columns.caption, columns.label}
-    return file, chosen, [n for n in schema.names if n in named or n.lower() in _KEPT]
+    named = {usable[0], columns.caption, columns.label}
+    return file, usable[0], [n for n in schema.names if n in named or n.lower() in _KEPT]
 
 
 def _holds_bytes(kind: Any) -> bool:

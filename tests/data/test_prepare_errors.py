@@ -28,6 +28,12 @@ def test_no_data_set(tmp_path):
     refused(tmp_path, r"/in holds no picture; looked .* png, jpg", kind="folder")
 
 
+def test_one_picture_is_no_data_set(tmp_path):
+    save(tmp_path / "1.png", 0)
+    with pytest.raises(FileNotFoundError, match=r"1\.png' is not a folder"):
+        prepare(str(tmp_path / "1.png"), str(tmp_path / "out"), Options(image_size=8))
+
+
 def test_several_kinds_of_data(tmp_path):
     save(tmp_path / "in" / "1.png", 0)
     write_tar(tmp_path / "in" / "a.tar", {"1.png": encoded(1)})
