@@ -4,7 +4,8 @@
 - Tars: successive members KEY.jpg (or another picture), and optionally KEY.txt (the caption),
   KEY.json (scores, sizes, a caption) and KEY.cls (the class), as img2dataset and webdataset write.
 - Parquet: a column with the bytes of pictures, or of structs with the field `bytes` as Hugging Face
-  writes (of several, the first of `PICTURES`, else the first); captions are in the first of `CAPTIONS` that there is, classes in `label`.
+  writes (of several, the first of `PICTURES`, else the first); captions are in the first of
+  `CAPTIONS` that there is, classes in `label`.
 
 Keys of JSON and columns are compared without regard to the case of their letters.
 """
