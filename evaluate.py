@@ -13,7 +13,9 @@ from ldm_jax.runtime.console import run
 
 MODEL = flags.DEFINE_string("model", "", "A workdir or an exported file; empty: the bundled one.")
 SOURCE = flags.DEFINE_string(
-    "source", "", "Pictures to compare with: emoji, scenes, folder or tfds; empty: as in training."
+    "source",
+    "",
+    "Pictures to compare with: emoji, scenes, folder, shards or tfds; empty: as in training.",
 )
 PATH = flags.DEFINE_string("path", "", "Folder or name of that source.")
 COUNT = flags.DEFINE_integer("count", 512, "Captions or labels, with one picture each; 0: none.")

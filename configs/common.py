@@ -43,7 +43,7 @@ def data(**fields) -> dict:
     """The source of the pictures, and their augmentation."""
     return (
         dict(
-            source="emoji",  # emoji, scenes, folder or tfds; "scenes+emoji": in turn
+            source="emoji",  # emoji, scenes, folder, shards, tfds; "scenes+emoji": in turn
             path="",
             classes=(),  # only these classes; empty: all
             image_size=64,

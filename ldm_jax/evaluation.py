@@ -13,7 +13,7 @@ from ldm_jax.conditions.kinds import SIZES
 from ldm_jax.data.conditions import Condition, check_conditions, make_conditions
 from ldm_jax.data.loader import example_rng
 from ldm_jax.data.scenes import SceneSource
-from ldm_jax.data.sources import Source, open_source, sample
+from ldm_jax.data.sources import WITH_PATH, Source, open_source, sample
 from ldm_jax.interop.opening import open_any
 from ldm_jax.loading import load
 from ldm_jax.metrics.distance import floor, frechet_distance, kernel_distance
@@ -55,7 +55,7 @@ def evaluate(
     size = config.get("image_size", autoencoder.resolution)
     own = config.get("data", {"source": "emoji"})
     chosen = own if source in ("", own["source"]) else {"source": source}
-    if chosen["source"] in ("folder", "tfds") and not path:
+    if chosen["source"] in WITH_PATH and not path:
         raise ValueError(
             f"the pictures to compare with are of source {chosen['source']!r}: name them with "
             "--path, or choose --source=emoji or scenes"

@@ -3,17 +3,17 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, features
 
 from ldm_jax.data.buckets import bucket_shapes, nearest_bucket
 from ldm_jax.data.captions import UNREADABLE, find_captions, read_beside, texts_beside
-from ldm_jax.data.images import WHITE, Colour, picture_entries, read_fitted, read_shape
+from ldm_jax.data.faults import MAX_WARNINGS, Replacements, fault_of, reason_of
+from ldm_jax.data.images import WHITE, Colour, Shape, picture_entries, read_fitted, read_shape
 from ldm_jax.data.index import File, Finding, Listing, examine, folder_index, list_files
 from ldm_jax.data.splits import check_split, in_split, is_held_out
 from ldm_jax.data.text_files import is_utf8, printable
@@ -34,9 +34,7 @@ _ALL_EXTENSIONS = frozenset(EXTENSIONS + FOREIGN)
 CODECS = {"avif": "avif", "webp": "webp", "jp2": "jpg_2000", "j2k": "jpg_2000", "jpx": "jpg_2000"}
 # `picture.depth.png` is a condition of `picture.jpg`, not a picture of the folder.
 ABOUT_ANOTHER = (".depth", ".mask", ".segmentation")
-MAX_WARNINGS = 10
 MAX_LOST = 3  # number of captions named for each reason
-DAMAGED = "damaged"
 
 
 class FolderSource:
@@ -62,6 +60,9 @@ class FolderSource:
     Pictures are decoded when read and not kept. A picture that turns out to be broken then is named
     once, counted, and replaced by the next readable one of its class (of the whole split, if its
     class has none), cyclically; `describe` returns the replacement from then on.
+
+    Attributes:
+      faults: by name, why a file is skipped.
 
     Args:
       path: the folder; `~` is expanded. Nothing is written into it.
@@ -114,7 +115,8 @@ class FolderSource:
         usable = sorted(pictures.keys() - faults.keys(), key=printable)
         captions, lost = find_captions(self._root, pictures, listing.files, texts)
 
-        self.left_out = dict(Counter(_reason(fault) for fault in faults.values()))
+        self.faults = faults
+        self.left_out = dict(Counter(reason_of(fault) for fault in faults.values()))
         self.lost_captions = {reason: len(messages) for reason, messages in lost.items()}
         if self._raise and faults:
             name, fault = next(iter(faults.items()))
@@ -138,8 +140,7 @@ class FolderSource:
             nearest = [nearest_bucket(headers[name].value, possible) for name in self._names]
             used, self.groups = np.unique(np.array(nearest, np.int32), return_inverse=True)
             self.shapes = tuple(possible[i] for i in used)
-        self._replaced: dict[int, int] = {}
-        self._unreadable: set[int] = set()
+        self._replacements = Replacements(self._root, self._labels, self.left_out, self._raise)
         _say(self._root, split, self._messages(listing, faults, lost, usable))
 
     def __len__(self) -> int:
@@ -148,22 +149,14 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
         size = self.shapes[0 if self.groups is None else self.groups[index]]
-        for at in self._candidates(index):
-            try:
-                fitted, shape = read_fitted(self._path(at), size)
-            except Exception as error:  # of many kinds: OSError, SyntaxError, struct.error, ...
-                self._note_unreadable(at, error)
-                continue
-            self._replaced.pop(index, None)
-            if at != index:
-                self._replaced[index] = at
-            return picture_entries(fitted, shape, self._background) | self._describe(at)
-        raise ValueError(f"{printable(self._root)}: no picture can be read any more")
+        read = partial(self._read, size=size)
+        at, (fitted, shape) = self._replacements.read(index, read, self._shown_at)
+        return picture_entries(fitted, shape, self._background) | self._describe(at)
 
     def describe(self, index: int) -> dict[str, Any]:
         """The example without the entries made from its pixels: nothing is read."""
         index = range(len(self))[index]
-        return self._describe(self._replaced.get(index, index))
+        return self._describe(self._replacements[index])
 
     def _describe(self, index: int) -> dict[str, Any]:
         return {
@@ -179,28 +172,11 @@ class FolderSource:
     def _shown(self, name: str) -> str:
         return printable(os.path.join(self._root, name))
 
-    def _candidates(self, index: int) -> Iterator[int]:
-        """`index` and its replacements, in order: the rest of its class, then the others."""
-        yield index
-        later = np.r_[index + 1 : len(self), 0:index]
-        same = np.asarray(self._labels)[later] == self._labels[index]
-        yield from later[same].tolist()
-        yield from later[~same].tolist()
+    def _read(self, index: int, size: Shape) -> tuple[np.ndarray, Shape]:
+        return read_fitted(self._path(index), size)
 
-    def _note_unreadable(self, index: int, error: Exception) -> None:
-        path = self._shown(self._names[index])
-        if not os.path.isdir(self._root):
-            raise FileNotFoundError(f"data.path {printable(self._root)!r} is gone") from error
-        if self._raise:
-            raise ValueError(f"{path}: {_told(error)}") from error
-        if index in self._unreadable:
-            return
-        self._unreadable.add(index)
-        self.left_out[DAMAGED] = self.left_out.get(DAMAGED, 0) + 1
-        if len(self._unreadable) <= MAX_WARNINGS:
-            log.warning("%s cannot be read, another picture replaces it: %s", path, _told(error))
-        elif len(self._unreadable) == MAX_WARNINGS + 1:
-            log.warning("%s: more pictures cannot be read", printable(self._root))
+    def _shown_at(self, index: int) -> str:
+        return self._shown(self._names[index])
 
     def _nothing_usable(self, skipped: int) -> str:
         root = printable(self._root)
@@ -271,13 +247,6 @@ def _faults(listing: Listing, headers: dict[str, Finding], min_size: int) -> dic
     return dict(sorted(faults.items()))
 
 
-def _reason(fault: str) -> str:
-    """A fault without the details of one file."""
-    if "pixels, " in fault:
-        return fault.partition("pixels, ")[2]
-    return fault.partition(":")[0]
-
-
 def _read_header(file: File) -> tuple[tuple[int, int] | None, str]:
     """(height, width) of a picture, or None and the reason; for `index.examine`."""
     if file.size == 0:
@@ -290,15 +259,7 @@ def _read_header(file: File) -> tuple[tuple[int, int] | None, str]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the storage's fault, not the file's
-        return None, _told(error)
-
-
-def _told(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not a picture that Pillow can read"
-    if type(error) is ValueError:  # our own
-        return str(error)
-    return f"{DAMAGED}: {type(error).__name__}: {error}"
+        return None, fault_of(error)
 
 
 @cache

@@ -1,7 +1,7 @@
 """Reading and fitting pictures: any file that Pillow reads becomes 8-bit and of one shape."""
 
 import os
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -41,7 +41,7 @@ def read_mask(path: str | os.PathLike) -> np.ndarray:
     return np.asarray(Image.fromarray(image[..., :3]).convert("L"))
 
 
-def read_fitted(path: str | os.PathLike, size: Shape) -> tuple[np.ndarray, Shape]:
+def read_fitted(path: str | os.PathLike | IO[bytes], size: Shape) -> tuple[np.ndarray, Shape]:
     """The centre of a picture file, and (height, width) of the whole file, upright.
 
     The centre is `fit(read_image(path), size)`, uint8 (h, w, 3 or 4), except that a JPEG of at
@@ -65,7 +65,7 @@ def read_fitted(path: str | os.PathLike, size: Shape) -> tuple[np.ndarray, Shape
         return np.asarray(ImageOps.exif_transpose(fitted)), shape
 
 
-def read_shape(path: str | os.PathLike) -> tuple[int, int]:
+def read_shape(path: str | os.PathLike | IO[bytes]) -> tuple[int, int]:
     """(height, width) of a picture file, upright, from its header alone: no pixel is decoded.
 
     Raises:

@@ -350,11 +350,17 @@ def _prepare_worker() -> None:
     # 0, which to grain means that the worker is still running.
     util.Finalize(None, os._exit, args=(1,), exitpriority=-100)
 
-    def follow_parent() -> None:
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Makes this process, a worker, end when its parent is killed."""
+
+    def follow() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=follow_parent, daemon=True).start()
+    threading.Thread(target=follow, daemon=True).start()
 
 
 @contextmanager

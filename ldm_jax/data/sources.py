@@ -1,4 +1,5 @@
-"""Where pictures come from: the embedded emoji, scenes of them, a folder, a TensorFlow data set.
+"""Where pictures come from: the embedded emoji, scenes of them, a folder, prepared shards, a
+TensorFlow data set.
 
 A source is a random-access sequence of examples, each a dict:
 
@@ -27,6 +28,7 @@ from ldm_jax.data.folder import FolderSource
 from ldm_jax.data.images import WHITE, Colour, fit, picture_entries
 from ldm_jax.data.mixture import Mixture
 from ldm_jax.data.scenes import SceneSource
+from ldm_jax.data.shards import ShardSource
 from ldm_jax.data.splits import check_split
 
 
@@ -191,7 +193,9 @@ def sample(source: Source, count: int = 10_000) -> Source:
     return source
 
 
-SOURCES = ("emoji", "scenes", "folder", "tfds")
+SOURCES = ("emoji", "scenes", "folder", "shards", "tfds")
+# Those that `data.path` names.
+WITH_PATH = ("folder", "shards", "tfds")
 
 
 def open_source(config: Any, split: str = "train", index: str | Path | None = None) -> Source:
@@ -202,10 +206,10 @@ def open_source(config: Any, split: str = "train", index: str | Path | None = No
 
     Args:
       config: ConfigDict with `source`, one of SOURCES or several in turn ("scenes+emoji", a
-        `Mixture`), `image_size`, and optionally `path` (a folder or the name of a TensorFlow data
-        set), `background` (what transparent pixels are composited on, white), `held_out` (0.1; the
-        emoji's is fixed), `on_error` ("skip") and `min_size` (folders), `scenes` (see
-        `scene_options`), `classes` (only these; all if empty).
+        `Mixture`), `image_size`, and optionally `path` (a folder, of pictures or of shards, or the
+        name of a TensorFlow data set), `background` (what transparent pixels are composited on,
+        white), `held_out` (0.1; the emoji's is fixed), `on_error` ("skip"; folders and shards),
+        `min_size` (folders), `scenes` (see `scene_options`), `classes` (only these; all if empty).
       split: "train", "held_out" or "all".
       index: the file that stores the findings in a folder between starts; None: no file.
 
@@ -255,7 +259,7 @@ def _mixture(config: Any, names: Sequence[str], split: str, index: str | Path | 
 def _open(config: Any, split: str, index: str | Path | None) -> Source:
     common = {"image_size": config.image_size, "background": config.get("background", WHITE)}
     fraction = config.get("held_out", 0.1)
-    if config.source in ("folder", "tfds") and not config.get("path"):
+    if config.source in WITH_PATH and not config.get("path"):
         raise ValueError(f"data.source={config.source!r} needs data.path")
     match config.source:
         case "emoji":
@@ -274,6 +278,9 @@ def _open(config: Any, split: str, index: str | Path | None) -> Source:
                 buckets=config.get("buckets", False) and split == "train",
                 **common,
             )
+        case "shards":
+            on_error = config.get("on_error", "skip")
+            return ShardSource(config.path, split, held_out=fraction, on_error=on_error, **common)
         case "tfds":
             return TfdsSource(config.path, split, held_out=fraction, **common)
     raise ValueError(f"unknown data.source {config.source!r}; choose one of {', '.join(SOURCES)}")

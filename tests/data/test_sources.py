@@ -137,7 +137,9 @@ def test_open_source_passes_the_fields_on():
 
 
 def test_unknown_choices():
-    with pytest.raises(ValueError, match="'laion'; choose one of emoji, scenes, folder, tfds"):
+    with pytest.raises(
+        ValueError, match="'laion'; choose one of emoji, scenes, folder, shards, tfds"
+    ):
         open_source(ConfigDict({"source": "laion", "image_size": 64}))
     with pytest.raises(ValueError, match="data.source='folder' needs data.path"):
         open_source(ConfigDict({"source": "folder", "path": "", "image_size": 64}))
