@@ -4,7 +4,7 @@ VENV := .venv
 PARITY_VENV := .venv-parity
 WORKDIR ?= runs/demo
 DEMO_FLAGS ?=
-PROMPTS := --prompt="red apple" --prompt="cat face" --prompt="hamburger" --prompt="tulip" --prompt="octopus"
+PROMPTS := --prompt="a cat left of a star" --prompt="two red apples" --prompt="a rocket above a house" --prompt="a dog on a blue ground"
 
 # The Python of the environment that is there already, else the newest that can make one.
 SUITS := import ensurepip, os, sys, venv; v = sys.version_info[:2]; \
@@ -37,10 +37,14 @@ help:  ## show this list (the default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Options: PYTHON=python3.12 (any target), DEMO_FLAGS='--config.train.steps=60', WORKDIR=runs/demo"
 
-demo: $(RUNTIME)  ## train text-to-image on the embedded pictures, then draw with it and with the bundled model
+demo: $(RUNTIME)  ## train text-to-image on scenes, then draw and measure it and the bundled model
 	$(BIN)/python train.py --config=configs/txt2img.py:demo --workdir=$(WORKDIR) $(DEMO_FLAGS)
 	$(BIN)/python sample.py --model=$(WORKDIR) $(PROMPTS) --out=$(WORKDIR)/pictures
 	$(BIN)/python sample.py $(PROMPTS) --out=out/shipped
+	@echo "Scenes with combinations that were never trained, drawn and read: the model just trained"
+	$(BIN)/python evaluate.py --model=$(WORKDIR) --count=128 --out=$(WORKDIR)/unseen
+	@echo "The same of the bundled model, with ten times as many kinds of object"
+	$(BIN)/python evaluate.py --count=128 --out=out/unseen
 	@echo "The model just trained:  $(WORKDIR)/pictures/grid.png, its run: $(WORKDIR)/report.html"
 	@echo "The bundled model:       out/shipped/grid.png"
 

@@ -89,4 +89,4 @@ def smoke() -> ml_collections.ConfigDict:
 
 
 VARIANTS = {"emoji": emoji, "scenes": scenes, "decoder": decoder, "vq": vq, "smoke": smoke}
-get_config = common.chooser("autoencoder", VARIANTS)
+get_config = common.chooser("autoencoder", VARIANTS, "emoji")

@@ -1,12 +1,12 @@
 """Class to image: a latent diffusion model of a class, on the bundled autoencoder.
 
     python train.py --config=configs/class2img.py --workdir=runs/class2img
-    python sample.py --model=runs/class2img --label="food & drink" --n=8
+    python sample.py --model=runs/class2img --label=panda --n=8
 
 Variants, as in --config=configs/class2img.py:smoke
 
-    emoji   all 1,697 training emoji in their nine groups (default)
-    scenes  one object of 120 kinds, anywhere
+    scenes  one object of 120 kinds, anywhere (default)
+    emoji   all 1,697 training emoji in their nine groups
     smoke   a few steps of a tiny network, for tests
 
 On your own pictures, in a folder for each class:
@@ -51,5 +51,5 @@ def smoke() -> ml_collections.ConfigDict:
     return common.smoke(emoji())
 
 
-VARIANTS = {"emoji": emoji, "scenes": scenes, "smoke": smoke}
+VARIANTS = {"scenes": scenes, "emoji": emoji, "smoke": smoke}
 get_config = common.chooser("class2img", VARIANTS)

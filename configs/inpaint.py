@@ -41,4 +41,4 @@ def smoke() -> ml_collections.ConfigDict:
 
 
 VARIANTS = {"scenes": scenes, "smoke": smoke}
-get_config = common.chooser("inpaint", VARIANTS, "scenes")
+get_config = common.chooser("inpaint", VARIANTS)

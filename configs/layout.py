@@ -51,4 +51,4 @@ def smoke() -> ml_collections.ConfigDict:
 
 
 VARIANTS = {"scenes": scenes, "smoke": smoke}
-get_config = common.chooser("layout", VARIANTS, "scenes")
+get_config = common.chooser("layout", VARIANTS)

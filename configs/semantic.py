@@ -43,4 +43,4 @@ def smoke() -> ml_collections.ConfigDict:
 
 
 VARIANTS = {"scenes": scenes, "smoke": smoke}
-get_config = common.chooser("semantic", VARIANTS, "scenes")
+get_config = common.chooser("semantic", VARIANTS)

@@ -43,4 +43,4 @@ def smoke() -> ml_collections.ConfigDict:
 
 VARIANTS = {"scenes": scenes, "smoke": smoke}
 VARIANTS |= {name: partial(scenes, name) for name in ("bsrgan", "bsrgan_light")}
-get_config = common.chooser("superres", VARIANTS, "scenes")
+get_config = common.chooser("superres", VARIANTS)

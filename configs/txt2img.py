@@ -1,13 +1,14 @@
 """Stage 2: text to image with a UNet and a text transformer.
 
     python train.py --config=configs/txt2img.py --workdir=runs/txt2img
-    python sample.py --model=runs/txt2img --prompt="red apple" --n=8
+    python sample.py --model=runs/txt2img --prompt="a red apple left of a cat" --n=8
+    python evaluate.py --model=runs/txt2img
 
 Variants, as in --config=configs/txt2img.py:demo
 
-    emoji   all 1,697 training emoji, 64 px (default; an hour and a half on two CPU cores)
-    scenes  one to four objects of 120 kinds, 64 px, never the same twice (hours on two CPU cores)
-    demo    food, drink, animals and nature only: 262 pictures, minutes on two CPU cores
+    scenes  one to four objects of 120 kinds on white, 64 px (default; two hours on two CPU cores)
+    demo    one or two objects of 12 kinds, minutes on two CPU cores
+    emoji   1,697 single emoji, which the model memorises (an hour and a half)
     smoke   a few steps of a tiny network, for tests
 
 On your own pictures, with captions in .txt files beside them or in a metadata.jsonl:
@@ -24,11 +25,6 @@ from configs import common
 
 PROMPTS = ("red apple", "cat face", "smiling face with sunglasses", "rocket", "rainbow")
 SCENES = ("a cat left of a star", "three tulips", "a rocket above a house", "a panda")
-# Objects of one size on plain grounds, at multiples of half of a latent's pixels: a network of this
-# size learns how they are put together, and not how each looks at every pixel.
-COMPOSED = dict(
-    size=(0.4375, 0.4375), grid=4, textures=False, train_scenes=100_000, held_out_scenes=512
-)
 
 
 def text(vocabulary: str, max_length: int) -> dict:
@@ -39,10 +35,7 @@ def text(vocabulary: str, max_length: int) -> dict:
 
 def scenes() -> ml_collections.ConfigDict:
     sampling = dict(prompts=SCENES, guidance=2.0)
-    config = common.small_diffusion(text("scenes", 24), sampling, context_dim=128)
-    config.data.update(source="scenes", scenes=common.scenes(**COMPOSED, kinds=120))
-    config.train.update(steps=7500)
-    return config
+    return common.scenes_diffusion(text("scenes", 24), sampling, context_dim=128)
 
 
 def emoji() -> ml_collections.ConfigDict:
@@ -53,12 +46,11 @@ def emoji() -> ml_collections.ConfigDict:
 
 
 def demo() -> ml_collections.ConfigDict:
-    config = emoji()
-    config.data.classes = ("food & drink", "animals & nature")
+    config = scenes()
+    config.data.scenes.update(kinds=12, objects=(1, 2), train_scenes=20_000, held_out_scenes=256)
     config.optimizer.warmup = 100
     config.train.update(steps=800, ema_decay=0.99, log_every=50)
     config.train.update(checkpoint_every=200, preview_every=200)
-    config.sampling.prompts = ("red apple", "cat face", "hamburger", "tulip", "octopus")
     return config
 
 
@@ -70,5 +62,5 @@ def smoke() -> ml_collections.ConfigDict:
     return config
 
 
-VARIANTS = {"emoji": emoji, "scenes": scenes, "demo": demo, "smoke": smoke}
+VARIANTS = {"scenes": scenes, "demo": demo, "emoji": emoji, "smoke": smoke}
 get_config = common.chooser("txt2img", VARIANTS)

@@ -5,8 +5,8 @@
 
 Variants, as in --config=configs/unconditional.py:smoke
 
-    emoji   all 1,697 training emoji (default)
-    scenes  scenes of 120 kinds of object
+    scenes  scenes of 120 kinds of object (default)
+    emoji   all 1,697 training emoji
     smoke   a few steps of a tiny network, for tests
 
 On your own pictures:
@@ -34,5 +34,5 @@ def smoke() -> ml_collections.ConfigDict:
     return common.smoke(emoji())
 
 
-VARIANTS = {"emoji": emoji, "scenes": scenes, "smoke": smoke}
+VARIANTS = {"scenes": scenes, "emoji": emoji, "smoke": smoke}
 get_config = common.chooser("unconditional", VARIANTS)

@@ -2,26 +2,41 @@
 
     python -m scripts.draw_docs
 
-docs/pictures: `shipped.png`, evenly spaced training captions; `edits.png`, a row for each edit of
-docs/samplers.md; `drawn_by.png`, the same noise through every sampler.
+docs/pictures: `shipped.png`, held-out scenes with their captions, in order; `edits.png`, a row for
+each edit of docs/samplers.md; `drawn_by.png`, the same noise through every sampler.
 """
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
 import ldm_jax
-from ldm_jax.data.sources import EmojiSource
+from ldm_jax.data.sources import open_source
 from ldm_jax.diffusion.editing import slerp
 from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.gallery import Edit
-from ldm_jax.pictures import image_grid, save_png, to_uint8
+from ldm_jax.pictures import save_png, to_uint8
 from ldm_jax.runtime.compile_cache import use_compile_cache
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 MARGIN, GAP = 176, 4  # of a labelled sheet, in pixels
-PROMPTS = ("red apple", "cat face", "smiling face with sunglasses", "rocket", "rainbow", "octopus")
+PROMPTS = (
+    "a cat left of a star",
+    "two red apples",
+    "a rocket above a house",
+    "three tulips",
+    "a dog on a blue ground",
+    "a panda and a banana",
+)
+COLUMNS, ROWS, CELL, LINES = (
+    6,
+    4,
+    152,
+    4,
+)  # of `shipped.png`; a cell's width in pixels, lines of text
 
 
 def labelled(rows: dict[str, list[np.ndarray]], path: Path) -> None:
@@ -41,55 +56,69 @@ def labelled(rows: dict[str, list[np.ndarray]], path: Path) -> None:
 
 
 def shipped(pipe: ldm_jax.Pipeline) -> None:
-    source = EmojiSource("train")
-    chosen = np.linspace(0, len(source) - 1, 128).round().astype(int)
-    captions = [source[i]["caption"] for i in chosen]
-    save_png(PICTURES / "shipped.png", image_grid(to_uint8(pipe(captions)), 16))
+    """The first held-out scenes, none left out, twice as large and with their captions."""
+    source = open_source(ConfigDict(pipe.config["data"] | {"image_size": 64}), "held_out")
+    captions = [source.describe(i)["caption"] for i in range(COLUMNS * ROWS)]
+    font, side = ImageFont.load_default(11), 128
+    height = side + 4 + 14 * LINES
+    sheet = Image.new("RGB", (COLUMNS * CELL, ROWS * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, image in enumerate(to_uint8(pipe(captions, seed=0))):
+        left, top = i % COLUMNS * CELL, i // COLUMNS * height
+        large = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+        sheet.paste(large, (left + (CELL - side) // 2, top))
+        text = textwrap.fill(captions[i], 25, max_lines=LINES)
+        pen.multiline_text((left + 12, top + side + 2), text, "black", font, spacing=1)
+    save_png(PICTURES / "shipped.png", np.asarray(sheet))
 
 
 def edits(pipe: ldm_jax.Pipeline) -> None:
-    source = EmojiSource("train")
-    captions = [source[i]["caption"] for i in range(len(source))]
-    cat = source[captions.index("cat face")]["image"]
-    mask = np.zeros((64, 64), bool)
-    mask[34:] = True
-    wide = np.pad(cat, ((0, 0), (32, 32), (0, 0)), mode="edge")
+    scene = to_uint8(pipe("a cat left of a star", seed=0))[0]
+    half = np.zeros((64, 64), bool)
+    half[:, 32:] = True
+    wide = np.pad(scene, ((0, 0), (32, 32), (0, 0)), mode="edge")
     beside = np.ones((64, 128), bool)
     beside[:, 32:96] = False
-    animals = ["smiling cat with heart-eyes", "tiger face", "monkey face", "fox", "dog face"]
-    path = "cat.png"
-    save_png(path, cat)
-    inverted, _ = Edit(path, source="cat face").arguments(pipe, 50)
+    path = "scene.png"
+    save_png(path, scene)
+    inverted, _ = Edit(path, source="a cat left of a star").arguments(pipe, 50)
     Path(path).unlink()
     ends = [pipe.noise(seed)[0] for seed in (4, 5)]
     between = np.asarray(slerp(*ends, np.linspace(0.0, 1.0, 7)))
-    hidden = np.where(mask[..., None], np.uint8(200), cat)
+    hidden = np.where(half[..., None], np.uint8(200), scene)
+    others = ("star", "rocket", "red apple", "banana", "house")
 
     def to_bytes(images):
         return list(to_uint8(images))
 
     rows = {
-        "image to image,\nstrength 0.02 … 0.5": [
-            cat,
+        "image to image,\nstrength 0.3 … 0.9": [
+            scene,
             *(
-                to_bytes(pipe("dog face", image=cat, strength=s, guidance=1.0))[0]
-                for s in (0.02, 0.06, 0.1, 0.2, 0.5)
+                to_bytes(pipe("a dog left of a star", image=scene, strength=s))[0]
+                for s in (0.3, 0.5, 0.6, 0.7, 0.9)
             ),
         ],
-        "inpainting,\nfive prompts": [hidden, *to_bytes(pipe(animals, image=cat, mask=mask))],
-        "outpainting": [cat, *to_bytes(pipe("red heart", image=wide, mask=beside, n=2, tile=64))],
+        "inpainting,\nfive prompts": [
+            hidden,
+            *to_bytes(pipe([f"a cat left of a {o}" for o in others], image=scene, mask=half)),
+        ],
+        "outpainting": [
+            scene,
+            *to_bytes(pipe("a cat left of a star", image=wide, mask=beside, n=2, tile=64)),
+        ],
         "inversion, then\nanother prompt": [
-            cat,
+            scene,
             *(
                 to_bytes(pipe(p, **inverted, guidance=1.0))[0]
-                for p in ("cat face", "dog face", "tiger face", "monkey face")
+                for p in (f"a {o} left of a star" for o in ("cat", "dog", "panda", "tiger"))
             ),
         ],
         "from one seed's noise to\nthe next, no prompt": to_bytes(
             pipe("", n=7, latents=between, guidance=1.0)
         ),
         "larger than trained,\nin tiles": to_bytes(
-            pipe(["water wave", "sunrise over mountains"], width=192, tile=64)
+            pipe(["a cat", "two red apples"], width=192, tile=64)
         ),
     }
     labelled(rows, PICTURES / "edits.png")

@@ -9,7 +9,7 @@ import pytest
 
 import ldm_jax
 from ldm_jax.conditions.requests import label_index, label_name
-from ldm_jax.data.sources import EmojiSource
+from ldm_jax.data.scenes import SceneSource
 from ldm_jax.diffusion.plan import Guidance, Sampling
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.pipeline import Pipeline
@@ -25,8 +25,16 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    return np.stack([EmojiSource("held_out")[i]["image"] for i in range(2)])
+def scenes(pipe):
+    """Two that the model was not trained on: captions and pictures."""
+    source = SceneSource("held_out", 64, pipe.config["data"]["scenes"])
+    examples = [source[i] for i in range(2)]
+    return [e["caption"] for e in examples], np.stack([e["image"] for e in examples])
+
+
+@pytest.fixture(scope="module")
+def pictures(scenes):
+    return scenes[1]
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +116,9 @@ def test_inversion_finds_noise_that_draws_the_picture_again(pipe, pictures):
     assert np.abs(other - reconstructed).mean() > 0.1
 
 
-def test_inversion_of_what_the_model_knows_is_unit_noise(pipe):
-    source = EmojiSource("train")
-    known = [source[i] for i in (0, 900)]
-    images = np.stack([example["image"] for example in known])
-    noise = pipe.invert(images, [example["caption"] for example in known], steps=20)
+def test_inversion_of_what_the_model_knows_is_unit_noise(pipe, scenes):
+    captions, images = scenes
+    noise = pipe.invert(images, captions, steps=20)
     assert 0.7 < noise.std() < 1.3
 
 

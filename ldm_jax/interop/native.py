@@ -25,7 +25,7 @@ from ldm_jax.interop.files import Tensors, write_safetensors
 from ldm_jax.version import __version__
 
 FORMAT = "ldm_jax"
-BUNDLED = Path(__file__).parents[1] / "weights" / "emoji.safetensors"
+BUNDLED = Path(__file__).parents[1] / "weights" / "bundled.safetensors"
 
 
 def save_model(

@@ -124,7 +124,7 @@ BAD = {
         lambda c: c.update(conditioning=system("stable-diffusion-1-inpainting")["conditioning"]),
         "conditioning.masked_image needs the entry 'mask'"),
     "another autoencoder": (
-        lambda c: c.update(first_stage=str(ROOT / "ldm_jax/weights/emoji.safetensors")),
+        lambda c: c.update(first_stage=str(ROOT / "ldm_jax/weights/bundled.safetensors")),
         r"has latents of 16 channels at 1/8 of the size, and unet.out_channels is 4"),
     "latents": (lambda c: c.update(latents="disk"), "latents='disk': choose one of memory, step"),
     "text states": (
