@@ -4,7 +4,7 @@ VENV := .venv
 PARITY_VENV := .venv-parity
 WORKDIR ?= runs/demo
 DEMO_FLAGS ?=
-PROMPTS := --prompt="a cat left of a star" --prompt="two red apples" --prompt="a rocket above a house" --prompt="a dog on a blue ground"
+PROMPTS := --prompt="a cat left of a star" --prompt="two red apples" --prompt="a rocket above a house" --prompt="a dog"
 
 # The Python of the environment that is there already, else the newest that can make one.
 SUITS := import ensurepip, os, sys, venv; v = sys.version_info[:2]; \

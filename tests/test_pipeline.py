@@ -10,6 +10,7 @@ import pytest
 import ldm_jax
 from ldm_jax.conditions.requests import label_index, label_name
 from ldm_jax.data.scenes import SceneSource
+from ldm_jax.data.sources import EmojiSource
 from ldm_jax.diffusion.plan import Guidance, Sampling
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.pipeline import Pipeline
