@@ -13,9 +13,9 @@ from ldm_jax.diffusion.objective import Objective
 from ldm_jax.diffusion.process import Diffusion
 
 SCENE_KINDS = 120  # of object, in the configs that train on scenes
-# Objects of one size on white, at multiples of half of a latent's pixels: a small network learns how
-# they are put together, and not how each looks at every pixel and on every ground, on which the
-# bundled autoencoder's latents depend.
+# Objects of one size on white, at multiples of half of a latent's pixels: a small network learns
+# how they are put together, and not how each looks at every pixel and on every ground, on which
+# the bundled autoencoder's latents depend.
 COMPOSED = dict(
     kinds=SCENE_KINDS,
     size=(0.4375, 0.4375),
