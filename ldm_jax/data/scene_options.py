@@ -28,7 +28,7 @@ class SceneOptions:
       objects: the least and the most in a scene, within 1 … 4.
       size: the least and the greatest longer side of an object, as shares of the canvas.
       grid: objects begin at multiples of so many pixels, a divisor of 16; at 8, the pixels of a
-        latent of an f8 autoencoder, an object has the same latents wherever it stands.
+        latent of an f8 autoencoder, an object covers the latents alike wherever it stands.
       grounds: the names of the grounds, of `scene_text.GROUNDS`; empty: all.
       textures: whether half of the grounds are textured.
       train_scenes, held_out_scenes: how many scenes each split has.

@@ -333,7 +333,7 @@ def _tables(kinds: tuple[str, ...], fraction: float, chosen: tuple[str, ...] = (
     grounds = tuple(scene_text.GROUNDS)
     shares = np.stack([contrast(name) for name in kinds])
     if chosen:
-        shares[:, [name not in chosen for name in grounds]] = 0.0
+        shares[:, [name not in chosen for name in grounds]] = -1.0  # below any share
     count = table(range(PER_SCENE + 1), kinds, wording="{} {}")
     count[:2] = False
     return _Tables(
