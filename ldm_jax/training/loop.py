@@ -248,9 +248,9 @@ def _compile_step(run: Run, phase: Hashable, batch: dict[str, jax.Array]) -> Cal
     return program
 
 
-def _shapes(batch: dict[str, jax.Array]) -> tuple[tuple[int, ...], ...]:
-    """The shapes of a batch's entries, in their order."""
-    return tuple(array.shape for array in batch.values())
+def _shapes(batch: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a batch's arrays, in their order. Text states that are kept hold several."""
+    return tuple(array.shape for array in jax.tree.leaves(batch))
 
 
 def _compute(mesh: Mesh, function: Callable, *args: Any) -> Any:
