@@ -4,22 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ldm_jax.models.dot_product import attend
 from ldm_jax.models.layers import GroupNorm, conv, uniform_init
-
-
-def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Multi-head attention softmax(QKᵀ/√d)V (Vaswani et al. 2017, eq. 1), softmax in float32.
-
-    The products are over (batch, heads, tokens, d): with the heads after the tokens, as in the
-    arguments and in `jax.nn.dot_product_attention`, XLA takes several times as long on a CPU and
-    reads 1.5 times as much on a TPU.
-
-    Args: query (B, L, heads, d); key and value (B, S, heads, d). Returns (B, L, heads, d).
-    """
-    query, key, value = (jnp.swapaxes(a, 1, 2) for a in (query, key, value))
-    logits = jnp.einsum("bhld,bhsd->bhls", query, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1).astype(value.dtype)
-    return jnp.swapaxes(jnp.einsum("bhls,bhsd->bhld", weights, value), 1, 2)
 
 
 class Attention(nn.Module):

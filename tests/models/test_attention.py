@@ -10,8 +10,8 @@ from ldm_jax.models.attention import (
     FeedForward,
     SpatialSelfAttention,
     SpatialTransformer,
-    attend,
 )
+from ldm_jax.models.dot_product import AT_A_TIME, attend
 from tests.models.torch_layout import AUTOENCODER, UNET
 
 BLOCKS = {
@@ -57,3 +57,78 @@ def test_softmax_in_float32():
     found = attend(query, key, value)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(jnp.float32), 1 / (1 + np.exp(-1)), rtol=0.01)
+
+
+def plain(query, key, value):
+    """The definition, which keeps all weights."""
+    logits = jnp.einsum("blhd,bshd->bhls", query, key) / np.sqrt(query.shape[-1])
+    return jnp.einsum("bhls,bshd->blhd", jax.nn.softmax(logits, axis=-1), value)
+
+
+def inputs(queries, keys, heads, width, batch=2):
+    draw = np.random.default_rng(0).normal
+    shapes = ((batch, n, heads, width) for n in (queries, keys, keys, queries))
+    return [jnp.asarray(draw(size=shape), jnp.float32) for shape in shapes]
+
+
+def whiles(function, *arrays):
+    """The number of loops in the compiled program."""
+    return jax.jit(function).lower(*arrays).compile().as_text().count(" while(")
+
+
+@pytest.mark.parametrize(
+    "shape, limit, loops",
+    [
+        ((16, 24, 4, 8), 2**20, 0),  # all at a time
+        ((16, 24, 4, 8), 2 * 4 * 2 * 16 * 24, 1),  # two heads at a time
+        ((128, 24, 1, 8), 4 * 2 * 64 * 24, 1),  # half of the queries
+        ((128, 24, 2, 8), 4 * 2 * 64 * 24, 2),  # both
+        ((97, 24, 1, 8), 1, 0),  # a prime number of queries has no parts
+    ],
+)
+def test_value_and_gradient_whatever_is_computed_at_a_time(shape, limit, loops, monkeypatch):
+    monkeypatch.setitem(AT_A_TIME, "cpu", limit)
+    *arrays, weight = inputs(*shape)
+
+    def loss(attention):
+        return lambda *arrays: jnp.sum(weight * attention(*arrays))
+
+    np.testing.assert_allclose(attend(*arrays), plain(*arrays), atol=2e-6)
+    found = jax.jit(jax.grad(loss(attend), (0, 1, 2)))(*arrays)
+    expected = jax.grad(loss(plain), (0, 1, 2))(*arrays)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6)
+    assert whiles(lambda *arrays: attend(*arrays), *arrays) == loops
+
+
+def test_gradients_keep_the_type_of_the_inputs():
+    *arrays, weight = (a.astype(jnp.bfloat16) for a in inputs(16, 24, 4, 8))
+    found = jax.grad(lambda *a: jnp.sum(weight * attend(*a)), (0, 1, 2))(*arrays)
+    exact = [a.astype(jnp.float32) for a in arrays]
+    expected = jax.grad(lambda *a: jnp.sum(weight * plain(*a)), (0, 1, 2))(*exact)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.05)
+
+
+def test_a_training_step_keeps_no_weights():
+    """The memory of the gradient grows by the parts' weights, not by all of them."""
+    *arrays, _ = inputs(1024, 1024, 8, 8, batch=8)
+    weights = 4 * 8 * 8 * 1024 * 1024
+
+    def temporaries(attention):
+        gradient = jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(attention(*a))), (0, 1, 2)))
+        return gradient.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(attend) < weights / 4 < weights < temporaries(plain)
+
+
+def test_a_mesh_gathers_nothing(monkeypatch):
+    """The batch is never cut, so devices that hold rows of it send each other nothing."""
+    monkeypatch.setitem(AT_A_TIME, "cpu", 1)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    *arrays, _ = (jax.device_put(a, rows) for a in inputs(128, 24, 2, 8, batch=8))
+    gradient = jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(attend(*a))), (0, 1, 2)))
+    program = gradient.lower(*arrays).compile().as_text()
+    assert "all-gather" not in program and "all-to-all" not in program

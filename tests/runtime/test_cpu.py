@@ -1,8 +1,17 @@
 """The CPU flag is set where it is known, and only there."""
 
+from importlib import metadata
+
 import pytest
 
 from ldm_jax.runtime import cpu
+
+INSTALLED = metadata.version("jaxlib")
+
+
+def test_this_jaxlib_was_measured():
+    """Red with a new one: run `python -m benchmarks.unet` with and without the flag."""
+    assert tuple(int(part) for part in INSTALLED.split(".")[:2]) in cpu.PAYS
 
 
 @pytest.fixture(autouse=True)
