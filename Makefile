@@ -52,7 +52,7 @@ test: lint  ## lint, then every test except the long ones
 	$(BIN)/python -m pytest -m "not long" -n 2 --durations=10
 
 long: $(TEST)  ## the tests that take minutes each
-	$(BIN)/python -m pytest -m long -n 2
+	$(BIN)/python -m pytest -m long -n 2 --durations=20
 
 parity: $(PARITY)  ## compare with diffusers, transformers, CompVis' code … (1.5 GB of torch)
 	$(PARITY_VENV)/bin/python -m pytest parity --disable-warnings

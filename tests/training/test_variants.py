@@ -20,6 +20,8 @@ TRACED = ("autoencoder:emoji", "txt2img:emoji", "class2img:emoji", "unconditiona
 TRACED += ("autoencoder:scenes", "txt2img:scenes", "class2img:scenes", "unconditional:scenes")
 TRACED += ("txt2img:demo", "inpaint:scenes", "superres:scenes", "semantic:scenes", "layout:scenes")
 TRACED += ("superres:bsrgan", "superres:bsrgan_light")
+# Trained whole in tests/test_end_to_end.py, or by a smaller variant with the same conditions.
+TRACED += ("autoencoder:smoke", "txt2img:smoke", "unconditional:smoke")
 TRACED += tuple(
     f"published:{name}"
     for name in (
@@ -29,6 +31,8 @@ TRACED += tuple(
         *("sd1-inpainting", "sd2", "sd2-v", "sd2-inpainting", "sd2-unclip-l", "sdxl-refiner"),
         *("sgm-imagenet-kl_f8_8chn", "sgm-imagenet-f8_cond", "sgm-txt2img-clipl"),
         *("sgm-cifar10_cond", "adm-128", "adm-256", "adm-256-uncond", "adm-512"),
+        *("vq-f4-noattn", "celeba256", "layout2img-openimages256", "semantic_synthesis256"),
+        *("bsr_sr", "inpainting_big", "sgm-mnist", "sgm-imagenet-attnfree-logvar"),
     )
 )
 
