@@ -21,7 +21,7 @@ TRACED += ("autoencoder:scenes", "txt2img:scenes", "class2img:scenes", "uncondit
 TRACED += ("txt2img:demo", "inpaint:scenes", "superres:scenes", "semantic:scenes", "layout:scenes")
 TRACED += ("superres:bsrgan", "superres:bsrgan_light")
 # Trained whole in tests/test_end_to_end.py, or by a smaller variant with the same conditions.
-TRACED += ("autoencoder:smoke", "txt2img:smoke", "unconditional:smoke")
+TRACED += ("autoencoder:smoke", "txt2img:smoke")
 TRACED += tuple(
     f"published:{name}"
     for name in (
