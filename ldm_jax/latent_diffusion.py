@@ -24,12 +24,15 @@ from ldm_jax.diffusion.guidance import (
     autoguidance,
     classifier_free,
     dynamic_threshold,
+    extrapolated,
+    optimally_scaled,
+    projected,
     where_guided,
 )
 from ldm_jax.diffusion.multistep import Table
 from ldm_jax.diffusion.noise import example_keys
 from ldm_jax.diffusion.objective import Objective, diffusion_loss
-from ldm_jax.diffusion.parameterization import Network, Prediction
+from ldm_jax.diffusion.parameterization import Network, Prediction, x0_coefficients
 from ldm_jax.diffusion.plan import GuidanceTable, Run
 from ldm_jax.diffusion.process import Diffusion
 from ldm_jax.diffusion.samplers import DDIM_INVERSE, get_sampler, sample
@@ -155,11 +158,12 @@ class LatentDiffusion:
 
     def predict(
         self, params: Params, conditions: list[Conditioning], null: Conditioning, tile: int = 0
-    ) -> Callable[[GuidanceTable | None], Network]:
+    ) -> Callable[..., Network]:
         """The network with guidance: `predict(guidance)(x, t)`, for any step's guidance.
 
-        With `guidance` None only the first condition is evaluated. With `tile`, latents with more
-        rows or columns than this are processed in overlapping tiles.
+        With `guidance` None only the first condition is evaluated. Projected guidance also takes
+        `to_x0`: x0 is the first of the two plus the second times the output. With `tile`, latents
+        with more rows or columns than this are processed in overlapping tiles.
         """
 
         def whole(x, t, condition: Conditioning, **more):
@@ -181,7 +185,7 @@ class LatentDiffusion:
 
             return tiled(parts, x, (tile, tile))
 
-        def under(guidance: GuidanceTable | None) -> Network:
+        def under(guidance: GuidanceTable | None, to_x0: tuple = ()) -> Network:
             def plain(x, t, **more):
                 return network(x, t, conditions[0], **more)
 
@@ -197,8 +201,17 @@ class LatentDiffusion:
                 return distilled
             if guidance is None:
                 return plain
+            combine = extrapolated
+            if guidance.projection is not None:
+                combine = projected(*to_x0, *guidance.projection)
+            elif guidance.kept is not None:
+
+                def combine(*arguments):
+                    return guidance.kept * optimally_scaled(*arguments)
+
             guided = classifier_free(
-                network, conditions, null, guidance.scale, guidance.weights, guidance.rescale
+                *(network, conditions, null, guidance.scale, guidance.weights, guidance.rescale),
+                combine,
             )
             return (
                 guided if guidance.active is None else where_guided(guided, plain, guidance.active)
@@ -243,7 +256,10 @@ class LatentDiffusion:
             worse = weak_model.predict(weak_params, [weak_condition], weak_condition, tile)(None)
 
         def denoise(x, level, guidance: GuidanceTable | None = None) -> Prediction:
-            network = predict(guidance if weak is None else None)
+            a, b = x0_coefficients(
+                self.diffusion.parameterization, level, self.diffusion.sigma_data
+            )
+            network = predict(guidance if weak is None else None, (a * x, b))
             if weak is not None and guidance is not None:
                 network = autoguidance(network, worse, guidance.scale)
             inner = self.diffusion.denoiser(network)

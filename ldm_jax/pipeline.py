@@ -153,14 +153,15 @@ class Pipeline:
         groups = requests(embedders, prompt, labels, n, asked.weights, self.classes)
         count = max((len(values) for values in groups[0].values()), default=n)
         if asked.weak is None:
-            check_guidance(embedders, asked.scale)
+            check_guidance(embedders, asked.scale, asked.method)
         else:
             self._check_weak(asked.weak)
         alone = asked.weak is not None or self.unet.time_cond_proj_dim is not None
-        if alone and (negative_prompt or asked.weights is not None or asked.rescale):
+        own = asked.weights is not None or asked.rescale or asked.method != "cfg"
+        if alone and (negative_prompt or own):
             raise ValueError(
                 "with weak, and on models distilled with guidance, there is no unconditional "
-                "prediction: no negative_prompt, weights or rescale"
+                "prediction: no negative_prompt, weights, rescale or method"
             )
 
         rows = parts(count, batch)

@@ -153,8 +153,21 @@ def test_a_weak_model_replaces_the_null_condition(pipe):
     other = dataclasses.replace(pipe.model, diffusion=diffusion)
     with pytest.raises(ValueError, match=r"weak: a model of other latents.*\(16, 'eps', \('text',"):
         led(dataclasses.replace(pipe, model=other))
-    with pytest.raises(ValueError, match="with weak, .* no negative_prompt, weights or rescale"):
+    with pytest.raises(
+        ValueError, match="with weak, .* no negative_prompt, weights, rescale or method"
+    ):
         pipe("cat face", "blue", guidance=Guidance(3.0, weak=pipe))
+
+
+def test_projected_guidance_is_plain_guidance_if_nothing_is_projected(pipe):
+    """Also as a run: x0 of the model's own parameterisation, and back."""
+    plain = pipe("cat face", steps=2, guidance=3.0)
+    apg = Guidance(3.0, method="apg", parallel=1.0)
+    np.testing.assert_allclose(pipe("cat face", steps=2, guidance=apg), plain, atol=1e-3)
+    before = generate._cache_size()
+    projected = pipe("cat", steps=2, guidance=dataclasses.replace(apg, parallel=0.0, norm=9.0))
+    assert generate._cache_size() == before  # its numbers are traced
+    assert np.abs(projected - plain).mean() > 0.01
 
 
 def test_encode_and_decode_come_back(pipe):

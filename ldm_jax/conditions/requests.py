@@ -31,9 +31,9 @@ def check_side(name: str, side: int, multiple: int) -> None:
         )
 
 
-def check_guidance(embedders: Embedders, scale: Any) -> None:
+def check_guidance(embedders: Embedders, scale: Any, method: str = "cfg") -> None:
     """Raises ValueError for a guidance scale that a model with these embedders cannot use."""
-    if np.all(np.asarray(scale) == 1.0):
+    if np.all(np.asarray(scale) == 1.0) and method != "cfg++":  # which always needs both
         return
     guided = [e for e in embedders if e.guided]
     undropped = [e.name for e in guided if not e.dropout]

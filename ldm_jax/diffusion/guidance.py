@@ -15,6 +15,46 @@ from ldm_jax.diffusion.parameterization import Denoiser, Network, Prediction
 from ldm_jax.diffusion.schedule import Level
 
 ConditionalNetwork = Callable[[jax.Array, jax.Array, Any], jax.Array]
+# (uncond, cond − uncond, scale) → the guided output.
+Combine = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def extrapolated(uncond: jax.Array, away: jax.Array, scale: jax.Array) -> jax.Array:
+    """uncond + scale·(cond − uncond) (Ho & Salimans 2022, LDM's convention)."""
+    return uncond + scale * away
+
+
+def optimally_scaled(uncond: jax.Array, away: jax.Array, scale: jax.Array) -> jax.Array:
+    """s·uncond + scale·(cond − s·uncond) with s = ⟨cond, uncond⟩/‖uncond‖², per example: CFG-Zero*
+    (Fan et al. 2025, arXiv 2503.18886, eq. 9 and 10)."""
+    cond, axes = uncond + away, tuple(range(1, uncond.ndim))
+    along = jnp.sum(cond * uncond, axes, keepdims=True)
+    s = along / (jnp.sum(jnp.square(uncond), axes, keepdims=True) + 1e-8)
+    return s * uncond + scale * (cond - s * uncond)
+
+
+def projected(
+    x0_of_zero: jax.Array, factor: jax.Array, parallel: jax.Array, norm: jax.Array
+) -> Combine:
+    """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416, algorithm 1), without its
+    momentum, on predictions x0 = `x0_of_zero` + `factor`·output.
+
+    Their difference is shortened to `norm`, and its part along the conditional x0, which
+    over-saturates, multiplied by `parallel`.
+    """
+
+    def combine(uncond, away, scale):
+        axes = tuple(range(1, uncond.ndim))
+        cond = x0_of_zero + factor * (uncond + away)
+        away = factor * away
+        size = jnp.sqrt(jnp.sum(jnp.square(away), axes, keepdims=True))
+        away = away * jnp.minimum(1.0, norm / jnp.maximum(size, 1e-12))
+        squared = jnp.maximum(jnp.sum(jnp.square(cond), axes, keepdims=True), 1e-12)
+        along = jnp.sum(away * cond, axes, keepdims=True) / squared * cond
+        guided = cond + (scale - 1.0) * (away - along + parallel * along)
+        return (guided - x0_of_zero) / factor
+
+    return combine
 
 
 def classifier_free(
@@ -24,6 +64,7 @@ def classifier_free(
     scale: jax.Array,
     weights: jax.Array | None = None,
     rescale: jax.Array | float = 0.0,
+    combine: Combine = extrapolated,
 ) -> Network:
     """uncond + scale·Σ_k w_k·(cond_k − uncond) in one batch (Ho & Salimans 2022; LDM's convention).
 
@@ -31,6 +72,7 @@ def classifier_free(
     several it is their conjunction (Liu et al. 2022, eq. 11) with `weights` (K,). `conditions` and
     `null` are pytrees with a leading batch dimension, stacked here as [null, cond_1, …]. `rescale`
     φ in [0, 1] moves the result's standard deviation to the conditional one's (`rescaled`).
+    `combine` replaces the formula.
     """
     every = jax.tree.map(lambda *parts: jnp.concatenate(parts), null, *conditions)
     weights = jnp.ones(len(conditions)) if weights is None else weights
@@ -40,7 +82,7 @@ def classifier_free(
         output = network(jnp.tile(x, (copies, *(1,) * (x.ndim - 1))), jnp.tile(t, copies), every)
         uncond, *conds = jnp.split(output, copies)
         away = sum(w * (cond - uncond) for w, cond in zip(weights, conds, strict=True))
-        return rescaled(uncond + scale * away, uncond + away, rescale)
+        return rescaled(combine(uncond, away, scale), uncond + away, rescale)
 
     return guided
 

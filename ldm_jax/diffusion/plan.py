@@ -37,6 +37,16 @@ def from_flags(cls: type, values: dict[str, Any]) -> Any:
     return cls(**{flags(cls)[name].name: v for name, v in given.items() if v is not None})
 
 
+METHODS = ("cfg", "cfg++", "apg", "cfg-zero*")
+FIRST_ORDER = ("ddim", "ddpm", "euler", "euler_ancestral", "flow_euler")  # for "cfg++"
+# By flag: the field of `Guidance`, and the method that it is of.
+METHOD_OPTIONS = {
+    "apg_parallel": ("parallel", "apg"),
+    "apg_norm": ("norm", "apg"),
+    "zero_steps": ("zero_steps", "cfg-zero*"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Guidance:
     """How conditions guide: uncond + scale·(cond − uncond), and its variants.
@@ -49,6 +59,11 @@ class Guidance:
       rescale: 0…1, against over-exposure (Lin et al. 2023, eq. 16).
       threshold: percentile in (0, 1] of dynamic thresholding (Saharia et al. 2022); None: off.
       weights: one for each prompt; all prompts make one picture (Liu et al. 2022, eq. 11).
+      method: one of `METHODS`: "cfg"; "cfg++" (Chung et al. 2024, scale 0…1); "apg" (Sadat et al.
+        2024, without momentum); "cfg-zero*" (Fan et al. 2025).
+      parallel: of "apg": the share of the difference along the conditional prediction that stays.
+      norm: of "apg": the longest difference of x0, the norm of one picture's latents.
+      zero_steps: of "cfg-zero*" on flow models: in so many first steps the velocity is zero.
       weak: a worse pipeline of the same latents, whose prediction replaces the unconditional one
         (autoguidance, Karras et al. 2024).
       negative: values of conditions other than the prompt for the negative side of guidance, by
@@ -80,6 +95,16 @@ class Guidance:
     weights: Sequence[float] | None = option(
         None, "compose", "a weight for each prompt: all prompts make one picture", "1,0.5", tuple
     )
+    method: str = option(
+        "cfg", "guidance_method", "cfg, cfg++ (scale 0…1), apg or cfg-zero*", "apg", str
+    )
+    parallel: float = option(
+        0.0, "apg_parallel", "share of apg's difference along the prediction that stays", "0.5"
+    )
+    norm: float = option(np.inf, "apg_norm", "longest difference of apg", "15")
+    zero_steps: float = option(
+        0, "zero_steps", "first steps of cfg-zero* with velocity zero, of flow models", "1"
+    )
     weak: Any = option(
         None, "weak", "a worse model of the same latents, for autoguidance", "runs/early", str
     )
@@ -88,6 +113,7 @@ class Guidance:
     def __post_init__(self):
         check_finite(guidance=self.scale, guidance_interval=self.interval, compose=self.weights)
         check_number(guidance_rescale=self.rescale, threshold=self.threshold)
+        self._check_method()
         check_finite(**{f"negative {k!r}": v for k, v in (self.negative or {}).items()})
         if self.weights is not None and np.ndim(self.weights) != 1:
             raise ValueError(f"compose={self.weights!r}: a list of one weight for each prompt")
@@ -111,6 +137,32 @@ class Guidance:
             raise ValueError(
                 f"guidance_interval={low:g},{high:g}: must lie in 0…1, 0 clean and 1 noise"
             )
+
+    def _check_method(self):
+        if self.method not in METHODS:
+            raise ValueError(f"guidance_method={self.method!r}: choose one of {', '.join(METHODS)}")
+        if self.method != "cfg" and (self.weak is not None or self.weights is not None):
+            raise ValueError(
+                f"guidance_method={self.method!r} is of one prompt and one model: it takes no "
+                "weights (compose) or weak beside it"
+            )
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for flag, (name, method) in METHOD_OPTIONS.items():
+            value = getattr(self, name)
+            if value == defaults[name]:
+                continue
+            check_number(**{flag: value})
+            if self.method != method:
+                raise ValueError(f"{flag} is of guidance_method={method!r}, not {self.method!r}")
+            if value < 0 or (name == "zero_steps" and value != int(value)):
+                whole = "whole and " * (name == "zero_steps")
+                raise ValueError(f"{flag}={value:g}: must be {whole}not negative")
+        if self.method == "cfg++" and self.interval is not None:
+            raise ValueError("guidance_interval: cfg++ guides at every step")
+        if self.method == "cfg++" and self.scale is not None:
+            scale = np.asarray(self.scale)
+            if scale.min() < 0.0 or scale.max() > 1.0:
+                raise ValueError(f"guidance={self.scale}: of cfg++ it must lie in 0…1")
 
     @classmethod
     def of(cls, asked: "Guidance | float | Sequence[float] | None", own: float) -> "Guidance":
@@ -207,12 +259,15 @@ class Sampling:
 
 class GuidanceTable(NamedTuple):
     """Guidance of every step: the scale (S,), the weights of several conditions (S, K), the amount
-    of rescaling (S,), and whether it is on (S,), None if it is on in all steps."""
+    of rescaling (S,), and whether it is on (S,), None if it is on in all steps. Of other methods:
+    `parallel` and `norm` (S,) of "apg", and of "cfg-zero*" 0 where the output is zero, else 1."""
 
     scale: np.ndarray
     weights: np.ndarray
     rescale: np.ndarray
     active: np.ndarray | None
+    projection: tuple[np.ndarray, np.ndarray] | None = None
+    kept: np.ndarray | None = None
 
 
 class Run(NamedTuple):
@@ -269,6 +324,12 @@ def plan(
     scale = guidance.scales(steps, grid.here.t / longest)
     weights = np.ones(1) if guidance.weights is None else np.asarray(guidance.weights)
     percentile, on = guidance.threshold, scale != 1.0
+    if guidance.method == "cfg++":
+        scale, on = _plus_plus(scale, sampling.sampler, table, grid.after), np.full(steps, True)
+    if guidance.zero_steps and diffusion.parameterization != "flow":
+        raise ValueError("zero_steps: only the velocity of a flow model may be zero")
+    zero_star = guidance.method == "cfg-zero*"
+    on = on | (zero_star & (np.arange(steps) < guidance.zero_steps))
     if len(weights) == 1 and not on.any():
         return Run(table, None, start, percentile)
     steps_of = GuidanceTable(
@@ -277,4 +338,26 @@ def plan(
         rescale=np.full(steps, guidance.rescale, np.float32),
         active=None if len(weights) > 1 or on.all() else on,
     )
+    if guidance.method == "apg":
+        both = (guidance.parallel, guidance.norm)
+        steps_of = steps_of._replace(
+            projection=tuple(np.full(steps, value, np.float32) for value in both)
+        )
+    elif zero_star:
+        kept = np.arange(steps) >= guidance.zero_steps
+        steps_of = steps_of._replace(kept=np.float32(kept))
     return Run(table, steps_of, start, percentile)
+
+
+def _plus_plus(scale: np.ndarray, sampler: str, table: Table, after: Level) -> np.ndarray:
+    """The scales with which guidance is CFG++ (Chung et al. 2024, arXiv 2406.08070, algorithm 2).
+
+    CFG++ goes on to α'·x0 + σ'·ε with the guided x0 and the unconditional ε. A step of first order
+    is a·x + b·x0 with x = α·x0 + σ·ε of the unconditional prediction, so a scale of λ·α'/b is the
+    same.
+    """
+    if sampler not in FIRST_ORDER:
+        raise ValueError(
+            f"cfg++ is of samplers of first order: choose one of {', '.join(FIRST_ORDER)}"
+        )
+    return scale * after.alpha / table["b"][:, 0]

@@ -9,6 +9,8 @@ from ldm_jax.diffusion.guidance import (
     autoguidance,
     classifier_free,
     dynamic_threshold,
+    optimally_scaled,
+    projected,
     rescaled,
     where_guided,
 )
@@ -80,3 +82,41 @@ def test_dynamic_threshold_clips_to_the_percentile_and_keeps_x():
     np.testing.assert_allclose(level.alpha * x0 + level.sigma * eps, x, rtol=1e-5)
     untouched, _ = dynamic_threshold(denoise, 0.5, limit=10.0)(x, level)
     np.testing.assert_allclose(untouched, values, rtol=1e-6)
+
+
+def draws(count, seed=0):
+    return np.random.default_rng(seed).normal(size=(count, 2, 4, 4, 3))
+
+
+def test_cfg_zero_star():
+    """The published formula, per example, with the products written out."""
+    uncond, cond = draws(2)
+    found = optimally_scaled(*(jnp.asarray(a) for a in (uncond, cond - uncond)), 3.0)
+    for row in range(2):
+        u, c = uncond[row], cond[row]
+        s = (c * u).sum() / ((u**2).sum() + 1e-8)
+        np.testing.assert_allclose(found[row], u * s + 3.0 * (c - u * s), atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [np.inf, 2.0])
+@pytest.mark.parametrize("parallel", [0.0, 0.5, 1.0])
+def test_projected_guidance(parallel, norm):
+    """Algorithm 1 of the paper, in float64, on x0 = shift + factor·output."""
+    uncond, cond, shift = draws(3)
+    factor = -0.7
+    combine = projected(jnp.asarray(shift), factor, parallel, norm)
+    found = combine(jnp.asarray(uncond), jnp.asarray(cond - uncond), 3.0)
+    for row in range(2):
+        u, c = (shift[row] + factor * v[row] for v in (uncond, cond))
+        away = c - u
+        away = away * min(1.0, norm / np.linalg.norm(away))
+        unit = c / np.linalg.norm(c)
+        along = (away * unit).sum() * unit
+        guided = c + 2.0 * (away - along + parallel * along)
+        np.testing.assert_allclose(found[row], (guided - shift[row]) / factor, atol=1e-5)
+
+
+def test_projected_guidance_with_all_of_it_is_classifier_free():
+    uncond, cond, shift = (jnp.asarray(a) for a in draws(3))
+    found = projected(shift, 0.4, 1.0, np.inf)(uncond, cond - uncond, 3.0)
+    np.testing.assert_allclose(found, uncond + 3.0 * (cond - uncond), atol=2e-5)

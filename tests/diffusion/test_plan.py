@@ -149,3 +149,70 @@ def test_a_masked_edit_of_full_strength_keeps_no_trace():
     assert plan(DIFFUSION, 10, strength=1.0, masked=True).start.alpha == 0.0
     assert plan(DIFFUSION, 10, strength=1.0).start.alpha > 0.0
     assert plan(DIFFUSION, 10, strength=0.9, masked=True).start.alpha > 0.0
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_cfg_plus_plus_goes_on_with_the_unconditional_noise(sampler):
+    """Chung et al. 2024, algorithm 2, step by step in float64: x0 guided by λ, ε unconditional."""
+    run = plan(DIFFUSION, 6, sampler, Guidance(0.6, method="cfg++"))
+    table, grid = run.table, DIFFUSION.grid(6, SAMPLERS[sampler].family, None, None)
+    x = np.random.default_rng(0).normal(size=5)
+    ours = theirs = x * run.start.sigma
+    for i in range(6):
+        (alpha, sigma), (alpha_to, sigma_to) = (
+            (level.alpha[i], level.sigma[i]) for level in (grid.here, grid.after)
+        )
+
+        def eps(x, step=i):
+            return np.sin(x) + 0.1 * step, np.cos(2.0 * x)  # of no condition, and of one
+
+        def x0(x, eps, alpha=alpha, sigma=sigma):
+            return (x - sigma * eps) / alpha
+
+        uncond, cond = eps(ours)
+        guided = x0(ours, uncond + run.guidance.scale[i] * (cond - uncond))
+        ours = table["x"][i] * ours + table["b"][i, 0] * guided
+        uncond, cond = eps(theirs)
+        guided = x0(theirs, uncond + 0.6 * (cond - uncond))
+        theirs = alpha_to * guided + sigma_to * uncond
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert run.guidance.active is None
+
+
+def test_the_tables_of_methods():
+    apg = plan(DIFFUSION, 3, "ddim", Guidance(2.0, method="apg", parallel=0.5, norm=15)).guidance
+    assert [v.tolist() for v in apg.projection] == [[0.5] * 3, [15.0] * 3] and apg.kept is None
+    zero = plan(FLOW, 3, "flow_euler", Guidance(2.0, method="cfg-zero*", zero_steps=1)).guidance
+    assert zero.kept.tolist() == [0.0, 1.0, 1.0] and zero.projection is None
+    plain = plan(FLOW, 3, "flow_euler", Guidance(1.0, method="cfg-zero*", zero_steps=1)).guidance
+    assert plain.active.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            dict(method="apgg"),
+            "guidance_method='apgg': choose one of cfg, cfg\\+\\+, apg, cfg-zero",
+        ),
+        (dict(parallel=0.5), "apg_parallel is of guidance_method='apg', not 'cfg'"),
+        (dict(method="apg", norm=-1.0), "apg_norm=-1: must be not negative"),
+        (
+            dict(method="cfg-zero*", zero_steps=1.5),
+            "zero_steps=1.5: must be whole and not negative",
+        ),
+        (dict(method="apg", weights=(1, 0.5)), "it takes no weights \\(compose\\) or weak"),
+        (dict(scale=7.5, method="cfg++"), "guidance=7.5: of cfg\\+\\+ it must lie in 0…1"),
+        (dict(scale=0.5, method="cfg++", interval=(0, 1)), "cfg\\+\\+ guides at every step"),
+    ],
+)
+def test_bad_methods(options, message):
+    with pytest.raises(ValueError, match=message):
+        Guidance(**options)
+
+
+def test_methods_that_do_not_fit_the_run():
+    with pytest.raises(ValueError, match="cfg\\+\\+ is of samplers of first order: .* ddim"):
+        plan(DIFFUSION, 3, "dpmpp_2m", Guidance(0.5, method="cfg++"))
+    with pytest.raises(ValueError, match="only the velocity of a flow model may be zero"):
+        plan(DIFFUSION, 3, "ddim", Guidance(2.0, method="cfg-zero*", zero_steps=1))
