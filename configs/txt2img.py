@@ -64,3 +64,8 @@ def smoke() -> ml_collections.ConfigDict:
 
 VARIANTS = {"scenes": scenes, "demo": demo, "emoji": emoji, "smoke": smoke}
 get_config = common.chooser("txt2img", VARIANTS)
+
+
+def sweep() -> list[dict]:
+    """The settings of `python -m ldm_jax.sweep`."""
+    return [{"optimizer.lr": lr} for lr in (1e-3, 3e-3, 1e-2)]
