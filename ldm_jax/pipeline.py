@@ -34,6 +34,7 @@ from ldm_jax.models.build import Autoencoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.pictures import as_images, as_mask
 from ldm_jax.programs import Weights, generate, invert, merged, not_finite
+from ldm_jax.runtime.mesh import to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +202,7 @@ class Pipeline:
         drawn = []
         for part in rows:
             arguments = jax.tree.map(lambda v, part=part: v[part], each)
-            images = np.asarray(draw(*arguments, callback=progress), np.float32)
+            images = np.float32(to_host(draw(*arguments, callback=progress)))
             if progress is not None:
                 jax.effects_barrier()  # its last report comes before the next batch's first
             if not np.isfinite(images).all():
