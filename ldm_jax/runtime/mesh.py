@@ -251,6 +251,16 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
+def local_mesh(rows: int) -> Mesh | None:
+    """A mesh of this process's devices for a batch of `rows`; None if it does not divide over
+    several of them, or another mesh is in use."""
+    devices = jax.local_devices()
+    alone = jax.process_count() == 1 and jax.sharding.get_mesh().empty
+    if not alone or len(devices) == 1 or rows % len(devices):
+        return None
+    return Mesh(np.reshape(devices, (-1, 1, 1)), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def on_one_device() -> Any:
     """A context in which this process computes on one of its devices, without the others."""
     types = (AxisType.Auto,)

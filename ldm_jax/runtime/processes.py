@@ -100,8 +100,15 @@ def part() -> None:
 
     After an error or an early signal, which `together` has published, it does nothing.
     """
-    if jax.distributed.is_initialized() and not _broken.is_set():
-        jax.distributed.shutdown()
+    if not jax.distributed.is_initialized() or _broken.is_set():
+        return
+    state = distributed.global_state
+    if is_first():
+        # The store must outlive the others: jax aborts a process that loses it while it leaves.
+        client, state.client = state.client, None
+        client.shutdown()
+        time.sleep(HEARD)
+    jax.distributed.shutdown()
 
 
 def is_first() -> bool:

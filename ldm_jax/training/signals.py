@@ -62,8 +62,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
         return
 
     def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler in before.items():  # None: not of Python, such as jax's own
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def request(number, frame):
         stop.requested = signal.Signals(number).name
