@@ -202,14 +202,13 @@ class Pipeline:
         drawn = []
         for part in rows:
             arguments = jax.tree.map(lambda v, part=part: v[part], each)
-            # A callback gets all pictures at once, so they are drawn on one device.
-            mesh = local_mesh(len(part)) if progress is None else None
+            mesh = local_mesh(len(part))
             if mesh is None:
                 images = draw(self._weights, *arguments, callback=progress)
             else:
                 everywhere = self._on_all_devices
                 with jax.set_mesh(mesh):
-                    images = draw(everywhere, *spread(arguments), callback=None)
+                    images = draw(everywhere, *spread(arguments), callback=progress)
             images = np.float32(to_host(images))
             if progress is not None:
                 jax.effects_barrier()  # its last report comes before the next batch's first

@@ -26,9 +26,9 @@ def test_a_batch_that_divides_is_drawn_by_all_devices(pipe, monkeypatch):
 
     monkeypatch.setattr(pipeline, "to_host", look)
     options = dict(negative_prompt="blue", steps=2, height=64, width=64, seed=3)
-    shared = pipe(PROMPTS, **options)
-    assert devices == [8]
     reports = []
-    alone = pipe(PROMPTS, progress=lambda done, x0: reports.append(len(x0)), **options)
-    assert devices == [8, 1] and reports == [8, 8], "who watches gets all pictures at once"
+    shared = pipe(PROMPTS, progress=lambda done, x0: reports.append(len(x0)), **options)
+    assert devices == [8] and reports == [8, 8], "a callback gets all pictures at once"
+    alone = pipe(PROMPTS, batch=4, **options)
+    assert devices == [8, 1, 1]
     np.testing.assert_allclose(shared, alone, atol=2e-4)
