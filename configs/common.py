@@ -47,7 +47,8 @@ def start() -> dict:
         init_from="",  # a model to start from: anything that ldm_jax.load opens
         init_networks=(),  # load only these networks ("text", "unet"); empty: all
         trainable=ALL,  # regular expressions; parameters whose path matches none do not train
-        mesh=dict(data=-1, fsdp=1),
+        mesh=dict(data=-1, fsdp=1, tensor=1),  # sizes; -1: the rest of the devices
+        sharding=(),  # pairs (regex, axis of each dimension) ahead of the rules in runtime/mesh.py
     )
 
 

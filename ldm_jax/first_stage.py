@@ -12,6 +12,7 @@ import numpy as np
 from ldm_jax.interop.opening import export
 from ldm_jax.models.build import Autoencoder
 from ldm_jax.pictures import as_images, to_signed, to_unit
+from ldm_jax.runtime.mesh import to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,11 @@ class FirstStage:
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Pictures (B, H, W, C), uint8 or float [0, 1] → scaled latents (B, h, w, c)."""
-        return np.asarray(self._encode(self.params, to_signed(as_images(images))))
+        return to_host(self._encode(self.params, to_signed(as_images(images))))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Scaled latents (B, h, w, c) → pictures (B, H, W, C), float32 [0, 1]."""
-        return np.asarray(self._decode(self.params, latents), np.float32)
+        return np.float32(to_host(self._decode(self.params, latents)))
 
     def save(self, path: str | Path, dtype: str = "float32", layout: str = "single_file") -> None:
         """As `Pipeline.save`."""

@@ -34,6 +34,7 @@ from ldm_jax.models.build import Autoencoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.pictures import as_images, as_mask
 from ldm_jax.programs import Weights, generate, invert, merged, not_finite
+from ldm_jax.runtime.mesh import local_mesh, replicated, spread, to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,8 @@ class Pipeline:
           tile: in pixels; larger pictures are drawn in overlapping tiles of this side. For sizes
             that the model was not trained on.
           batch: number of pictures drawn at a time, which bounds the memory; None: all. The last
-            batch is padded to the same number.
+            batch is padded to the same number. If it is a multiple of the number of devices of
+            this machine, each draws its share.
           progress: called with the number of finished steps and the latents predicted in the last
             one, (B, h, w, c), from inside the running program; with `batch`, once for each batch.
 
@@ -191,7 +193,6 @@ class Pipeline:
         draw = functools.partial(
             generate,
             self.model,
-            self._weights,
             run=run,
             latent_shape=shape,
             sampler=sampling.sampler,
@@ -202,11 +203,20 @@ class Pipeline:
         drawn = []
         for part in rows:
             arguments = jax.tree.map(lambda v, part=part: v[part], each)
-            images = np.asarray(draw(*arguments, callback=progress), np.float32)
+            mesh = local_mesh(len(part))
+            if mesh is None:
+                images = draw(self._weights, *arguments, callback=progress)
+            else:
+                everywhere = self._on_all_devices
+                with jax.set_mesh(mesh):
+                    images = draw(everywhere, *spread(arguments), callback=progress)
+            images = np.float32(to_host(images))
             if progress is not None:
                 jax.effects_barrier()  # its last report comes before the next batch's first
             if not np.isfinite(images).all():
-                raise FloatingPointError(not_finite(functools.partial(draw, *arguments), steps))
+                raise FloatingPointError(
+                    not_finite(functools.partial(draw, self._weights, *arguments), steps)
+                )
             drawn.append(images)
         images = np.concatenate(drawn)[:count]
         return images if mask is None else mask * images + (1.0 - mask) * image
@@ -348,6 +358,12 @@ class Pipeline:
         check_side("height", height, self.multiple)
         check_side("width", width, self.multiple)
         return height // factor, width // factor, self.model.latent_channels
+
+    @functools.cached_property
+    def _on_all_devices(self) -> Weights:
+        """`_weights` on every device of this process."""
+        mesh = local_mesh(0)
+        return jax.device_put(self._weights, replicated(mesh))
 
     @property
     def _weights(self) -> Weights:

@@ -153,7 +153,7 @@ def sample(
 
             x, history = sampler.step(x, history, c, watched, noise)
             if callback is not None:
-                jax.debug.callback(callback, i + 1, seen[0])
+                jax.debug.callback(callback, i + 1, _whole(seen[0]))
             return x, history
 
         if "active" in c:
@@ -169,3 +169,10 @@ def sample(
     carry = (x, (jnp.zeros_like(x),) * sampler.history)
     rows = (jnp.arange(steps), table, *(() if per_step is None else (per_step,)))
     return jax.lax.scan(body, carry, rows)[0][0]
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """`x` on every device of the current mesh, if there is one, for a callback of the host."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec())

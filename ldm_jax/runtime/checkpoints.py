@@ -6,6 +6,7 @@ or a second Ctrl-C leaves the previous checkpoint intact. Then `sums.txt` is add
 without it, of an older version or after a crash at that moment, is read without verification.
 """
 
+import json
 import logging
 import shutil
 import zlib
@@ -15,6 +16,8 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
+from ldm_jax.runtime.processes import gather, is_first
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +62,9 @@ class Checkpoints:
         try:
             self._manager.save(step, args=arguments)
             self._manager.wait_until_finished()
-            if jax.process_index() == 0:
+            if is_first():
                 _write_sums(self.directory / str(step))
+            gather()  # no other process goes on before the checkpoint is whole
         except Exception as error:  # orbax and its storage layer raise many kinds
             survivor = "no earlier one exists" if before is None else f"step {before} is intact"
             raise OSError(
@@ -75,7 +79,7 @@ class Checkpoints:
           DamagedCheckpoint: names the file.
           ValueError: it is of another architecture; names the leaves.
         """
-        verified = _verify(self.directory / str(step))
+        verified = _verify_once(self.directory / str(step))
         wanted = _shapes(abstract)
         try:
             saved = _shapes(self._manager.item_metadata(step).state.tree)
@@ -135,7 +139,7 @@ class Checkpoints:
         """The description of the newest checkpoint with a readable one, or None."""
         for step in self.steps():
             try:
-                _verify(self.directory / str(step))
+                _verify_once(self.directory / str(step))
                 return self.about(step)
             except Exception as error:  # orbax and its storage layer raise many kinds
                 log.warning("The checkpoint of step %d cannot be read: %s", step, error)
@@ -153,8 +157,10 @@ class Checkpoints:
         """Renames a damaged checkpoint, so that its step can be saved again."""
         path = self.directory / str(step)
         aside = path.with_name(f"{step}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)  # an earlier damaged one
-        path.rename(aside)
+        if is_first():
+            shutil.rmtree(aside, ignore_errors=True)  # an earlier damaged one
+            path.rename(aside)
+        gather()
         self._manager.reload()
         return aside
 
@@ -209,6 +215,20 @@ def _verify(directory: Path) -> bool:
     except OSError as error:
         raise DamagedCheckpoint(str(error)) from error
     return True
+
+
+def _verify_once(directory: Path) -> bool:
+    """`_verify` by process 0, for all processes."""
+    verified, damage = False, ""
+    if is_first():
+        try:
+            verified = _verify(directory)
+        except DamagedCheckpoint as error:
+            damage = str(error)
+    verified, damage = json.loads(gather(json.dumps([verified, damage]))[0])
+    if damage:
+        raise DamagedCheckpoint(damage)
+    return verified
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

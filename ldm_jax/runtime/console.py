@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from tqdm import tqdm
@@ -86,4 +87,6 @@ def _unquoted(error: Exception) -> str:
 
 def _fail(message: str) -> None:
     tqdm.write(f"error: {message}", file=sys.stderr)
+    if jax.distributed.is_initialized():
+        leave(code=1)  # a usual exit waits for the other processes, which may have ended
     sys.exit(1)

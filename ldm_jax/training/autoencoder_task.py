@@ -27,6 +27,7 @@ from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.lpips import lpips
 from ldm_jax.models.vq import VQModel
 from ldm_jax.pictures import image_grid, to_signed, to_uint8, to_unit
+from ldm_jax.runtime.mesh import spread, to_host
 from ldm_jax.training.batches import Prepare, about_data, training_loader
 from ldm_jax.training.state import Params
 from ldm_jax.training.summary import first_pictures, log_summary
@@ -206,13 +207,13 @@ class AutoencoderTask:
         if not len(self.held_out):
             return {}
         whole = merge(self.frozen, ema)
-        return reconstruction_quality(lambda x: self._reconstruct(whole, x), self.held_out)
+        return reconstruction_quality(lambda x: self._drawn(whole, x), self.held_out)
 
     def preview(self, ema):
         """Held-out pictures, each row above its reconstructions."""
         source = self.held_out if len(self.held_out) else self.source
         images = next(batches_once(source, 32, entries=("image",)))["image"]
-        pairs = np.stack([images, to_uint8(self._reconstruct(merge(self.frozen, ema), images))])
+        pairs = np.stack([images, to_uint8(self._drawn(merge(self.frozen, ema), images))])
         rows = pairs.reshape(2, 2, 16, *images.shape[1:]).swapaxes(0, 1)
         return image_grid(rows.reshape(64, *images.shape[1:]), columns=16)
 
@@ -235,6 +236,10 @@ class AutoencoderTask:
         log.info("scale_factor %.5f, over %d latents", scale, count)
         return about | {"autoencoder": first_stage | {"scale_factor": scale}}, ema
 
+    def _drawn(self, params: Params, images: np.ndarray) -> np.ndarray:
+        """Reconstructions in [0, 1], on the host; each device computes its share."""
+        return to_host(self._reconstruct(params, spread(images)))
+
     @functools.cached_property
     def _reconstruct(self):
         @jax.jit
@@ -251,4 +256,4 @@ class AutoencoderTask:
             variables = {"params": ema["autoencoder"]}
             return self.model.apply(variables, to_signed(images), method="moments")
 
-        return lambda ema, images: jax.device_get(moments(ema, images))
+        return lambda ema, images: to_host(moments(ema, spread(images)))

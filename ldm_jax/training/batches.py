@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from ldm_jax.data.conditions import Condition
 from ldm_jax.data.loader import Loader
 from ldm_jax.data.sources import Source
 from ldm_jax.data.transforms import Example, compose
+from ldm_jax.runtime.mesh import part_of_batch
 from ldm_jax.training.workdir import config_dict
 
 # What of the `data` section a model stores, so that it can be measured on data of the same kind.
@@ -44,13 +44,14 @@ def training_loader(
     config: Any, source: Source, prepare: Prepare, entries: Sequence[str]
 ) -> Loader:
     """The loader of (step, this process's rows of the batch), for any step."""
+    index, count = part_of_batch()
     return Loader(
         source,
         config.train.batch_size,
         config.seed,
         transform=prepare,
         entries=entries,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
         workers=config.data.workers,
     )

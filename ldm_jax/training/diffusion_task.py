@@ -15,6 +15,7 @@ from ldm_jax.data.loader import Batch, batches_once
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.pictures import image_grid, to_uint8
 from ldm_jax.pipeline import Pipeline
+from ldm_jax.runtime.mesh import spread, to_host
 from ldm_jax.training.batches import Prepare, about_data, training_loader
 from ldm_jax.training.latents import LatentSource, moments, sample_latents
 from ldm_jax.training.state import Params
@@ -104,8 +105,8 @@ class DiffusionTask:
         for i, batch in enumerate(self._in_order(self.held_out, size)):
             for draw in range(HELD_OUT_DRAWS):
                 draw_key = jax.random.fold_in(key, i * HELD_OUT_DRAWS + draw)
-                values = self._held_out_loss(self.frozen, ema, self._batch(batch), draw_key)
-                losses.append(np.asarray(values)[batch["valid"]])
+                values = self._held_out_loss(self.frozen, ema, spread(self._batch(batch)), draw_key)
+                losses.append(to_host(values)[batch["valid"]])
         return {"loss": float(np.mean(np.concatenate(losses)))} if losses else {}
 
     def preview(self, ema):

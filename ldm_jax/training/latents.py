@@ -13,6 +13,7 @@ from ldm_jax.data.loader import batches_once
 from ldm_jax.diffusion.noise import per_example
 from ldm_jax.models.build import Autoencoder
 from ldm_jax.pictures import to_signed
+from ldm_jax.runtime.mesh import spread, to_host
 
 log = logging.getLogger(__name__)
 LATENTS = ("memory", "step")
@@ -58,7 +59,7 @@ class LatentSource(Sequence):
             log.info("Encoding %d pictures once", len(self))
         encode = jax.jit(lambda params, images: moments(self._autoencoder, params, images))
         encoded = [
-            np.asarray(encode(self._params, batch["image"]))[batch["valid"]]
+            to_host(encode(self._params, spread(batch["image"])))[batch["valid"]]
             for batch in batches_once(self.pictures, 32, entries=("image",))
         ]
         return np.concatenate(encoded) if encoded else np.zeros(0, np.float32)

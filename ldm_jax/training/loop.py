@@ -21,18 +21,45 @@ from ldm_jax.interop.native import save_model
 from ldm_jax.pictures import save_png
 from ldm_jax.runtime.checkpoints import Checkpoints, abstract_like
 from ldm_jax.runtime.logging import Clock, MetricsLog
-from ldm_jax.runtime.mesh import batch_sharding, make_mesh, put_batch, replicated, state_shardings
-from ldm_jax.training.optimizer import make_optimizer, parameter_path
+from ldm_jax.runtime.mesh import (
+    batch_sharding,
+    check_batch,
+    make_mesh,
+    one_each,
+    put,
+    put_batch,
+    replicated,
+    state_shardings,
+    to_host,
+)
+from ldm_jax.runtime.processes import Together, gather, is_first, together
+from ldm_jax.training.damage import find_damage, stop_if_damaged, stop_if_not_finite
+from ldm_jax.training.optimizer import make_optimizer
 from ldm_jax.training.report import write_report
-from ldm_jax.training.signals import Interrupted, StopRequest, in_thread, stop_on_signals
+from ldm_jax.training.signals import (
+    Interrupted,
+    StopRequest,
+    in_thread,
+    signal_name,
+    signal_number,
+    stop_on_signals,
+)
 from ldm_jax.training.state import Params, State, Task, init_state, make_train_step
 from ldm_jax.training.tasks import make_task
-from ldm_jax.training.workdir import check_config, config_dict, locked, write_config
+from ldm_jax.training.workdir import (
+    check_config,
+    check_processes,
+    check_shared,
+    config_dict,
+    locked,
+    write_config,
+)
 from ldm_jax.version import __version__
 
 log = logging.getLogger(__name__)
 
 UNDER_WAY = 2  # steps in flight: enough to keep the device busy, few enough to stop soon
+STOP = "stop"  # the metric of a step that tells all processes of a signal to one of them
 
 
 def train(config: Any, workdir: str | Path, dry_run: bool = False) -> dict[str, float]:
@@ -40,7 +67,9 @@ def train(config: Any, workdir: str | Path, dry_run: bool = False) -> dict[str, 
 
     Writes there: `config.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `previews/`,
     `report.html`, `model.safetensors`, which `ldm_jax.load` opens, and `first_batch.png` if the
-    task draws one. A workdir belongs to a config from the first step on, not before.
+    task draws one. A workdir belongs to a config from the first step on, not before. With several
+    processes (`jax.distributed`), each calls this; process 0 writes, and a signal to one of them
+    stops all at the same step.
 
     Args:
       config: see `configs/`.
@@ -56,14 +85,17 @@ def train(config: Any, workdir: str | Path, dry_run: bool = False) -> dict[str, 
         setting is not allowed.
       FloatingPointError: a loss, gradient, parameter or average is not finite; names the first bad
         tensor and the step.
-      OSError: a checkpoint cannot be written; the message names the path.
+      OSError: a checkpoint cannot be written; the message names the path. ConnectionError, a kind
+        of it: another process has ended.
       Interrupted: a SystemExit, after SIGINT or SIGTERM; `str` says which step is saved.
     """
     try:
         with contextlib.ExitStack() as stack:
-            return _train(config, Path(workdir).expanduser(), dry_run, stack)
+            stop = stack.enter_context(stop_on_signals())
+            with together(lambda: stop.saved) as processes:
+                return _train(config, Path(workdir).expanduser(), dry_run, stack, stop, processes)
     except Interrupted as stopped:
-        log.info("%s", stopped)
+        _tell("%s", stopped)
         raise
 
 
@@ -84,13 +116,17 @@ class Run:
 
 
 def _train(
-    config: Any, workdir: Path, dry_run: bool, stack: contextlib.ExitStack
+    config: Any,
+    workdir: Path,
+    dry_run: bool,
+    stack: contextlib.ExitStack,
+    stop: StopRequest,
+    processes: Together,
 ) -> dict[str, float]:
     began, settings = time.perf_counter(), config.train
-    # Signals are handled until the state is saved. While the model is exported they act as usual.
-    handled = stack.enter_context(contextlib.ExitStack())
-    stop = handled.enter_context(stop_on_signals())
     stack.enter_context(locked(workdir))
+    check_processes(config_dict(config))
+    check_shared(workdir)
     checkpoints = stack.enter_context(
         contextlib.closing(Checkpoints(workdir / "checkpoints", settings.keep))
     )
@@ -99,9 +135,9 @@ def _train(
     if newest is not None:
         stop.saved = f"step {newest} is saved in {workdir}"
     mesh = make_mesh(config.mesh)
+    check_batch(mesh, settings.batch_size)
+    task = _open_task(config, workdir)
     stack.enter_context(jax.set_mesh(mesh))
-
-    task = _compute(mesh, make_task, config, workdir / "pictures.json")
     networks = tuple(jax.eval_shape(task.init, jax.random.key(0), task.loaded))
     optimizer = make_optimizer(config.optimizer, settings.steps, networks)
 
@@ -109,8 +145,11 @@ def _train(
         return init_state(task, optimizer, config.seed, loaded)
 
     abstract = jax.eval_shape(initial, task.loaded)
-    shardings = state_shardings(mesh, abstract)
-    frozen = jax.device_put(task.frozen, state_shardings(mesh, task.frozen))
+    rules = config.get("sharding", ())
+    shardings = state_shardings(mesh, abstract, abstract.params, rules)
+    frozen = put(task.frozen, state_shardings(mesh, task.frozen, rules=rules))
+    if frozen:
+        task = dataclasses.replace(task, frozen=frozen)
     run = Run(
         config, workdir, task, optimizer, mesh, abstract, shardings, frozen, checkpoints, stop
     )
@@ -119,11 +158,11 @@ def _train(
     start, state = (newest or 0), None
     if newest is not None and not dry_run:
         wanted = abstract_like(abstract, shardings)
-        start, state = _compute(mesh, checkpoints.restore_newest, wanted, _damage)
+        start, state = _compute(mesh, checkpoints.restore_newest, wanted, find_damage)
         log.info("Resuming %s at step %d", workdir, start)
         stop.saved = f"step {start} is saved in {workdir}"
     batches = None
-    if start < settings.steps or dry_run:
+    if is_first() and (start < settings.steps or dry_run):
         _compute(mesh, _show_data, task, workdir, start)
     if dry_run:
         return {}
@@ -142,13 +181,30 @@ def _train(
     else:
         step = start
         write_config(workdir, config_dict(config))
-    handled.close()
-    _stop_if_damaged(state, step, checkpoints)
-    save_model(workdir / "model.safetensors", *task.export(state.ema))
-    log.info("Report: %s", write_report(workdir))
+    stop.release()  # the state is saved; while the model is exported, signals act as usual
+    stop_if_damaged(state, step, checkpoints)
+    about, params = task.export(state.ema)
+    params = to_host(params)
+    if is_first():
+        save_model(workdir / "model.safetensors", about, params)
+        log.info("Report: %s", write_report(workdir))
+    if step == settings.steps and metrics is None:
+        metrics = task.evaluate(state.ema)
+    gather()
+    processes.close()
     if step < settings.steps:
-        raise Interrupted(f"Stopped by {stop.requested}; step {step} is saved in {workdir}")
-    return task.evaluate(state.ema) if metrics is None else metrics
+        raise Interrupted(f"Stopped by {stop.agreed}; step {step} is saved in {workdir}")
+    return metrics
+
+
+def _open_task(config: Any, workdir: Path) -> Task:
+    """The task. Process 0 is the first to look through the data, and the others use its index."""
+    if not is_first():
+        in_thread(gather)
+    task = in_thread(lambda: make_task(config, workdir / "pictures.json"))
+    if is_first():
+        in_thread(gather)
+    return task
 
 
 def _train_steps(
@@ -161,6 +217,7 @@ def _train_steps(
     """
     task, stop, checkpoints, workdir = run.task, run.stop, run.checkpoints, run.workdir
     settings, seed, mesh = run.config.train, run.config.seed, run.mesh
+    several = jax.process_count() > 1
     about = {"config": config_dict(run.config), "version": __version__}
     batches = (put_batch(mesh, batch) for _, batch in batches)
     batch = next(batches)
@@ -169,9 +226,13 @@ def _train_steps(
 
     with contextlib.ExitStack() as stack:
         write_config(workdir, about["config"])
-        metrics_log = stack.enter_context(contextlib.closing(MetricsLog(workdir, start)))
+        writing = contextlib.nullcontext()
+        if is_first():
+            writing = contextlib.closing(MetricsLog(workdir, start))
+        metrics_log = stack.enter_context(writing)
+        quiet = {} if is_first() else {"disable": True}
         progress = stack.enter_context(
-            tqdm(total=settings.steps, initial=start, unit="step", dynamic_ncols=True)
+            tqdm(total=settings.steps, initial=start, unit="step", dynamic_ncols=True, **quiet)
         )
         step, held_out, pending, under_way, clock = start, None, [], collections.deque(), Clock()
         stop.training = True
@@ -179,8 +240,10 @@ def _train_steps(
         def finish(left: int = 0):
             """Waits until at most `left` steps are in flight, and counts the finished ones."""
             while len(under_way) > left:
-                number, loss = under_way.popleft()
+                number, loss, asked = under_way.popleft()
                 _wait(loss)
+                if asked is not None:
+                    stop.agreed = stop.agreed or signal_name(int(asked))
                 progress.update()
                 if number == start:
                     log.info("First step done %.1f s after the start", time.perf_counter() - began)
@@ -190,23 +253,29 @@ def _train_steps(
                 finish()
                 with clock.paused():
                     programs[program] = _compute(mesh, _compile_step, run, program[0], batch)
-            state, metrics = programs[program](state, run.frozen, batch, np.int32(step))
+            asked = (one_each(mesh, signal_number(stop.requested)),) if several else ()
+            state, metrics = programs[program](state, run.frozen, batch, np.int32(step), *asked)
+            under_way.append((step, metrics["loss"], metrics.pop(STOP, None)))
             pending.append(metrics)
-            under_way.append((step, metrics["loss"]))
             step += 1
             last = step == settings.steps
             if not last:
                 with clock.waiting():
                     batch = next(batches)
             finish(UNDER_WAY - 1)
-            stopping = stop.requested
+            if not several:
+                stop.agreed = stop.requested
+            if stop.agreed and not stop.requested:
+                _tell("%s to another process: stopping after this step", stop.agreed)
 
             if step % settings.log_every == 0 or last:
                 finish()
                 values = _mean(pending)
-                _stop_if_not_finite(task, state, step, seed, checkpoints)
+                stop_if_not_finite(task, state, step, seed, checkpoints)
                 speed = clock.report(len(pending) * settings.batch_size)
-                metrics_log.write(step, "train", values | speed)
+                speed["data_wait"] = max(map(float, gather(str(speed["data_wait"]))))
+                if metrics_log:
+                    metrics_log.write(step, "train", values | speed)
                 progress.set_postfix_str(
                     f"loss {values['loss']:.4g}, {speed['images_per_second']:.0f} images/s, "
                     f"data_wait {speed['data_wait']:.0%}"
@@ -216,19 +285,21 @@ def _train_steps(
                 finish()
                 with clock.paused():
                     picture = _compute(mesh, task.preview, state.ema)
-                    save_png(workdir / "previews" / f"{step:07d}.png", picture)
+                    if is_first():
+                        save_png(workdir / "previews" / f"{step:07d}.png", picture)
                     before, held_out = held_out, _compute(mesh, task.evaluate, state.ema)
-                    if held_out:
+                    if held_out and metrics_log:
                         metrics_log.write(step, "held_out", held_out)
-                    elif before is None:
+                    elif not held_out and before is None:
                         log.info("No data are held out: there are no held-out metrics")
-            if step % settings.checkpoint_every == 0 or last or stopping:
+            if step % settings.checkpoint_every == 0 or last or stop.agreed:
                 finish()
                 with clock.paused():
-                    _stop_if_not_finite(task, state, step, seed, checkpoints)
-                    _stop_if_damaged(state, step, checkpoints)
+                    stop_if_not_finite(task, state, step, seed, checkpoints)
+                    stop_if_damaged(state, step, checkpoints)
                     checkpoints.save(step, state, about)
-            if stopping:
+                    stop.saved = f"step {step} is saved in {workdir}"
+            if stop.agreed:
                 break
     return step, state, held_out
 
@@ -236,14 +307,22 @@ def _train_steps(
 def _compile_step(run: Run, phase: Hashable, batch: dict[str, jax.Array]) -> Callable:
     """The training step of a phase, compiled ahead of time for the shapes of `batch`."""
     began, (settings, seed) = time.perf_counter(), (run.config.train, run.config.seed)
-    still = jax.tree.map(lambda leaf: leaf.sharding, run.frozen)
+    still, whole = jax.tree.map(lambda leaf: leaf.sharding, run.frozen), replicated(run.mesh)
+    step = make_train_step(run.task, run.optimizer, seed, settings.ema_decay, phase)
+    asked = (one_each(run.mesh, 0),) if jax.process_count() > 1 else ()
+
+    def step_and_ask(state, frozen, batch, number, *asked):
+        state, metrics = step(state, frozen, batch, number)
+        return state, metrics | ({STOP: jnp.max(asked[0])} if asked else {})
+
     train_step = jax.jit(
-        make_train_step(run.task, run.optimizer, seed, settings.ema_decay, phase),
+        step_and_ask,
         donate_argnums=0,
-        in_shardings=(run.shardings, still, batch_sharding(run.mesh), replicated(run.mesh)),
-        out_shardings=(run.shardings, replicated(run.mesh)),
+        in_shardings=(run.shardings, still, batch_sharding(run.mesh), whole)
+        + tuple(each.sharding for each in asked),
+        out_shardings=(run.shardings, whole),
     )
-    program = train_step.lower(run.abstract, run.frozen, batch, np.int32(0)).compile()
+    program = train_step.lower(run.abstract, run.frozen, batch, np.int32(0), *asked).compile()
     log.info("Compiled the training step in %.1f s", time.perf_counter() - began)
     return program
 
@@ -261,6 +340,11 @@ def _compute(mesh: Mesh, function: Callable, *args: Any) -> Any:
             return function(*args)
 
     return in_thread(on_mesh)
+
+
+def _tell(message: str, *arguments: Any) -> None:
+    """Logs a message that every process shows."""
+    log.log(logging.INFO if is_first() else logging.WARNING, message, *arguments)
 
 
 def _wait(array: jax.Array) -> None:
@@ -293,64 +377,3 @@ def _mean(metrics: list[dict[str, jax.Array]]) -> dict[str, float]:
         for name, value in step_metrics.items():
             values.setdefault(name, []).append(value)
     return {name: float(np.mean(value)) for name, value in values.items()}
-
-
-def _stop_if_not_finite(
-    task: Task, state: State, step: int, seed: int, checkpoints: Checkpoints
-) -> None:
-    """Raises if the state froze before `step`: see `make_train_step`.
-
-    A step is a pure function of the state and its number, so the bad step is run again to find the
-    first tensor that is not finite.
-    """
-    bad = int(state.step)
-    if bad == step:
-        return
-    key = jax.random.fold_in(jax.random.key(seed), bad)
-    _, batch = next(task.batches(bad))
-    grads, metrics = jax.jit(task.gradients, static_argnums=4)(
-        state.params, task.frozen, batch, key, task.phase(bad)
-    )
-    suspects = {"batch": batch, "parameters": state.params, "metrics": metrics, "gradient": grads}
-    names = [
-        parameter_path(path)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(suspects)
-        if np.issubdtype(leaf.dtype, np.inexact) and not np.isfinite(np.asarray(leaf)).all()
-    ]
-    raise FloatingPointError(
-        f"step {bad}: {names[0] if names else 'the gradient norm'} is not finite "
-        f"({len(names)} tensors are not); {_last_good(checkpoints)}"
-    )
-
-
-def _last_good(checkpoints: Checkpoints) -> str:
-    """The end of a message on values that are not finite: the last good checkpoint."""
-    saved = checkpoints.latest()
-    kept = "no checkpoint was saved yet" if saved is None else f"step {saved} is the last good one"
-    return (
-        f"{kept} in {checkpoints.directory}. A lower optimizer.lr, a longer optimizer.warmup or "
-        "optimizer.clip usually cures it."
-    )
-
-
-@jax.jit
-def _finite(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
-
-
-def _damage(state: State) -> str:
-    """Names the first parameter or average that is not finite; "" if all are finite."""
-    flags = jax.device_get(_finite({"average": state.ema, "parameters": state.params}))
-    names = [
-        parameter_path(path)
-        for path, good in jax.tree_util.tree_leaves_with_path(flags)
-        if not good
-    ]
-    return f"{names[0]} is not finite ({len(names)} tensors are not)" if names else ""
-
-
-def _stop_if_damaged(state: State, step: int, checkpoints: Checkpoints) -> None:
-    """Raises if a parameter or average is not finite, before it is saved or exported."""
-    damage = _damage(state)
-    if damage:
-        raise FloatingPointError(f"step {step}: {damage}; {_last_good(checkpoints)}")

@@ -29,15 +29,28 @@ class Interrupted(SystemExit):
 
 @dataclasses.dataclass
 class StopRequest:
-    """`requested` is the name of the signal that has arrived, else "".
+    """`requested` is the name of the signal that has arrived, else ""; `agreed` that of one that
+    has arrived at any process of the run, and all know of it at the same step.
 
     Until `training` is set, a signal raises `Interrupted` where it arrives, with `saved` in its
-    message.
+    message. After `release`, signals act as usual.
     """
 
     requested: str = ""
+    agreed: str = ""
     training: bool = False
     saved: str = "nothing to save"
+    release: Callable[[], None] = lambda: None
+
+
+def signal_number(name: str) -> int:
+    """The number of a signal; 0 for ""."""
+    return int(signal.Signals[name]) if name else 0
+
+
+def signal_name(number: int) -> str:
+    """The name of a signal; "" for 0."""
+    return signal.Signals(number).name if number else ""
 
 
 @contextlib.contextmanager
@@ -49,8 +62,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
         return
 
     def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler in before.items():  # None: not of Python, such as jax's own
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def request(number, frame):
         stop.requested = signal.Signals(number).name
@@ -62,6 +75,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, request)
+    stop.release = restore
     try:
         yield stop
     finally:

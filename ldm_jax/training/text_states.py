@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from ldm_jax.conditions.base import Conditioning, Embedder
+from ldm_jax.runtime.mesh import on_one_device
 from ldm_jax.training.state import Params
 
 TEXT_STATES = ("step", "memory")
@@ -25,7 +26,7 @@ class CachedStates:
         self.name, self.dropout = embedder.name, embedder.dropout
         self._embedder, self._params, self._kept = embedder, params, {}
         self._encode = jax.jit(lambda params, raw: embedder(params, raw, deterministic=True))
-        self._null = jax.device_get(self._encode(params, embedder.null(1)))
+        self._null = self._encoded(embedder.null(1))
 
     def prepare(self, batch: dict[str, Any]) -> Conditioning:
         """The features (B, …) of batch["caption"]."""
@@ -34,10 +35,14 @@ class CachedStates:
         for start in range(0, len(new), BATCH):
             part = new[start : start + BATCH]
             raw = self._embedder.prepare({"caption": part + [""] * (BATCH - len(part))})
-            states = jax.device_get(self._encode(self._params, raw))
+            states = self._encoded(raw)
             for i, caption in enumerate(part):
                 self._kept[caption] = jax.tree.map(lambda state, i=i: state[i].copy(), states)
         return jax.tree.map(lambda *states: np.stack(states), *(self._kept[c] for c in captions))
+
+    def _encoded(self, raw: Any) -> Conditioning:
+        with on_one_device():  # another process has other captions
+            return jax.device_get(self._encode(self._params, raw))
 
     def null(self, count: int) -> Conditioning:
         """The empty caption's."""

@@ -4,6 +4,8 @@ import contextlib
 import json
 import logging
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from ldm_jax.runtime.checkpoints import Checkpoints
+from ldm_jax.runtime.processes import check_alike, gather, is_first
+from ldm_jax.version import __version__
 
 try:
     import fcntl
@@ -20,6 +24,8 @@ except ImportError:  # Windows
 
 log = logging.getLogger(__name__)
 
+# Settings of the reading of data, which processes may have of their own.
+OF_A_PROCESS = ("data.path", "data.workers")
 # Settings that may differ when a run resumes, as dotted keys or sections: lengths and intervals,
 # devices, the location and reading of the data, and the previews.
 HARMLESS = (
@@ -29,6 +35,7 @@ HARMLESS = (
     "train.preview_every",
     "train.keep",
     "mesh",
+    "sharding",
     "data.path",
     "data.on_error",
     "data.workers",
@@ -55,7 +62,7 @@ def locked(workdir: Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(f"cannot write to the workdir {workdir}: {error}") from error
     with file:
-        if fcntl and jax.process_index() == 0:  # the processes of one run share its workdir
+        if fcntl and is_first():  # the processes of one run share its workdir
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -69,6 +76,47 @@ def locked(workdir: Path) -> Iterator[None]:
             file.write(f"{os.getpid()}\n")
             file.flush()
         yield
+
+
+def check_shared(workdir: Path, wait: float = 10.0) -> None:
+    """Checks that every process sees the files that process 0 writes in `workdir`.
+
+    Raises:
+      ValueError: the processes see different directories.
+    """
+    mark = workdir / ".shared"
+    if is_first():
+        mark.write_text(name := uuid.uuid4().hex)
+    else:
+        name = ""
+    name, deadline = gather(name)[0], time.monotonic() + wait
+    while not (seen := mark.exists() and mark.read_text() == name):
+        if time.monotonic() > deadline:  # a network's file system may show a file late
+            break
+        time.sleep(0.1)
+    blind = [str(i) for i, answer in enumerate(gather("yes" if seen else "")) if not answer]
+    if is_first():
+        mark.unlink()
+    if blind:
+        raise ValueError(
+            f"process {', '.join(blind)} does not see what process 0 writes in {workdir}: give a "
+            "--workdir on a file system that all processes share"
+        )
+
+
+def check_processes(config: dict[str, Any]) -> None:
+    """Checks that all processes train the same config, with the same versions.
+
+    Raises:
+      ValueError: shows the difference.
+    """
+
+    def difference(a, b):
+        different = config_difference(a, b)
+        return {key: pair for key, pair in different.items() if key not in OF_A_PROCESS}
+
+    versions = {"ldm_jax": __version__, "jax": jax.__version__}
+    check_alike(config | {"version": versions}, difference)
 
 
 def check_config(workdir: Path, config: dict[str, Any], checkpoints: Checkpoints) -> None:
@@ -103,7 +151,7 @@ def write_config(workdir: Path, config: dict[str, Any]) -> None:
       OSError: it cannot be written; the old file is intact.
     """
     path = workdir / "config.json"
-    if _read(path) == config:
+    if not is_first() or _read(path) == config:
         return
     partial = path.with_name("config.json.partial")
     try:

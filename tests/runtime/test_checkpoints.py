@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.runtime.checkpoints import Checkpoints, abstract_like
-from ldm_jax.runtime.mesh import make_mesh, replicated, state_shardings
+from ldm_jax.runtime.mesh import make_mesh, replicated
 
 
 def state():
@@ -214,19 +214,3 @@ def test_a_write_that_fails_names_the_path_and_leaves_the_last(tmp_path):
     out = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     assert f"cannot write the checkpoint of step 2 under {tmp_path} (step 1 is intact)" in out
     assert "latest 1" in out
-
-
-def test_mesh_must_fit_the_devices():
-    with pytest.raises(ValueError, match=r"mesh \{'data': 3\} does not fit 8 devices"):
-        make_mesh({"data": 3})
-
-
-def test_large_parameters_split_along_their_largest_divisible_dimension():
-    mesh = make_mesh({"fsdp": 4})
-    shapes = {
-        "large": jax.ShapeDtypeStruct((3, 256, 512), jnp.float32),
-        "small": jax.ShapeDtypeStruct((64,), jnp.float32),
-        "odd": jax.ShapeDtypeStruct((513, 257), jnp.float32),
-    }
-    specs = jax.tree.map(lambda s: tuple(s.spec), state_shardings(mesh, shapes))
-    assert specs == {"large": (None, None, "fsdp"), "small": (), "odd": ()}

@@ -7,6 +7,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ldm_jax.runtime.logging import read_metrics
+from ldm_jax.runtime.mesh import part_of_batch
 
 
 class Crash(Exception):
@@ -38,7 +39,9 @@ class Task:
         step = start
         while True:
             self.before(step)
-            yield step, {"x": np.random.default_rng(step).normal(size=(8, 3)).astype(np.float32)}
+            x = np.random.default_rng(step).normal(size=(8, 3)).astype(np.float32)
+            index, count = part_of_batch()
+            yield step, {"x": np.split(x, count)[index]}
             step += 1
 
     def summary(self):

@@ -65,7 +65,7 @@ def test_values_that_are_not_finite_are_damage(use, whole, resumable, caplog, pa
         return state.replace(**{part: bad})
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_stop_if_damaged", lambda *arguments: None)
+        patch.setattr(loop, "stop_if_damaged", lambda *arguments: None)
         save = loop.Checkpoints.save
         patch.setattr(loop.Checkpoints, "save", lambda c, n, state, a: save(c, n, damage(state), a))
         train(steps(25), resumable)

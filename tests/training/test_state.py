@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from ldm_jax.training.loop import _stop_if_not_finite
+from ldm_jax.training.damage import stop_if_not_finite
 from ldm_jax.training.state import init_state, make_train_step
 
 
@@ -67,10 +67,10 @@ def test_state_freezes_before_the_bad_step(after_five):
 def test_the_message_names_step_tensor_and_checkpoint(after_five):
     task, states = after_five
     with pytest.raises(FloatingPointError, match="step 3: batch/x is not finite") as error:
-        _stop_if_not_finite(task, states[4], 5, 0, Kept)
+        stop_if_not_finite(task, states[4], 5, 0, Kept)
     assert "step 2 is the last good one in runs/x/checkpoints" in str(error.value)
 
 
 def test_a_finite_state_passes(after_five):
     task, states = after_five
-    _stop_if_not_finite(task, states[2], 3, 0, Kept)
+    stop_if_not_finite(task, states[2], 3, 0, Kept)
