@@ -22,9 +22,11 @@ from ldm_jax.pictures import save_png
 from ldm_jax.runtime.checkpoints import Checkpoints, abstract_like
 from ldm_jax.runtime.logging import Clock, MetricsLog
 from ldm_jax.runtime.mesh import batch_sharding, make_mesh, put_batch, replicated, state_shardings
+from ldm_jax.training.ema import Constant, more_averages
 from ldm_jax.training.optimizer import make_optimizer, parameter_path
 from ldm_jax.training.report import write_report
 from ldm_jax.training.signals import Interrupted, StopRequest, in_thread, stop_on_signals
+from ldm_jax.training.snapshots import write_snapshot
 from ldm_jax.training.state import Params, State, Task, init_state, make_train_step
 from ldm_jax.training.tasks import make_task
 from ldm_jax.training.workdir import check_config, config_dict, locked, write_config
@@ -106,7 +108,7 @@ def _train(
     optimizer = make_optimizer(config.optimizer, settings.steps, networks)
 
     def initial(loaded):
-        return init_state(task, optimizer, config.seed, loaded)
+        return init_state(task, optimizer, config.seed, loaded, more_averages(settings))
 
     abstract = jax.eval_shape(initial, task.loaded)
     shardings = state_shardings(mesh, abstract)
@@ -145,6 +147,8 @@ def _train(
     handled.close()
     _stop_if_damaged(state, step, checkpoints)
     save_model(workdir / "model.safetensors", *task.export(state.ema))
+    for name in (each.name for each in more_averages(settings) if isinstance(each, Constant)):
+        save_model(workdir / f"model_{name}.safetensors", *task.export(state.averages[name]))
     log.info("Report: %s", write_report(workdir))
     if step < settings.steps:
         raise Interrupted(f"Stopped by {stop.requested}; step {step} is saved in {workdir}")
@@ -228,6 +232,7 @@ def _train_steps(
                     _stop_if_not_finite(task, state, step, seed, checkpoints)
                     _stop_if_damaged(state, step, checkpoints)
                     checkpoints.save(step, state, about)
+                    write_snapshot(workdir, step, state.averages)
             if stopping:
                 break
     return step, state, held_out
@@ -238,7 +243,9 @@ def _compile_step(run: Run, phase: Hashable, batch: dict[str, jax.Array]) -> Cal
     began, (settings, seed) = time.perf_counter(), (run.config.train, run.config.seed)
     still = jax.tree.map(lambda leaf: leaf.sharding, run.frozen)
     train_step = jax.jit(
-        make_train_step(run.task, run.optimizer, seed, settings.ema_decay, phase),
+        make_train_step(
+            run.task, run.optimizer, seed, settings.ema_decay, phase, more_averages(settings)
+        ),
         donate_argnums=0,
         in_shardings=(run.shardings, still, batch_sharding(run.mesh), replicated(run.mesh)),
         out_shardings=(run.shardings, replicated(run.mesh)),
