@@ -23,11 +23,13 @@ _WIDTH = "sigma_rel_"
 def write_snapshot(workdir: Path, step: int, averages: dict[str, Any]) -> None:
     """Writes the power-function averages among `averages`, by name; nothing if there are none.
 
+    Only the first process writes.
+
     Raises:
       OSError: the file cannot be written.
     """
     powers = {name: tree for name, tree in averages.items() if name.startswith(_WIDTH)}
-    if powers:
+    if powers and jax.process_index() == 0:
         (workdir / "averages").mkdir(exist_ok=True)
         flat = flatten_dict(jax.device_get(powers), sep="/")
         write_safetensors(_path(workdir, step), flat)
