@@ -1,15 +1,21 @@
 """Averages of other decays, and power-function averages of any width after training."""
 
+import subprocess
+import sys
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import load_file
 
 from ldm_jax import average as command
+from ldm_jax.interop.native import save_model
+from ldm_jax.interop.opening import open_any
 from ldm_jax.runtime.checkpoints import Checkpoints, abstract_like
 from ldm_jax.training import loop
 from ldm_jax.training.ema import (
@@ -22,7 +28,9 @@ from ldm_jax.training.ema import (
     unlike,
     update_ema,
 )
+from ldm_jax.training.snapshots import write_snapshot
 from ldm_jax.training.state import State
+from tests import tiny_models
 from tests.training.least_squares import Task, steps
 
 WIDTHS = (0.05, 0.1)
@@ -181,6 +189,31 @@ def test_the_command_makes_the_average_of_another_width(run, monkeypatch, tmp_pa
     command.average(run, 0.1, tmp_path / "made.safetensors", step=20)
     own = load_file(run / "averages" / "0000020.safetensors")["sigma_rel_0.1/net/w"]
     np.testing.assert_allclose(load_file(tmp_path / "made.safetensors")["net/w"], own, rtol=1e-5)
+
+
+def test_the_command_line_writes_a_model_that_opens(tmp_path):
+    """Averaged are the networks in the snapshots; the autoencoder is that of the run's model."""
+    config, step = tiny_models.UNCONDITIONAL, 5
+    params = tiny_models.random_params(config)
+    save_model(tmp_path / "model.safetensors", config, params)
+    trees = {
+        Power(w).name: {"unet": jax.tree.map(lambda p: 0 * p + 3, params["unet"])} for w in WIDTHS
+    }
+    write_snapshot(tmp_path, step, trees | {"decay_0.9": {}})
+    out = tmp_path / "averaged.safetensors"
+    command_line = [sys.executable, "-m", "ldm_jax.average", tmp_path, f"--out={out}"]
+    done = subprocess.run(command_line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sigma_rel 0.07 at step 5" in done.stdout
+    assert "2 snapshots of 1 steps; the weights differ by 0.0" in done.stderr + done.stdout
+    found = open_any(out)
+    assert found.config["unet"] == config["unet"]
+    for leaf in jax.tree.leaves(found.params["unet"]):
+        np.testing.assert_allclose(leaf, 3.0, rtol=1e-6)  # what stays the same is the average
+    for name, leaf in flatten_dict(params["autoencoder"], sep="/").items():
+        np.testing.assert_array_equal(
+            flatten_dict(found.params["autoencoder"], sep="/")[name], leaf
+        )
 
 
 class _Opened:
