@@ -41,7 +41,7 @@ def chooser(file: str, variants: dict[str, Callable], default: str = "scenes") -
 
 
 def start() -> dict:
-    """The initial parameters and the trainable ones, in every config."""
+    """The initial parameters and the trainable ones, devices and precision, in every config."""
     return dict(
         seed=0,
         init_from="",  # a model to start from: anything that ldm_jax.load opens
@@ -49,6 +49,8 @@ def start() -> dict:
         trainable=ALL,  # regular expressions; parameters whose path matches none do not train
         mesh=dict(data=-1, fsdp=1, tensor=1),  # sizes; -1: the rest of the devices
         sharding=(),  # pairs (regex, axis of each dimension) ahead of the rules in runtime/mesh.py
+        # Of the networks' arithmetic; parameters are float32. bfloat16 for TPUs and newer GPUs.
+        precision="float32",
     )
 
 
@@ -102,6 +104,7 @@ def optimizer(**fields) -> dict:
             weight_decay=0.01,
             clip=0.0,
             multipliers=(),
+            moments="float32",  # or bfloat16: first moments take half the memory
         )
         | fields
     )
@@ -113,7 +116,12 @@ def train(**fields) -> dict:
         dict(
             steps=12000,
             batch_size=64,
+            accumulate=1,  # parts of a batch, one after the other, where it does not fit in memory
+            remat="",  # recompute in place of keeping: blocks, dots, products (models/remat.py)
             ema_decay=0.999,
+            # Further averages, each of them another copy of the parameters.
+            ema_decays=(),  # model_decay_D.safetensors
+            ema_sigma_rel=(),  # (0.05, 0.1) for python -m ldm_jax.average
             log_every=100,
             checkpoint_every=1000,
             preview_every=3000,

@@ -30,6 +30,11 @@ are effective ones, for latent diffusion of a single GPU, as in its paper. The p
 V100 are: 14 for celeba256, 18 for the churches, 26 for ffhq256, 60 for the bedrooms, 79 for cin256,
 271 for cin256-v2, 29 for an f4 autoencoder, 66 for an f8 one. Stable Diffusion took 150,000 hours
 of an A100.
+
+Batches are those of many devices. On TPUs, and on GPUs with bfloat16, add
+--config.precision=bfloat16 --config.train.remat=blocks, and with fewer devices
+--config.train.accumulate=N, so that a part of batch_size/N fits. The default stays float32:
+bfloat16 was compared with it on small models only.
 """
 
 from functools import partial

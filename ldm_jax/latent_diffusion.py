@@ -30,7 +30,7 @@ from ldm_jax.diffusion.guidance import (
     where_guided,
 )
 from ldm_jax.diffusion.multistep import Table
-from ldm_jax.diffusion.noise import example_keys
+from ldm_jax.diffusion.noise import Examples, all_examples, example_keys
 from ldm_jax.diffusion.objective import Objective, diffusion_loss
 from ldm_jax.diffusion.parameterization import Network, Prediction, x0_coefficients
 from ldm_jax.diffusion.plan import GuidanceTable, Run
@@ -68,14 +68,17 @@ class LatentDiffusion:
         return self.unet.out_channels
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], dtype: Any = None) -> "LatentDiffusion":
+    def from_config(
+        cls, config: dict[str, Any], dtype: Any = None, remat: str = ""
+    ) -> "LatentDiffusion":
         """Builds a model from the sections `unet`, `autoencoder`, `conditioning` and `diffusion`.
 
-        The networks compute in `dtype`; None: the type of the parameters and inputs.
+        The networks compute in `dtype`; None: the type of the parameters and inputs. `remat` is a
+        policy of `models/remat.py` for the UNet's blocks.
         """
         autoencoder = make_autoencoder(config["autoencoder"], dtype)
         return cls(
-            unet=UNet(**tuples(config["unet"]), dtype=dtype),
+            unet=UNet(**tuples(config["unet"]), dtype=dtype, remat=remat),
             autoencoder=autoencoder,
             embedders=make_embedders(config["conditioning"], dtype, autoencoder),
             diffusion=Diffusion.from_config(config["diffusion"]),
@@ -123,16 +126,21 @@ class LatentDiffusion:
         inputs: Inputs,
         key: jax.Array,
         training: bool = True,
+        examples: Examples | None = None,
     ) -> jax.Array:
         """Per-example loss (B,) on scaled latents (B, h, w, c).
 
         `training` turns on the dropout of conditions and of the networks. All randomness comes from
-        each example's own key, except the networks' dropout.
+        each example's own key, except the networks' dropout. `examples` are those of the latents in
+        a larger batch; None: they are the batch.
         """
+        examples = all_examples(len(latents)) if examples is None else examples
         noise_key, condition_key, dropout_key = (jax.random.fold_in(key, i) for i in range(3))
         if training:
-            example = example_keys(condition_key, len(latents))
-            inputs = drop_conditions(self.embedders, inputs, example)
+            own = example_keys(condition_key, examples)
+            inputs = drop_conditions(self.embedders, inputs, own)
+            if len(latents) < examples.total:  # parts of a batch drop other features
+                dropout_key = jax.random.fold_in(dropout_key, examples.index[0])
         condition = embed(self.embedders, params, inputs, dropout_key if training else None)
         rngs = {"dropout": jax.random.fold_in(dropout_key, len(self.embedders))}
 
@@ -154,6 +162,7 @@ class LatentDiffusion:
             latents,
             noise_key,
             params["logvar"]["value"] if self.objective.learn_logvar else None,
+            examples,
         )
 
     def predict(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.diffusion.noise import per_example
+from ldm_jax.diffusion.noise import Examples, all_examples, per_example
 from ldm_jax.diffusion.parameterization import Network, network_inputs, target, x0_coefficients
 from ldm_jax.diffusion.process import Diffusion
 from ldm_jax.diffusion.schedule import DiscreteSchedule, Level, Schedule
@@ -53,21 +53,24 @@ def diffusion_loss(
     latents: jax.Array,
     key: jax.Array,
     logvar: jax.Array | None = None,
+    examples: Examples | None = None,
 ) -> jax.Array:
     """Per-example loss (B,) of `network(x, t)` on clean latents (B, h, w, c).
 
     All randomness except stratified times comes from each example's own key. `logvar` (T,) are the
-    trained log-variances, None where `learn_logvar` is off.
+    trained log-variances, None where `learn_logvar` is off. `examples` are those of the latents;
+    None: they are a whole batch.
     """
     keys = [jax.random.fold_in(key, i) for i in range(3)]
     o, count, schedule = objective, len(latents), diffusion.schedule
     kind, sigma_data = diffusion.parameterization, diffusion.sigma_data
-    t = draw_times(keys[0], count, schedule, o.draw, o.draw_mean, o.draw_std)
+    examples = all_examples(count) if examples is None else examples
+    t = draw_times(keys[0], examples, schedule, o.draw, o.draw_mean, o.draw_std)
     level = Level(*(v.reshape(count, *[1] * (latents.ndim - 1)) for v in schedule.level(t)))
-    eps = draw_noise(keys[1], latents.shape, o.offset_noise)
+    eps = draw_noise(keys[1], latents.shape, o.offset_noise, examples)
     noise = eps
     if o.input_perturbation:
-        noise = eps + o.input_perturbation * draw_noise(keys[2], latents.shape)
+        noise = eps + o.input_perturbation * draw_noise(keys[2], latents.shape, 0.0, examples)
     x, time = network_inputs(kind, level.alpha * latents + level.sigma * noise, level, sigma_data)
     goal = target(kind, latents, eps, level, sigma_data)
     raw = per_example_loss(o.loss, network(x, time.reshape(count)), goal, o.huber_delta)
@@ -83,38 +86,52 @@ def diffusion_loss(
 
 
 def draw_times(
-    key: jax.Array, count: int, schedule: Schedule, draw: str = "uniform", mean=0.0, std=1.0
+    key: jax.Array,
+    examples: int | Examples,
+    schedule: Schedule,
+    draw: str = "uniform",
+    mean: float = 0.0,
+    std: float = 1.0,
 ) -> jax.Array:
-    """(count,) training times, integer where the schedule is a table.
+    """(B,) training times of examples, or of a whole batch of so many; integer where the schedule
+    is a table.
 
     uniform: over the schedule's range, each example from its own key. stratified: the same, but
-    one in each of `count` equal parts (Kingma et al. 2021, §I.1), so it depends on the batch.
+    one in each of as many equal parts as the batch has examples (Kingma et al. 2021, §I.1).
     logit_normal: u = sigmoid(N(mean, std²)) of that range (Esser et al. 2024, eq. 19). log_normal:
     ln(σ/α) ~ N(mean, std²) (Karras et al. 2022, table 1, with −1.2 and 1.2).
     """
+    examples = all_examples(examples) if isinstance(examples, int) else examples
+    shape = examples.index.shape
     if draw == "uniform":
-        return schedule.time(per_example(jax.random.uniform, key, (count,)))
+        return schedule.time(per_example(jax.random.uniform, key, shape, examples))
     if draw == "stratified":
         first = jax.random.uniform(key)
-        return schedule.time((first + jnp.arange(count) / count) % 1.0)
+        return schedule.time((first + examples.index / examples.total) % 1.0)
     if draw not in DRAWS:
         raise ValueError(f"time draw {draw!r}: choose one of {', '.join(DRAWS)}")
-    normal = mean + std * per_example(jax.random.normal, key, (count,))
+    normal = mean + std * per_example(jax.random.normal, key, shape, examples)
     if draw == "logit_normal":
         return schedule.time(jax.nn.sigmoid(normal))
     return schedule.time_of_ratio(jnp.exp(normal))
 
 
-def draw_noise(key: jax.Array, shape: tuple[int, ...], offset: float = 0.0) -> jax.Array:
+def draw_noise(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    offset: float = 0.0,
+    examples: Examples | None = None,
+) -> jax.Array:
     """Unit Gaussian noise (B, h, w, c), each example from its own key.
 
     `offset` is the scale of an additional Gaussian constant over h and w, so that a model learns to
     change the mean (Guttenberg 2023, "Diffusion with offset noise").
     """
-    noise = per_example(jax.random.normal, jax.random.fold_in(key, 0), shape)
+    noise = per_example(jax.random.normal, jax.random.fold_in(key, 0), shape, examples)
     if offset:
         constant = (shape[0], 1, 1, shape[-1])
-        noise += offset * per_example(jax.random.normal, jax.random.fold_in(key, 1), constant)
+        own = jax.random.fold_in(key, 1)
+        noise += offset * per_example(jax.random.normal, own, constant, examples)
     return noise
 
 

@@ -216,7 +216,7 @@ NETWORKS = {
     **{"class": ClassEmbedder, "rescaler": SpatialRescaler, "patches": Patches},
 }
 # Fields of training alone, or of Flax.
-_NOT_OF_THE_NETWORK = ("dropout", "dtype", "param_dtype", "name", "parent")
+_NOT_OF_THE_NETWORK = ("dropout", "remat", "dtype", "param_dtype", "name", "parent")
 _OF_TRAINING = ("resolution", "beta", "legacy")
 
 

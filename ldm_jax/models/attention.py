@@ -6,6 +6,7 @@ from flax import linen as nn
 
 from ldm_jax.models.dot_product import attend
 from ldm_jax.models.layers import GroupNorm, conv, uniform_init
+from ldm_jax.models.remat import rematerialised
 
 
 class Attention(nn.Module):
@@ -118,6 +119,8 @@ class SpatialTransformer(nn.Module):
 
     The originals project by a 1×1 convolution (LDM, SD 1) or, flattened, by a matrix (SD 2, SDXL):
     the same product, which checkpoints store differently. Here it is always a matrix.
+
+    With `remat`, each of its blocks is rematerialised: see `models/remat.py`.
     """
 
     heads: int
@@ -126,6 +129,7 @@ class SpatialTransformer(nn.Module):
     groups: int = 32
     dropout: float = 0.0
     disable_self_attn: bool = False
+    remat: str = ""
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
@@ -141,7 +145,7 @@ class SpatialTransformer(nn.Module):
         inner = self.heads * self.head_dim
         h = nn.Dense(inner, name="proj_in", kernel_init=uniform_init, **types)(h)
         for i in range(self.depth):
-            block = TransformerBlock(
+            block = rematerialised(TransformerBlock, self.remat, static=(3,))(
                 self.heads,
                 self.head_dim,
                 self.dropout,

@@ -8,6 +8,8 @@ of the original configurations; `patch_size` is ours: the originals always use s
 takes most of the time on a CPU and gains little.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -21,6 +23,7 @@ from ldm_jax.models.layers import (
     level_widths,
     upsample,
 )
+from ldm_jax.models.remat import rematerialised
 
 
 class ResnetBlock(nn.Module):
@@ -59,6 +62,21 @@ def depth_to_space(x: jax.Array, size: int) -> jax.Array:
     return x.reshape(batch, height * size, width * size, channels // size**2)
 
 
+def _blocks(model: nn.Module) -> tuple[Callable, Callable]:
+    """Functions that make a ResnetBlock and an attention from an encoder's or decoder's fields."""
+    types = dict(dtype=model.dtype, param_dtype=model.param_dtype)
+
+    def resnet(features, name):
+        block = rematerialised(ResnetBlock, model.remat, static=(2,))
+        return block(features, model.groups, model.dropout, name=name, **types)
+
+    def attention(name):
+        block = rematerialised(SpatialSelfAttention, model.remat)
+        return block(model.groups, name=name, **types)
+
+    return resnet, attention
+
+
 class Encoder(nn.Module):
     """(B, H, W, C) → (B, H/f, W/f, out_channels)."""
 
@@ -72,15 +90,14 @@ class Encoder(nn.Module):
     mid_attn: bool = True
     groups: int = 32
     dropout: float = 0.0
+    remat: str = ""
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-
-        def resnet(features, name):
-            return ResnetBlock(features, self.groups, self.dropout, name=name, **types)
+        resnet, attention = _blocks(self)
 
         check_sides(x, "images", self.patch_size * 2 ** (len(self.ch_mult) - 1))
         h = conv(self.ch, name="conv_in", **types)(space_to_depth(x, self.patch_size))
@@ -89,7 +106,7 @@ class Encoder(nn.Module):
             for j in range(self.num_res_blocks):
                 h = resnet(width, f"down_{level}_block_{j}")(h, deterministic)
                 if resolution in self.attn_resolutions:
-                    h = SpatialSelfAttention(self.groups, name=f"down_{level}_attn_{j}", **types)(h)
+                    h = attention(f"down_{level}_attn_{j}")(h)
             if level < len(self.ch_mult) - 1:
                 # Zeros on the right and bottom only: the first 3×3 window starts at pixel 0.
                 padding = ((0, 1), (0, 1))
@@ -98,7 +115,7 @@ class Encoder(nn.Module):
                 resolution //= 2
         h = resnet(h.shape[-1], "mid_block_1")(h, deterministic)
         if self.mid_attn:
-            h = SpatialSelfAttention(self.groups, name="mid_attn_1", **types)(h)
+            h = attention("mid_attn_1")(h)
         h = resnet(h.shape[-1], "mid_block_2")(h, deterministic)
         h = nn.swish(GroupNorm(self.groups, 1e-6, name="norm_out", **types)(h))
         return conv(self.out_channels, name="conv_out", **types)(h)
@@ -115,28 +132,26 @@ class Decoder(nn.Module):
     mid_attn: bool = True
     groups: int = 32
     dropout: float = 0.0
+    remat: str = ""
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, z: jax.Array, deterministic: bool = True) -> jax.Array:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-
-        def resnet(features, name):
-            return ResnetBlock(features, self.groups, self.dropout, name=name, **types)
-
+        resnet, attention = _blocks(self)
         widths = level_widths(self.ch, self.ch_mult)
         h = conv(widths[-1], name="conv_in", **types)(z)
         h = resnet(h.shape[-1], "mid_block_1")(h, deterministic)
         if self.mid_attn:
-            h = SpatialSelfAttention(self.groups, name="mid_attn_1", **types)(h)
+            h = attention("mid_attn_1")(h)
         h = resnet(h.shape[-1], "mid_block_2")(h, deterministic)
         for level in reversed(range(len(widths))):
             resolution = self.resolution // 2**level
             for j in range(self.num_res_blocks + 1):
                 h = resnet(widths[level], f"up_{level}_block_{j}")(h, deterministic)
                 if resolution in self.attn_resolutions:
-                    h = SpatialSelfAttention(self.groups, name=f"up_{level}_attn_{j}", **types)(h)
+                    h = attention(f"up_{level}_attn_{j}")(h)
             if level:
                 h = conv(h.shape[-1], name=f"up_{level}_upsample", **types)(upsample(h))
         return nn.swish(GroupNorm(self.groups, 1e-6, name="norm_out", **types)(h))
@@ -145,7 +160,7 @@ class Decoder(nn.Module):
 def encoder_and_decoder(model: nn.Module, out_channels: int) -> tuple[Encoder, Decoder]:
     """The encoder and decoder from the fields of an autoencoder, for its `setup`."""
     names = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resolution", "mid_attn")
-    names += ("groups", "dropout", "dtype", "param_dtype")
+    names += ("groups", "dropout", "remat", "dtype", "param_dtype")
     shared = {name: getattr(model, name) for name in names}
     encoder = Encoder(out_channels=out_channels, patch_size=model.patch_size, **shared)
     return encoder, Decoder(**shared)
@@ -160,6 +175,7 @@ class AutoencoderKL(nn.Module):
     channels, rounded; `groups` must divide every width.
     The originals' `attn_type: none` is `mid_attn=False` without `attn_resolutions`. Without
     `use_quant_conv` (SGM's own autoencoders, SD 3) the encoder's output is the moments.
+    `remat` names what blocks keep for the backward pass: see `models/remat.py`.
 
     Raises ValueError for pictures or latents of other channels or indivisible sides.
     """
@@ -179,6 +195,7 @@ class AutoencoderKL(nn.Module):
     dropout: float = 0.0
     patch_size: int = 1
     scale_factor: float = 1.0
+    remat: str = ""
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
 

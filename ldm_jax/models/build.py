@@ -20,8 +20,10 @@ def tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
-def make_autoencoder(section: dict[str, Any], dtype: Any = None) -> Autoencoder:
+def make_autoencoder(section: dict[str, Any], dtype: Any = None, **options: Any) -> Autoencoder:
     """The autoencoder of a config's section `autoencoder`: its `kind` (default "kl"), its fields.
+
+    It computes in `dtype`; None: the type of its inputs. `options` are further fields.
 
     Raises:
       ValueError: an unknown kind.
@@ -30,4 +32,4 @@ def make_autoencoder(section: dict[str, Any], dtype: Any = None) -> Autoencoder:
     kind = fields.pop("kind", "kl")
     if kind not in AUTOENCODERS:
         raise ValueError(f"autoencoder.kind={kind!r}: choose one of {', '.join(AUTOENCODERS)}")
-    return AUTOENCODERS[kind](**tuples(fields), dtype=dtype)
+    return AUTOENCODERS[kind](**tuples(fields), dtype=dtype, **options)

@@ -43,10 +43,16 @@ class GroupNorm(nn.Module):
             grouped = sums.reshape(*sums.shape[:-1], self.groups, channels // self.groups)
             return jnp.repeat(jnp.mean(grouped, axis=-1), channels // self.groups, axis=-1)
 
-        h = x.astype(jnp.float32)
-        h = h - group_mean(h)
-        gain = jax.lax.rsqrt(group_mean(jnp.square(h)) + self.epsilon) * scale
-        return (h * gain + bias).astype(self.dtype or x.dtype)
+        def normalise(x, scale, bias):
+            h = x.astype(jnp.float32)
+            h = h - group_mean(h)
+            gain = jax.lax.rsqrt(group_mean(jnp.square(h)) + self.epsilon) * scale
+            return (h * gain + bias).astype(self.dtype or x.dtype)
+
+        if x.dtype != jnp.float32:
+            # Otherwise the backward pass would keep h, which takes twice the memory of x.
+            normalise = jax.checkpoint(normalise)
+        return normalise(x, scale, bias)
 
 
 def conv(

@@ -20,6 +20,7 @@ from ldm_jax.models.layers import (
     uniform_init,
     upsample,
 )
+from ldm_jax.models.remat import rematerialised
 
 
 class ResBlock(nn.Module):
@@ -105,6 +106,8 @@ class UNet(nn.Module):
     sinusoids of the time; None is zeros. Guidance-distilled models use it (Meng et al. 2023; Luo et
     al. 2023) for the embedding of the guidance scale, see `embedders.guidance_embedding`.
 
+    `remat` names what blocks keep for the backward pass: see `models/remat.py`.
+
     Raises ValueError for shapes that would fail late, or build another network.
     """
 
@@ -128,6 +131,7 @@ class UNet(nn.Module):
     resblock_updown: bool = False
     groups: int = 32
     dropout: float = 0.0
+    remat: str = ""
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
@@ -197,7 +201,7 @@ class UNet(nn.Module):
         only_cross = self._per_level("disable_self_attentions")
 
         def resblock(name, features, resize=""):
-            return ResBlock(
+            return rematerialised(ResBlock, self.remat, static=(3,))(
                 features,
                 self.groups,
                 self.dropout,
@@ -216,7 +220,8 @@ class UNet(nn.Module):
                     f"{self.num_heads}, num_head_channels={self.num_head_channels})"
                 )
             if self.context_dim is None and not self.use_spatial_transformer:
-                return AttentionBlock(count, self.groups, name=name, **types)(h)
+                block = rematerialised(AttentionBlock, self.remat)
+                return block(count, self.groups, name=name, **types)(h)
             transformer = SpatialTransformer(
                 count,
                 channels // count,
@@ -224,6 +229,7 @@ class UNet(nn.Module):
                 self.groups,
                 self.dropout,
                 cross,
+                self.remat,
                 name=name,
                 **types,
             )

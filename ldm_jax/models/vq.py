@@ -114,6 +114,7 @@ class VQModel(nn.Module):
     dropout: float = 0.0
     patch_size: int = 1
     scale_factor: float = 1.0
+    remat: str = ""
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
 

@@ -28,7 +28,9 @@ from ldm_jax.models.lpips import lpips
 from ldm_jax.models.vq import VQModel
 from ldm_jax.pictures import image_grid, to_signed, to_uint8, to_unit
 from ldm_jax.runtime.mesh import spread, to_host
+from ldm_jax.training.accumulation import in_parts
 from ldm_jax.training.batches import Prepare, about_data, training_loader
+from ldm_jax.training.precision import compute_type
 from ldm_jax.training.state import Params
 from ldm_jax.training.summary import first_pictures, log_summary
 from ldm_jax.training.trainable import like, merge, split
@@ -75,11 +77,12 @@ class AutoencoderTask:
 
     @property
     def model(self) -> Autoencoder:
-        return make_autoencoder(self.config.autoencoder)
+        remat = self.config.train.get("remat", "")
+        return make_autoencoder(self.config.autoencoder, compute_type(self.config), remat=remat)
 
     @property
     def discriminator(self) -> PatchDiscriminator:
-        return PatchDiscriminator(**self.config.discriminator)
+        return PatchDiscriminator(**self.config.discriminator, dtype=compute_type(self.config))
 
     def init(self, key, loaded):
         return split(merge(self.fresh(key), loaded), self.config.trainable)[0]
@@ -115,22 +118,28 @@ class AutoencoderTask:
         x = to_signed(batch["image"])
         batch_size, pixels = x.shape[0], x[0].size
         layer = params["autoencoder"]["conv_out"]
+        # The discriminator's statistics and its adaptive weight are of the whole batch, so only the
+        # large networks work in parts.
+        parts = functools.partial(in_parts, parts=self.config.train.get("accumulate", 1))
 
         def forward(autoencoder):
             """The inputs of the last layer and the regulariser R; and metrics."""
             variables = {"params": autoencoder}
+            encode = model.prequant if isinstance(model, VQModel) else model.moments
+            encoded = parts(lambda x: model.apply(variables, x, method=encode))(x)
             if isinstance(model, VQModel):
-                z = model.apply(variables, x, method=model.prequant)
+                z = encoded
                 quantized = model.apply(variables, z, method=model.nearest)
                 z, cost = quantized.latents, loss_config.codebook_weight * pixels * quantized.loss
                 used = {"perplexity": quantized.perplexity, "codebook_usage": quantized.usage}
                 metrics = {"codebook_loss": quantized.loss} | used
             else:
-                mean, logvar = model.apply(variables, x, method=model.moments)
+                mean, logvar = encoded
                 z = mean + jnp.exp(0.5 * logvar) * per_example(jax.random.normal, key, mean.shape)
                 kl = jnp.mean(kl_divergence(mean, logvar))
                 cost, metrics = loss_config.kl_weight * kl, {"kl": kl}
-            return (model.apply(variables, z, method=model.features), cost), metrics
+            features = parts(lambda z: model.apply(variables, z, method=model.features))(z)
+            return (features, cost), metrics
 
         def last_layer(layer, features):
             variables = {"params": {**params["autoencoder"], "conv_out": layer}}
@@ -140,7 +149,7 @@ class AutoencoderTask:
             absolute = jnp.sum(jnp.abs(x - x_hat)) / batch_size
             if self.perceptual is None:
                 return absolute, {"rec_loss": absolute / pixels}
-            distance = jnp.mean(lpips(self.perceptual, x, x_hat))
+            distance = jnp.mean(parts(functools.partial(lpips, self.perceptual))(x, x_hat))
             total = absolute + loss_config.perceptual_weight * distance * pixels
             return total, {"rec_loss": absolute / pixels, "lpips": distance}
 
@@ -251,9 +260,11 @@ class AutoencoderTask:
 
     @functools.cached_property
     def _moments(self):
+        model = make_autoencoder(self.config.autoencoder)  # float32, as the exported model
+
         @jax.jit
         def moments(ema, images):
             variables = {"params": ema["autoencoder"]}
-            return self.model.apply(variables, to_signed(images), method="moments")
+            return model.apply(variables, to_signed(images), method="moments")
 
         return lambda ema, images: to_host(moments(ema, spread(images)))

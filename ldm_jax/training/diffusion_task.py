@@ -12,10 +12,12 @@ from ldm_jax.conditions.base import Embedder
 from ldm_jax.conditions.kinds import SIZES
 from ldm_jax.data.conditions import Condition
 from ldm_jax.data.loader import Batch, batches_once
+from ldm_jax.diffusion.noise import Examples
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.pictures import image_grid, to_uint8
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.runtime.mesh import spread, to_host
+from ldm_jax.training.accumulation import mean_over_parts
 from ldm_jax.training.batches import Prepare, about_data, training_loader
 from ldm_jax.training.latents import LatentSource, moments, sample_latents
 from ldm_jax.training.state import Params
@@ -73,14 +75,19 @@ class DiffusionTask:
 
     def gradients(self, params, frozen, batch, key, phase):
         del phase
-        latents = self._latents(frozen, batch, jax.random.fold_in(key, 0))
-        inputs = {e.name: batch[e.name] for e in self.embedders}
 
-        def loss(params):
-            whole = merge(frozen, params)
-            return jnp.mean(self._model.loss(whole, latents, inputs, jax.random.fold_in(key, 1)))
+        def of_part(rows, examples):
+            latents = self._latents(frozen, rows, jax.random.fold_in(key, 0), examples)
+            inputs = {e.name: rows[e.name] for e in self.embedders}
 
-        value, grads = jax.value_and_grad(loss)(params)
+            def loss(params):
+                whole, own = merge(frozen, params), jax.random.fold_in(key, 1)
+                return jnp.mean(self._model.loss(whole, latents, inputs, own, examples=examples))
+
+            return jax.value_and_grad(loss)(params)
+
+        parts = self.config.train.get("accumulate", 1)
+        value, grads = mean_over_parts(of_part, batch, parts)
         return grads, {"loss": value}
 
     def batches(self, start):
@@ -155,12 +162,18 @@ class DiffusionTask:
         """The model in training."""
         return dataclasses.replace(self.model, embedders=self.embedders)
 
-    def _latents(self, frozen: Params, batch: dict[str, Any], key: jax.Array) -> jax.Array:
+    def _latents(
+        self,
+        frozen: Params,
+        batch: dict[str, Any],
+        key: jax.Array,
+        examples: Examples | None = None,
+    ) -> jax.Array:
         autoencoder = self.model.autoencoder
         made = batch.get("moments")
         if made is None:
             made = moments(autoencoder, frozen["autoencoder"], batch["image"])
-        return sample_latents(autoencoder, made, key)
+        return sample_latents(autoencoder, made, key, examples)
 
     def _in_order(self, source: Any, batch_size: int):
         """Every picture of a source once, without augmentation."""

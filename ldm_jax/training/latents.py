@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.data.loader import batches_once
-from ldm_jax.diffusion.noise import per_example
+from ldm_jax.diffusion.noise import Examples, per_example
 from ldm_jax.models.build import Autoencoder
 from ldm_jax.pictures import to_signed
 from ldm_jax.runtime.mesh import spread, to_host
@@ -31,10 +31,15 @@ def moments(autoencoder: Autoencoder, params: Any, images: jax.Array) -> jax.Arr
     return jnp.concatenate(autoencoder.apply({"params": params}, x, method="moments"), axis=-1)
 
 
-def sample_latents(autoencoder: Autoencoder, moments: jax.Array, key: jax.Array) -> jax.Array:
+def sample_latents(
+    autoencoder: Autoencoder,
+    moments: jax.Array,
+    key: jax.Array,
+    examples: Examples | None = None,
+) -> jax.Array:
     """Scaled latents (B, h, w, c) drawn from the posterior, each example's by its own key."""
     mean, logvar = jnp.split(moments, 2, axis=-1)
-    noise = per_example(jax.random.normal, key, mean.shape)
+    noise = per_example(jax.random.normal, key, mean.shape, examples)
     return (mean + jnp.exp(0.5 * logvar) * noise) * autoencoder.scale_factor
 
 

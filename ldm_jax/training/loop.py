@@ -34,6 +34,7 @@ from ldm_jax.runtime.mesh import (
 )
 from ldm_jax.runtime.processes import Together, gather, is_first, together
 from ldm_jax.training.damage import find_damage, stop_if_damaged, stop_if_not_finite
+from ldm_jax.training.ema import Constant, more_averages
 from ldm_jax.training.optimizer import make_optimizer
 from ldm_jax.training.report import write_report
 from ldm_jax.training.signals import (
@@ -44,6 +45,7 @@ from ldm_jax.training.signals import (
     signal_number,
     stop_on_signals,
 )
+from ldm_jax.training.snapshots import write_snapshot
 from ldm_jax.training.state import Params, State, Task, init_state, make_train_step
 from ldm_jax.training.tasks import make_task
 from ldm_jax.training.workdir import (
@@ -142,7 +144,7 @@ def _train(
     optimizer = make_optimizer(config.optimizer, settings.steps, networks)
 
     def initial(loaded):
-        return init_state(task, optimizer, config.seed, loaded)
+        return init_state(task, optimizer, config.seed, loaded, more_averages(settings))
 
     abstract = jax.eval_shape(initial, task.loaded)
     rules = config.get("sharding", ())
@@ -183,10 +185,12 @@ def _train(
         write_config(workdir, config_dict(config))
     stop.release()  # the state is saved; while the model is exported, signals act as usual
     stop_if_damaged(state, step, checkpoints)
-    about, params = task.export(state.ema)
-    params = to_host(params)
+    for name, average in _exported(state, settings).items():
+        about, params = task.export(average)
+        params = to_host(params)
+        if is_first():
+            save_model(workdir / f"{name}.safetensors", about, params)
     if is_first():
-        save_model(workdir / "model.safetensors", about, params)
         log.info("Report: %s", write_report(workdir))
     if step == settings.steps and metrics is None:
         metrics = task.evaluate(state.ema)
@@ -195,6 +199,12 @@ def _train(
     if step < settings.steps:
         raise Interrupted(f"Stopped by {stop.agreed}; step {step} is saved in {workdir}")
     return metrics
+
+
+def _exported(state: State, settings: Any) -> dict[str, Params]:
+    """The averages that are exported as models, by the name of the file."""
+    constant = [each.name for each in more_averages(settings) if isinstance(each, Constant)]
+    return {"model": state.ema} | {f"model_{name}": state.averages[name] for name in constant}
 
 
 def _open_task(config: Any, workdir: Path) -> Task:
@@ -299,6 +309,7 @@ def _train_steps(
                     stop_if_damaged(state, step, checkpoints)
                     checkpoints.save(step, state, about)
                     stop.saved = f"step {step} is saved in {workdir}"
+                    write_snapshot(workdir, step, state.averages)
             if stop.agreed:
                 break
     return step, state, held_out
@@ -308,7 +319,9 @@ def _compile_step(run: Run, phase: Hashable, batch: dict[str, jax.Array]) -> Cal
     """The training step of a phase, compiled ahead of time for the shapes of `batch`."""
     began, (settings, seed) = time.perf_counter(), (run.config.train, run.config.seed)
     still, whole = jax.tree.map(lambda leaf: leaf.sharding, run.frozen), replicated(run.mesh)
-    step = make_train_step(run.task, run.optimizer, seed, settings.ema_decay, phase)
+    step = make_train_step(
+        run.task, run.optimizer, seed, settings.ema_decay, phase, more_averages(settings)
+    )
     asked = (one_each(run.mesh, 0),) if jax.process_count() > 1 else ()
 
     def step_and_ask(state, frozen, batch, number, *asked):

@@ -35,11 +35,14 @@ def orthogonalize(matrix: jax.Array, steps: int = 5) -> jax.Array:
     return matrix @ product
 
 
-def scale_by_muon(momentum: float = 0.95, rms: float = 0.2) -> optax.GradientTransformation:
+def scale_by_muon(
+    momentum: float = 0.95, rms: float = 0.2, moments: str = "float32"
+) -> optax.GradientTransformation:
     """Nesterov momentum of kernels, orthogonalised, with a root mean square of about `rms`.
 
     A kernel (…, n) is treated as the matrix from all its other axes to n. If `rms` is that of
-    Adam's updates, Adam's learning rate and weight decay apply (Liu et al. 2025, eq. 4).
+    Adam's updates, Adam's learning rate and weight decay apply (Liu et al. 2025, eq. 4). The
+    momentum is kept in the type `moments`.
     """
 
     def direction(update):
@@ -48,6 +51,6 @@ def scale_by_muon(momentum: float = 0.95, rms: float = 0.2) -> optax.GradientTra
         return (scale * orthogonalize(matrix)).reshape(update.shape)
 
     return optax.chain(
-        optax.trace(momentum, nesterov=True),
+        optax.trace(momentum, nesterov=True, accumulator_dtype=moments),
         optax.stateless(lambda updates, params: jax.tree.map(direction, updates)),
     )

@@ -15,10 +15,13 @@ from ldm_jax.interop.layout import Imported
 from ldm_jax.interop.opening import open_any
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.build import Autoencoder, make_autoencoder
+from ldm_jax.models.remat import check_remat
+from ldm_jax.training.accumulation import check_parts
 from ldm_jax.training.autoencoder_task import DISCRIMINATOR_LOSSES, AutoencoderTask
 from ldm_jax.training.diffusion_task import DiffusionTask
 from ldm_jax.training.initialise import check_frozen, loaded_parameters
 from ldm_jax.training.latents import IN_MEMORY, LATENTS, LatentSource
+from ldm_jax.training.precision import compute_type
 from ldm_jax.training.state import Params, Task
 from ldm_jax.training.text_states import with_states
 from ldm_jax.training.trainable import like, split
@@ -38,6 +41,9 @@ def make_task(config: Any, index: Path | None = None) -> Task:
     Raises:
       ValueError: an unknown task, or a setting that it cannot use.
     """
+    compute_type(config)
+    check_remat("train.remat", config.train.get("remat", ""))
+    check_parts(config.train, jax.device_count())
     if config.task not in TASKS:
         raise ValueError(f"task={config.task!r}: choose one of {', '.join(TASKS)}")
     return TASKS[config.task](config, index)
@@ -108,7 +114,9 @@ def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
     for pictures in (source, held_out):
         check_files(conditions, pictures)
     _fit_labels(resolved, source.classes)
-    model = LatentDiffusion.from_config(resolved)
+    model = LatentDiffusion.from_config(
+        resolved, compute_type(config), config.train.get("remat", "")
+    )
     _check_pixels(config, source, model.autoencoder)
     side = config.data.image_size // model.autoencoder.downsampling
     shape = (side, side, model.latent_channels)
@@ -120,7 +128,7 @@ def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
     if config.latents == "memory":
         pixels = bool(conditions) or any("image" in e.needs for e in model.embedders)
         source, held_out = (
-            LatentSource(pictures, model.autoencoder, params, pixels)
+            LatentSource(pictures, make_autoencoder(resolved["autoencoder"]), params, pixels)
             for pictures in (source, held_out)
         )
     frozen = frozen | {"autoencoder": params}

@@ -16,8 +16,9 @@ BATCH = 32  # captions that are encoded together
 class CachedStates:
     """An `Embedder` in place of a text embedder whose network does not train.
 
-    A caption is encoded at its first use and kept on the host, context and vector in float32:
-    240 kB each for Stable Diffusion 1. The raw input is the `Conditioning` itself.
+    A caption is encoded at its first use and kept on the host, context and vector in the type of
+    the encoder's arithmetic: 240 kB each for Stable Diffusion 1 in float32. The raw input is the
+    `Conditioning` itself.
     """
 
     network, needs, guided = None, ("caption",), True

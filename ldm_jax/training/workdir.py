@@ -27,13 +27,17 @@ log = logging.getLogger(__name__)
 # Settings of the reading of data, which processes may have of their own.
 OF_A_PROCESS = ("data.path", "data.workers")
 # Settings that may differ when a run resumes, as dotted keys or sections: lengths and intervals,
-# devices, the location and reading of the data, and the previews.
+# devices, memory and precision, the location and reading of the data, and the previews.
 HARMLESS = (
     "train.steps",
     "train.log_every",
     "train.checkpoint_every",
     "train.preview_every",
     "train.keep",
+    "train.accumulate",
+    "train.remat",
+    "precision",
+    "optimizer.moments",
     "mesh",
     "sharding",
     "data.path",
@@ -170,11 +174,15 @@ def is_harmless(key: str) -> bool:
 
 
 def config_difference(there: dict, now: dict) -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (value there, value now)} for all settings that differ."""
+    """{dotted key: (value there, value now)} for all settings that differ.
+
+    An option that is off, such as () or 0, is the same as one that an older run did not know.
+    """
     a, b = flatten_dict(there, sep="."), flatten_dict(now, sep=".")
     absent = "(absent)"
     pairs = {key: (a.get(key, absent), b.get(key, absent)) for key in sorted(a.keys() | b.keys())}
-    return {key: (x, y) for key, (x, y) in pairs.items() if x != y}
+    off = ((absent, 0), (absent, ""), (absent, []), (0, absent), ("", absent), ([], absent))
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and pair not in off}
 
 
 def _stored_config(workdir: Path, checkpoints: Checkpoints) -> dict[str, Any] | None:

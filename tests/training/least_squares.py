@@ -6,8 +6,10 @@ import ml_collections
 import numpy as np
 from safetensors.numpy import load_file
 
+from ldm_jax.diffusion.noise import per_example
 from ldm_jax.runtime.logging import read_metrics
 from ldm_jax.runtime.mesh import part_of_batch
+from ldm_jax.training.accumulation import mean_over_parts
 
 
 class Crash(Exception):
@@ -19,6 +21,7 @@ class Task:
 
     ema_networks, frozen, loaded = ("net",), {}, {}
     held_out = {"loss": 1.0}
+    accumulate = 1
 
     def init(self, key, loaded):
         return {"net": {"w": jax.random.normal(key, (3,)), "b": jnp.zeros(())}}
@@ -27,12 +30,16 @@ class Task:
         return None
 
     def gradients(self, params, frozen, batch, key, phase):
-        def loss(params):
-            noise = 0.1 * jax.random.normal(key, batch["x"].shape[:1])
-            net = params["net"]
-            return jnp.mean(jnp.square(batch["x"] @ net["w"] + net["b"] - 1.0 - noise))
+        def of_part(rows, examples):
+            def loss(params):
+                shape = rows["x"].shape[:1]
+                noise = 0.1 * per_example(jax.random.normal, key, shape, examples)
+                net = params["net"]
+                return jnp.mean(jnp.square(rows["x"] @ net["w"] + net["b"] - 1.0 - noise))
 
-        value, grads = jax.value_and_grad(loss)(params)
+            return jax.value_and_grad(loss)(params)
+
+        value, grads = mean_over_parts(of_part, batch, self.accumulate)
         return grads, {"loss": value}
 
     def batches(self, start):
@@ -68,7 +75,7 @@ def a_config(**changes):
     config.task, config.seed = "least squares", 0
     config.optimizer = dict(
         name="adamw", lr=0.1, schedule="constant", lr_end=0.0, warmup=0, b1=0.9, b2=0.99,
-        weight_decay=0.0, clip=0.0, multipliers=(),
+        weight_decay=0.0, clip=0.0, multipliers=(), moments="float32",
     )  # fmt: skip
     config.train = dict(
         steps=30, batch_size=8, ema_decay=0.9, log_every=5, checkpoint_every=10, preview_every=30,
