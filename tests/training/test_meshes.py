@@ -3,13 +3,15 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from ldm_jax.runtime import mesh as meshes
 from ldm_jax.training import loop
-from tests.training.tiny import config
+from tests.training.least_squares import Task, reports, steps
+from tests.training.tiny import config as tiny_config
 
 MESHES = {"data": (8, 1, 1), "fsdp": (2, 4, 1), "tensor": (2, 2, 2)}
 
@@ -22,7 +24,7 @@ def one_device(axes):
 
 def trained(stage, workdir, axes=None):
     """(losses, held-out metrics, weights, the shardings of the parameters) of 20 steps."""
-    changed, seen = config(stage), []
+    changed, seen = tiny_config(stage), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meshes, "MIN_SPLIT_SIZE", 64)  # all but the smallest are split
         if axes is None:
@@ -55,15 +57,59 @@ def on_one(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(
-    "stage, mesh",
-    [
-        pytest.param(stage, mesh, marks=() if (stage, mesh) == SHORT else pytest.mark.long)
-        for SHORT in [("diffusion", "tensor")]
-        for stage in ("diffusion", "autoencoder")
-        for mesh in MESHES
-    ],
-)
+class TwoLayers(Task):
+    """A pair of layers with the names of an attention block's, which `tensor` splits."""
+
+    def init(self, key, loaded):
+        names = {"to_q": (3, 16), "to_out": (16, 8)}
+        return {
+            "net": {
+                name: {"kernel": jax.random.normal(jax.random.fold_in(key, shape[0]), shape)}
+                for name, shape in names.items()
+            }
+        }
+
+    def gradients(self, params, frozen, batch, key, phase):
+        def loss(params):
+            net = params["net"]
+            hidden = jnp.tanh(batch["x"] @ net["to_q"]["kernel"])
+            return jnp.mean(jnp.square(hidden @ net["to_out"]["kernel"] - 1.0))
+
+        value, grads = jax.value_and_grad(loss)(params)
+        return grads, {"loss": value}
+
+
+def test_a_run_goes_on_on_other_meshes(use, tmp_path, monkeypatch):
+    """The state is split differently at each start, and the losses are those of one device."""
+    monkeypatch.setattr(meshes, "MIN_SPLIT_SIZE", 16)
+    use(TwoLayers())
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_mesh", one_device)
+        loop.train(steps(30), tmp_path / "one")
+    places = []
+    save = loop.Checkpoints.save
+
+    def look(checkpoints, step, state, about):
+        places.append(
+            [tuple(state.ema["net"][n]["kernel"].sharding.spec) for n in ("to_q", "to_out")]
+        )
+        save(checkpoints, step, state, about)
+
+    monkeypatch.setattr(loop.Checkpoints, "save", look)
+    for end, axes in ((10, MESHES["tensor"]), (20, MESHES["fsdp"]), (30, MESHES["data"])):
+        sizes = {f"mesh.{name}": size for name, size in zip(("data", "fsdp"), axes, strict=False)}
+        config = steps(end, **sizes)
+        config.mesh.tensor = axes[2]
+        loop.train(config, tmp_path / "many")
+    assert places == [[(None, "tensor"), ("tensor", "fsdp")], [(None, "fsdp"), ("fsdp",)], [(), ()]]
+    one, many = reports(tmp_path / "one"), reports(tmp_path / "many")
+    assert [line["step"] for line in many] == [line["step"] for line in one]
+    np.testing.assert_allclose([a["loss"] for a in many], [a["loss"] for a in one], rtol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["diffusion", "autoencoder"])
+@pytest.mark.parametrize("mesh", MESHES)
 def test_a_mesh_trains_as_one_device_does(on_one, tmp_path, stage, mesh):
     losses, held_out, weights, _ = on_one(stage)
     same, measured, exported, specs = trained(stage, tmp_path, MESHES[mesh])
