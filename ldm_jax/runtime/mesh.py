@@ -4,7 +4,7 @@ The batch is split over both axes. Parameters are replicated or, over an `fsdp` 
 one device, split along their largest divisible dimension (big_vision's rule).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,16 +14,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MIN_SPLIT_SIZE = 2**16  # parameters with fewer elements cost more to gather than to keep
 
 
-def make_mesh(axes: Mapping[str, int]) -> Mesh:
-    """A mesh over all devices with axes `data` and `fsdp`; one size may be −1, "the rest"."""
-    shape, devices = {"data": -1, "fsdp": 1, **axes}, jax.device_count()
+def make_mesh(axes: Mapping[str, int], over: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices, or those given, with axes `data` and `fsdp`; one size may be −1,
+    "the rest"."""
+    over = jax.devices() if over is None else over
+    shape, devices = {"data": -1, "fsdp": 1, **axes}, len(over)
     known = int(np.prod([size for size in shape.values() if size != -1]))
     shape = {name: devices // known if size == -1 else size for name, size in shape.items()}
     if int(np.prod(list(shape.values()))) != devices:
         raise ValueError(f"mesh {dict(axes)} does not fit {devices} devices")
     # The default, Explicit axes, breaks Linen convolutions.
     axis_types = (AxisType.Auto,) * len(shape)
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=axis_types)
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=axis_types, devices=over)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

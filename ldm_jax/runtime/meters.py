@@ -86,7 +86,11 @@ def model_flops(function: Callable, *args: Any) -> float:
     the branches of a condition the most expensive one counts; a loop of unknown length counts one
     round.
     """
-    closed = jax.make_jaxpr(function)(*args)
+    return jaxpr_flops(jax.make_jaxpr(function)(*args))
+
+
+def jaxpr_flops(closed: ClosedJaxpr) -> float:
+    """`model_flops` of a function that was traced to a jaxpr."""
     fresh = itertools.count()
     _, total = _walk(closed.jaxpr, closed.consts, [next(fresh) for _ in closed.in_avals], {}, fresh)
     return total

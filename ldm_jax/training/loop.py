@@ -21,11 +21,12 @@ from ldm_jax.interop.native import save_model
 from ldm_jax.pictures import save_png
 from ldm_jax.runtime.checkpoints import Checkpoints, abstract_like
 from ldm_jax.runtime.logging import Clock, MetricsLog
-from ldm_jax.runtime.mesh import batch_sharding, make_mesh, put_batch, replicated, state_shardings
+from ldm_jax.runtime.mesh import make_mesh, put_batch, state_shardings
 from ldm_jax.training.optimizer import make_optimizer, parameter_path
+from ldm_jax.training.program import step_program
 from ldm_jax.training.report import write_report
 from ldm_jax.training.signals import Interrupted, StopRequest, in_thread, stop_on_signals
-from ldm_jax.training.state import Params, State, Task, init_state, make_train_step
+from ldm_jax.training.state import Params, State, Task, init_state
 from ldm_jax.training.tasks import make_task
 from ldm_jax.training.workdir import check_config, config_dict, locked, write_config
 from ldm_jax.version import __version__
@@ -235,13 +236,10 @@ def _train_steps(
 
 def _compile_step(run: Run, phase: Hashable, batch: dict[str, jax.Array]) -> Callable:
     """The training step of a phase, compiled ahead of time for the shapes of `batch`."""
-    began, (settings, seed) = time.perf_counter(), (run.config.train, run.config.seed)
+    began = time.perf_counter()
     still = jax.tree.map(lambda leaf: leaf.sharding, run.frozen)
-    train_step = jax.jit(
-        make_train_step(run.task, run.optimizer, seed, settings.ema_decay, phase),
-        donate_argnums=0,
-        in_shardings=(run.shardings, still, batch_sharding(run.mesh), replicated(run.mesh)),
-        out_shardings=(run.shardings, replicated(run.mesh)),
+    train_step = step_program(
+        run.task, run.optimizer, run.config, run.mesh, run.shardings, still, phase
     )
     program = train_step.lower(run.abstract, run.frozen, batch, np.int32(0)).compile()
     log.info("Compiled the training step in %.1f s", time.perf_counter() - began)
