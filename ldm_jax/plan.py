@@ -19,14 +19,14 @@ from ldm_jax.runtime.console import config_file, run
 from ldm_jax.runtime.mesh import make_mesh
 from ldm_jax.runtime.meters import TERA, Chip, chip_of
 from ldm_jax.runtime.plan import Usage, compile_usage, measure, roofline, size, topology_devices
-from ldm_jax.training.program import Lowered, check_batch, lower_sampler, lower_step
+from ldm_jax.training.program import Lowered, batch_parts, check_batch, lower_sampler, lower_step
 from ldm_jax.training.tasks import make_task
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/TASK.py[:variant].")
 TOPOLOGY = flags.DEFINE_string("topology", "", "A TPU slice, v5e:4x4; empty: the devices here.")
 BATCH = flags.DEFINE_integer("batch", 0, "Of training, on all chips; 0: the config's.", 0)
 PROGRAMS = flags.DEFINE_list("programs", ["train", "sample"], "What to compile: train, sample.")
-PICTURES = flags.DEFINE_integer("pictures", 1, "Drawn at once, on each chip.", 1)
+PICTURES = flags.DEFINE_integer("pictures", 1, "Drawn at once for each part of a batch.", 1)
 STEPS = flags.DEFINE_integer("steps", None, "Of drawing; unset: the config's.", 1)
 PRICE = flags.DEFINE_float("price", None, "Of an hour of one chip, in any currency.", 0.0)
 flags.mark_flags_as_required(["config"])
@@ -47,7 +47,7 @@ def main():
     if BATCH.value:
         config.train.batch_size = BATCH.value
     if "train" in PROGRAMS.value:
-        check_batch(config.train.batch_size, mesh.size)
+        check_batch(config.train.batch_size, batch_parts(mesh))
     chip = chip_of(devices[0])
     name = f"{path}:{variant}" if variant else path
     where = TOPOLOGY.value or f"{devices[0].device_kind}, measured"
@@ -68,7 +68,7 @@ def programs(config: Any, mesh: Any) -> Iterator[tuple[str, Lowered]]:
     if "train" in PROGRAMS.value:
         yield f"Training step, batch {config.train.batch_size}", lower_step(task, config, mesh)
     if "sample" in PROGRAMS.value and config.task == "diffusion":
-        count = PICTURES.value * mesh.size
+        count = PICTURES.value * batch_parts(mesh)
         steps = STEPS.value or task.resolved["sampling"]["steps"]
         title = f"Drawing {count} pictures in {steps} steps"
         yield title, lower_sampler(task, config, mesh, count, STEPS.value)

@@ -14,18 +14,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MIN_SPLIT_SIZE = 2**16  # parameters with fewer elements cost more to gather than to keep
 
 
-def make_mesh(axes: Mapping[str, int], over: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices, or those given, with axes `data` and `fsdp`; one size may be −1,
     "the rest"."""
-    over = jax.devices() if over is None else over
-    shape, devices = {"data": -1, "fsdp": 1, **axes}, len(over)
+    devices = jax.devices() if devices is None else devices
+    shape, count = {"data": -1, "fsdp": 1, **axes}, len(devices)
     known = int(np.prod([size for size in shape.values() if size != -1]))
-    shape = {name: devices // known if size == -1 else size for name, size in shape.items()}
-    if int(np.prod(list(shape.values()))) != devices:
-        raise ValueError(f"mesh {dict(axes)} does not fit {devices} devices")
+    shape = {name: count // known if size == -1 else size for name, size in shape.items()}
+    if int(np.prod(list(shape.values()))) != count:
+        raise ValueError(f"mesh {dict(axes)} does not fit {count} devices")
     # The default, Explicit axes, breaks Linen convolutions.
-    axis_types = (AxisType.Auto,) * len(shape)
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=axis_types, devices=over)
+    types = (AxisType.Auto,) * len(shape)
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=types, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -22,12 +22,14 @@ from ldm_jax.runtime.meters import Chip
 
 # The number of sides that a family's slices have, and an example of each.
 FAMILIES = {"v5e": (2, "v5e:4x4"), "v5p": (3, "v5p:2x2x2"), "v6e": (2, "v6e:4x4")}
-# Without these, libtpu asks a cloud's metadata server which TPU it is on, and warns.
+# Without these, libtpu asks a cloud's metadata server which TPU it is on, and warns; and only one
+# process at a time may load it, as if it used a TPU.
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
 }
 
 
@@ -61,6 +63,8 @@ def topology_devices(name: str) -> list[Any]:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
         raise ValueError(f"--topology={name}: {_first_line(error)}; {written}") from error
     return list(described.devices)
 
@@ -177,7 +181,7 @@ def size(count: float) -> str:
     """Bytes as text, in binary units."""
     power = min(int(math.log2(max(count, 1)) // 10), 4)
     unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
-    return f"{count / 2.0 ** (10 * power):.3g} {unit}"
+    return f"{count / 2.0 ** (10 * power):.4g} {unit}"
 
 
 def _first_line(error: Exception) -> str:

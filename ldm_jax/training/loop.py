@@ -22,8 +22,9 @@ from ldm_jax.pictures import save_png
 from ldm_jax.runtime.checkpoints import Checkpoints, abstract_like
 from ldm_jax.runtime.logging import Clock, MetricsLog
 from ldm_jax.runtime.mesh import make_mesh, put_batch, state_shardings
+from ldm_jax.runtime.meters import memory_in_use, rates
 from ldm_jax.training.optimizer import make_optimizer, parameter_path
-from ldm_jax.training.program import step_program
+from ldm_jax.training.program import step_flops, step_program
 from ldm_jax.training.report import write_report
 from ldm_jax.training.signals import Interrupted, StopRequest, in_thread, stop_on_signals
 from ldm_jax.training.state import Params, State, Task, init_state
@@ -191,7 +192,8 @@ def _train_steps(
                 finish()
                 with clock.paused():
                     programs[program] = _compute(mesh, _compile_step, run, program[0], batch)
-            state, metrics = programs[program](state, run.frozen, batch, np.int32(step))
+            compiled, flops = programs[program]
+            state, metrics = compiled(state, run.frozen, batch, np.int32(step))
             pending.append(metrics)
             under_way.append((step, metrics["loss"]))
             step += 1
@@ -207,6 +209,8 @@ def _train_steps(
                 values = _mean(pending)
                 _stop_if_not_finite(task, state, step, seed, checkpoints)
                 speed = clock.report(len(pending) * settings.batch_size)
+                seconds = settings.batch_size / speed["images_per_second"]
+                values |= rates(flops, seconds, jax.devices()) | memory_in_use(jax.local_devices())
                 metrics_log.write(step, "train", values | speed)
                 progress.set_postfix_str(
                     f"loss {values['loss']:.4g}, {speed['images_per_second']:.0f} images/s, "
@@ -234,16 +238,18 @@ def _train_steps(
     return step, state, held_out
 
 
-def _compile_step(run: Run, phase: Hashable, batch: dict[str, jax.Array]) -> Callable:
-    """The training step of a phase, compiled ahead of time for the shapes of `batch`."""
+def _compile_step(run: Run, phase: Hashable, batch: dict[str, jax.Array]) -> tuple[Callable, float]:
+    """The training step of a phase, compiled ahead of time for the shapes of `batch`, and its
+    model's FLOPs."""
     began = time.perf_counter()
     still = jax.tree.map(lambda leaf: leaf.sharding, run.frozen)
     train_step = step_program(
         run.task, run.optimizer, run.config, run.mesh, run.shardings, still, phase
     )
-    program = train_step.lower(run.abstract, run.frozen, batch, np.int32(0)).compile()
+    traced = train_step.trace(run.abstract, run.frozen, batch, np.int32(0))
+    flops, program = step_flops(traced, run.optimizer, run.abstract), traced.lower().compile()
     log.info("Compiled the training step in %.1f s", time.perf_counter() - began)
-    return program
+    return program, flops
 
 
 def _shapes(batch: dict[str, Any]) -> tuple[tuple[int, ...], ...]:

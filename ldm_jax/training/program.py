@@ -1,6 +1,7 @@
 """The compiled programs of a run: the training step, and the two programs that a plan compiles."""
 
 import dataclasses
+import math
 from collections.abc import Hashable
 from typing import Any
 
@@ -42,6 +43,14 @@ def step_program(
     )
 
 
+def step_flops(traced: Any, optimizer: optax.GradientTransformation, state: State) -> float:
+    """FLOPs of the model's products in a traced step (`jax.jit(…).trace(…)`), on all devices: see
+    `meters.model_flops`. Those of the optimiser, which Muon has, do not count; `state` may be
+    shapes."""
+    of_update = model_flops(optimizer.update, state.params, state.opt_state, state.params)
+    return jaxpr_flops(traced.jaxpr) - of_update
+
+
 @dataclasses.dataclass(frozen=True)
 class Lowered:
     """A program for the devices of a mesh, lowered and not compiled.
@@ -67,6 +76,11 @@ def abstract_state(task: Task, config: Any) -> tuple[optax.GradientTransformatio
     return optimizer, initial
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """In how many parts a mesh splits a batch."""
+    return math.prod(mesh.shape[axis] for axis in batch_sharding(mesh).spec[0])
+
+
 def lower_step(task: Task, config: Any, mesh: Mesh) -> Lowered:
     """The training step of an abstract task for a batch of `config.train.batch_size`: that of its
     last phase, in which everything trains.
@@ -74,23 +88,20 @@ def lower_step(task: Task, config: Any, mesh: Mesh) -> Lowered:
     Raises:
       ValueError: the batch does not divide over the devices.
     """
-    check_batch(config.train.batch_size, mesh.size)
+    check_batch(config.train.batch_size, batch_parts(mesh))
     optimizer, state = abstract_state(task, config)
     shardings, frozen = state_shardings(mesh, state), state_shardings(mesh, task.frozen)
     phase, batch = task.phase(config.train.steps - 1), batch_shapes(task, config.train.batch_size)
     program = step_program(task, optimizer, config, mesh, shardings, frozen, phase)
-    flops = model_flops(
-        lambda *arguments: task.gradients(*arguments, phase),
-        state.params, task.frozen, batch, jax.eval_shape(jax.random.key, 0),
-    )  # fmt: skip
     with jax.set_mesh(mesh):  # for this alone: its devices may be described, and not there
-        lowered = program.lower(state, task.frozen, batch, np.int32(0))
-    return Lowered(lowered, config.train.batch_size, flops)
+        traced = program.trace(state, task.frozen, batch, np.int32(0))
+        lowered = traced.lower()
+    return Lowered(lowered, config.train.batch_size, step_flops(traced, optimizer, state))
 
 
 def check_batch(batch: int, chips: int) -> None:
     """Raises ValueError for a batch that does not divide over so many chips; names the nearest."""
-    if batch % chips or batch < chips:
+    if batch % chips or not batch:
         nearest = sorted({max(batch // chips, 1) * chips, (batch // chips + 1) * chips})
         raise ValueError(
             f"a batch of {batch} does not divide over {chips} chips: use --batch="
