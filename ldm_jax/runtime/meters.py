@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-GIGA, TERA = 1e9, 1e12
+GIGA, TERA, GIB = 1e9, 1e12, 2.0**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Chip:
     interconnect: float
 
 
-_V5E = Chip("v5e", 197 * TERA, 16 * GIGA, 819 * GIGA, 200 * GIGA)
-_V5P = Chip("v5p", 459 * TERA, 95 * GIGA, 2765 * GIGA, 600 * GIGA)
-_V6E = Chip("v6e", 918 * TERA, 32 * GIGA, 1638 * GIGA, 400 * GIGA)
+_V5E = Chip("v5e", 197 * TERA, 16 * GIB, 819 * GIGA, 200 * GIGA)
+_V5P = Chip("v5p", 459 * TERA, 95 * GIB, 2765 * GIGA, 600 * GIGA)
+_V6E = Chip("v6e", 918 * TERA, 32 * GIB, 1638 * GIGA, 400 * GIGA)
 # By jax's `device_kind`.
 CHIPS = {
     "TPU v5 lite": _V5E,
@@ -49,9 +49,9 @@ CHIPS = {
     "TPU v5p": _V5P,
     "TPU v6 lite": _V6E,
     "TPU v6e": _V6E,
-    "NVIDIA A100-SXM4-40GB": Chip("A100", 312 * TERA, 40 * GIGA, 1555 * GIGA, 300 * GIGA),
-    "NVIDIA A100-SXM4-80GB": Chip("A100", 312 * TERA, 80 * GIGA, 2039 * GIGA, 300 * GIGA),
-    "NVIDIA H100 80GB HBM3": Chip("H100", 989 * TERA, 80 * GIGA, 3350 * GIGA, 450 * GIGA),
+    "NVIDIA A100-SXM4-40GB": Chip("A100", 312 * TERA, 40 * GIB, 1555 * GIGA, 300 * GIGA),
+    "NVIDIA A100-SXM4-80GB": Chip("A100", 312 * TERA, 80 * GIB, 2039 * GIGA, 300 * GIGA),
+    "NVIDIA H100 80GB HBM3": Chip("H100", 989 * TERA, 80 * GIB, 3350 * GIGA, 450 * GIGA),
     "NVIDIA H200": Chip("H200", 989 * TERA, 141 * GIGA, 4800 * GIGA, 450 * GIGA),
 }
 
