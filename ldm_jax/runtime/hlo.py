@@ -39,12 +39,10 @@ class Traffic:
     Attributes:
       sent: bytes sent to other chips, by the kind of collective, as a ring sends them.
       repeats: bytes of all instructions over those with every loop's body counted once.
-      cycles: those that the compiler estimates for its instructions; 0 if it does not say.
     """
 
     sent: dict[str, float]
     repeats: float
-    cycles: float
 
 
 def traffic(text: str) -> Traffic:
@@ -56,7 +54,7 @@ def traffic(text: str) -> Traffic:
     for name, count, inside in _runs(computations, entry):
         calls[name] += count
         rounds[name] += 0.0 if inside else count
-    sent, moved, once, cycles = {}, 0.0, 0.0, 0.0
+    sent, moved, once = {}, 0.0, 0.0
     for name, instructions in computations.items():
         sizes = {each.name: each.size for each in instructions}
         for each in instructions:
@@ -66,8 +64,7 @@ def traffic(text: str) -> Traffic:
             if rounds[name] and each.kind not in _FREE and not each.kind.endswith("-done"):
                 size = each.size + sum(sizes.get(operand, 0) for operand in each.operands)
                 moved, once = moved + rounds[name] * size, once + size
-                cycles += rounds[name] * _cycles(each.text)
-    return Traffic(sent, moved / once if once else 1.0, cycles)
+    return Traffic(sent, moved / once if once else 1.0)
 
 
 def _parsed(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -150,8 +147,3 @@ def _members(text: str) -> int:
             count *= int(part or axes[axis])
         return count
     return 1
-
-
-def _cycles(text: str) -> float:
-    found = re.search(r'"estimated_cycles":"(\d+)"', text)
-    return float(found[1]) if found else 0.0

@@ -81,7 +81,6 @@ class Usage:
       flops: all that XLA counts. It counts the body of a loop once.
       accessed: bytes read and written, a loop's body as often as it runs.
       sent: bytes sent to other chips, by the kind of collective.
-      cycles: what the compiler estimates; 0 if it does not.
       seconds: the time that compiling took.
       compiled: the program; None if it does not fit.
     """
@@ -95,7 +94,6 @@ class Usage:
     flops: float = 0.0
     accessed: float = 0.0
     sent: dict[str, float] = dataclasses.field(default_factory=dict)
-    cycles: float = 0.0
     seconds: float = 0.0
     compiled: Any = None
 
@@ -133,7 +131,6 @@ def compile_usage(lowered: Any) -> Usage:
         flops=cost.get("flops", 0.0),
         accessed=cost.get("bytes accessed", 0.0) * moves.repeats,
         sent=moves.sent,
-        cycles=moves.cycles,
         seconds=spent,
         compiled=compiled,
     )
