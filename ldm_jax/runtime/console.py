@@ -1,5 +1,6 @@
 """Shared code of the command lines: flags, logging and error messages."""
 
+import glob
 import logging
 import os
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Callable
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import config_flags
 from tqdm import tqdm
 
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error was raised.")
@@ -67,6 +69,19 @@ def run(main: Callable[..., None], arguments: tuple[str, ...] = ()) -> None:
             leave("Stopped by SIGINT", 130)
 
     app.run(guarded, flags_parser=parse)
+
+
+def config_file(flag: flags.Flag) -> tuple[str, str]:
+    """The path and the variant, "" for none, that a flag of a config file names.
+
+    Raises:
+      FileNotFoundError: there is no such file; lists those that are there.
+    """
+    path, _, variant = config_flags.get_config_filename(flag).partition(":")
+    if not os.path.isfile(path):
+        known = ", ".join(sorted(set(glob.glob("configs/*.py")) - {"configs/common.py"}))
+        raise FileNotFoundError(f"no config file {path}; there are {known or 'none here'}")
+    return path, variant
 
 
 def leave(message: str = "", code: int = 0) -> None:

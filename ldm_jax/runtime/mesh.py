@@ -32,16 +32,14 @@ TENSOR_RULES = (
 Rules = Sequence[tuple[str, Sequence[str | None]]]
 
 
-def make_mesh(axes: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices with the axes `AXES`; one size may be −1, "the rest".
+def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all devices, or those given, with the axes `AXES`; one size may be −1, "the rest".
 
     Raises:
       ValueError: an unknown axis, or sizes that do not fit the devices.
     """
-    return _mesh(axes, jax.device_count())
-
-
-def _mesh(axes: Mapping[str, int], count: int) -> Mesh:
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     shape = {"data": -1, "fsdp": 1, "tensor": 1, **axes}
     if unknown := shape.keys() - set(AXES):
         raise ValueError(f"mesh.{min(unknown)}: the axes of a mesh are {', '.join(AXES)}")
@@ -57,9 +55,9 @@ def _mesh(axes: Mapping[str, int], count: int) -> Mesh:
         )
     # The default, Explicit axes, breaks Linen convolutions.
     types = (AxisType.Auto,) * len(shape)
-    mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=types)
+    mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=types, devices=devices)
     if _part(mesh) is None:  # the fastest order for this topology cuts through processes
-        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        devices = sorted(devices, key=lambda device: (device.process_index, device.id))
         mesh = Mesh(np.reshape(devices, tuple(shape.values())), tuple(shape), axis_types=types)
     if _part(mesh) is None:
         raise ValueError(
@@ -70,9 +68,14 @@ def _mesh(axes: Mapping[str, int], count: int) -> Mesh:
     return mesh
 
 
+def parts_of_batch(mesh: Mesh) -> int:
+    """In how many parts a mesh splits a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch(mesh: Mesh, batch_size: int) -> None:
     """Raises ValueError for a batch that does not divide over the mesh."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = parts_of_batch(mesh)
     if batch_size % parts:
         raise ValueError(
             f"train.batch_size={batch_size} does not divide over mesh data={mesh.shape['data']}, "

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -22,20 +21,22 @@ from ldm_jax.pictures import save_png
 from ldm_jax.runtime.checkpoints import Checkpoints, abstract_like
 from ldm_jax.runtime.logging import Clock, MetricsLog
 from ldm_jax.runtime.mesh import (
-    batch_sharding,
     check_batch,
     make_mesh,
     one_each,
+    parts_of_batch,
     put,
     put_batch,
-    replicated,
     state_shardings,
     to_host,
 )
+from ldm_jax.runtime.meters import memory_in_use, rates
 from ldm_jax.runtime.processes import Together, gather, is_first, together
+from ldm_jax.training.accumulation import check_parts
 from ldm_jax.training.damage import find_damage, stop_if_damaged, stop_if_not_finite
 from ldm_jax.training.ema import Constant, more_averages
 from ldm_jax.training.optimizer import make_optimizer
+from ldm_jax.training.program import STOP, step_flops, step_program
 from ldm_jax.training.report import write_report
 from ldm_jax.training.signals import (
     Interrupted,
@@ -46,7 +47,7 @@ from ldm_jax.training.signals import (
     stop_on_signals,
 )
 from ldm_jax.training.snapshots import write_snapshot
-from ldm_jax.training.state import Params, State, Task, init_state, make_train_step
+from ldm_jax.training.state import Params, State, Task, init_state
 from ldm_jax.training.tasks import make_task
 from ldm_jax.training.workdir import (
     check_config,
@@ -61,7 +62,6 @@ from ldm_jax.version import __version__
 log = logging.getLogger(__name__)
 
 UNDER_WAY = 2  # steps in flight: enough to keep the device busy, few enough to stop soon
-STOP = "stop"  # the metric of a step that tells all processes of a signal to one of them
 
 
 def train(config: Any, workdir: str | Path, dry_run: bool = False) -> dict[str, float]:
@@ -138,6 +138,7 @@ def _train(
         stop.saved = f"step {newest} is saved in {workdir}"
     mesh = make_mesh(config.mesh)
     check_batch(mesh, settings.batch_size)
+    check_parts(settings, parts_of_batch(mesh))
     task = _open_task(config, workdir)
     stack.enter_context(jax.set_mesh(mesh))
     networks = tuple(jax.eval_shape(task.init, jax.random.key(0), task.loaded))
@@ -263,8 +264,9 @@ def _train_steps(
                 finish()
                 with clock.paused():
                     programs[program] = _compute(mesh, _compile_step, run, program[0], batch)
+            compiled, flops = programs[program]
             asked = (one_each(mesh, signal_number(stop.requested)),) if several else ()
-            state, metrics = programs[program](state, run.frozen, batch, np.int32(step), *asked)
+            state, metrics = compiled(state, run.frozen, batch, np.int32(step), *asked)
             under_way.append((step, metrics["loss"], metrics.pop(STOP, None)))
             pending.append(metrics)
             step += 1
@@ -284,6 +286,8 @@ def _train_steps(
                 stop_if_not_finite(task, state, step, seed, checkpoints)
                 speed = clock.report(len(pending) * settings.batch_size)
                 speed["data_wait"] = max(map(float, gather(str(speed["data_wait"]))))
+                seconds = settings.batch_size / speed["images_per_second"]
+                values |= rates(flops, seconds, jax.devices()) | memory_in_use(jax.local_devices())
                 if metrics_log:
                     metrics_log.write(step, "train", values | speed)
                 progress.set_postfix_str(
@@ -315,29 +319,19 @@ def _train_steps(
     return step, state, held_out
 
 
-def _compile_step(run: Run, phase: Hashable, batch: dict[str, jax.Array]) -> Callable:
-    """The training step of a phase, compiled ahead of time for the shapes of `batch`."""
-    began, (settings, seed) = time.perf_counter(), (run.config.train, run.config.seed)
-    still, whole = jax.tree.map(lambda leaf: leaf.sharding, run.frozen), replicated(run.mesh)
-    step = make_train_step(
-        run.task, run.optimizer, seed, settings.ema_decay, phase, more_averages(settings)
-    )
+def _compile_step(run: Run, phase: Hashable, batch: dict[str, jax.Array]) -> tuple[Callable, float]:
+    """The training step of a phase, compiled ahead of time for the shapes of `batch`, and its
+    model's FLOPs."""
+    began = time.perf_counter()
+    still = jax.tree.map(lambda leaf: leaf.sharding, run.frozen)
     asked = (one_each(run.mesh, 0),) if jax.process_count() > 1 else ()
-
-    def step_and_ask(state, frozen, batch, number, *asked):
-        state, metrics = step(state, frozen, batch, number)
-        return state, metrics | ({STOP: jnp.max(asked[0])} if asked else {})
-
-    train_step = jax.jit(
-        step_and_ask,
-        donate_argnums=0,
-        in_shardings=(run.shardings, still, batch_sharding(run.mesh), whole)
-        + tuple(each.sharding for each in asked),
-        out_shardings=(run.shardings, whole),
+    train_step = step_program(
+        run.task, run.optimizer, run.config, run.mesh, run.shardings, still, phase, bool(asked)
     )
-    program = train_step.lower(run.abstract, run.frozen, batch, np.int32(0), *asked).compile()
+    traced = train_step.trace(run.abstract, run.frozen, batch, np.int32(0), *asked)
+    flops, program = step_flops(traced, run.optimizer, run.abstract), traced.lower().compile()
     log.info("Compiled the training step in %.1f s", time.perf_counter() - began)
-    return program
+    return program, flops
 
 
 def _shapes(batch: dict[str, Any]) -> tuple[tuple[int, ...], ...]:

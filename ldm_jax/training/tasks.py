@@ -16,7 +16,7 @@ from ldm_jax.interop.opening import open_any
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.build import Autoencoder, make_autoencoder
 from ldm_jax.models.remat import check_remat
-from ldm_jax.training.accumulation import check_parts
+from ldm_jax.training.abstract import blank_source, first_stage_shapes
 from ldm_jax.training.autoencoder_task import DISCRIMINATOR_LOSSES, AutoencoderTask
 from ldm_jax.training.diffusion_task import DiffusionTask
 from ldm_jax.training.initialise import check_frozen, loaded_parameters
@@ -33,23 +33,24 @@ PICTURE_AUGMENTS = ("flip", "zoom", "shift", "color", "background")
 OF_THE_MODEL = ("autoencoder", "unet", "conditioning", "diffusion")
 
 
-def make_task(config: Any, index: Path | None = None) -> Task:
+def make_task(config: Any, index: Path | None = None, abstract: bool = False) -> Task:
     """The task `config.task` names, with its data opened.
 
-    `index` is a file that stores the findings in a folder of pictures between starts.
+    `index` is a file that stores the findings in a folder of pictures between starts. With
+    `abstract` no data are opened, parameters that do not train are shapes, and the task can only
+    be traced: see `abstract.py`.
 
     Raises:
       ValueError: an unknown task, or a setting that it cannot use.
     """
     compute_type(config)
     check_remat("train.remat", config.train.get("remat", ""))
-    check_parts(config.train, jax.device_count())
     if config.task not in TASKS:
         raise ValueError(f"task={config.task!r}: choose one of {', '.join(TASKS)}")
-    return TASKS[config.task](config, index)
+    return TASKS[config.task](config, index, abstract)
 
 
-def _autoencoder(config: Any, index: Path | None) -> AutoencoderTask:
+def _autoencoder(config: Any, index: Path | None, abstract: bool) -> AutoencoderTask:
     opened = open_any(config.init_from) if config.init_from else None
     config = config.copy_and_resolve_references()
     if not config.autoencoder and opened is not None:
@@ -71,19 +72,21 @@ def _autoencoder(config: Any, index: Path | None) -> AutoencoderTask:
         )
     if not config.loss.lpips:
         log.info("loss.lpips names no file: training without the perceptual term")
+    source, held_out = _sources(config, index, abstract)
     task = AutoencoderTask(
         config=config,
         frozen={},
         loaded={},
-        source=open_source(config.data, "train", index),
-        held_out=open_source(config.data, "held_out", index),
+        source=source,
+        held_out=held_out,
         perceptual=load_file(config.loss.lpips) if config.loss.lpips else None,
     )
-    loaded, frozen = _start(config, opened, jax.eval_shape(task.fresh, jax.random.key(0)))
+    fresh = jax.eval_shape(task.fresh, jax.random.key(0))
+    loaded, frozen = _start(config, opened, fresh, abstract)
     return task.replace(loaded=loaded, frozen=frozen)
 
 
-def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
+def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask:
     if config.latents not in LATENTS:
         raise ValueError(f"latents={config.latents!r}: choose one of {', '.join(LATENTS)}")
     pictures = [name for name in config.data.augment if name in PICTURE_AUGMENTS]
@@ -102,9 +105,9 @@ def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
     embedders = make_embedders(resolved["conditioning"])
     check_conditions(conditions, {e.name: e.needs for e in embedders}, config.data.source)
     check_guidance(embedders, resolved["sampling"]["guidance"])  # previews and sampling
-    resolved["autoencoder"], first_stage = _first_stage(config, resolved, opened)
+    resolved["autoencoder"], first_stage = _first_stage(config, resolved, opened, abstract)
 
-    source, held_out = (open_source(config.data, split, index) for split in ("train", "held_out"))
+    source, held_out = _sources(config, index, abstract)
     for kept in ("latents", "text_states"):
         if config[kept] == "memory" and len(source) > IN_MEMORY:
             raise ValueError(
@@ -120,11 +123,11 @@ def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
     _check_pixels(config, source, model.autoencoder)
     side = config.data.image_size // model.autoencoder.downsampling
     shape = (side, side, model.latent_channels)
-    abstract = jax.eval_shape(lambda key: model.init(key, shape), jax.random.key(0))
-    loaded, frozen = _start(config, opened, abstract)
-    trains, _ = split(abstract, config.trainable)
+    fresh = jax.eval_shape(lambda key: model.init(key, shape), jax.random.key(0))
+    loaded, frozen = _start(config, opened, fresh, abstract)
+    trains, _ = split(fresh, config.trainable)
     embedders = with_states(model.embedders, config.text_states, frozen, trains)
-    params = jax.device_put(first_stage)
+    params = first_stage_shapes(model) if abstract else jax.device_put(first_stage)
     if config.latents == "memory":
         pixels = bool(conditions) or any("image" in e.needs for e in model.embedders)
         source, held_out = (
@@ -137,13 +140,24 @@ def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
     )
 
 
-def _start(config: Any, opened: Imported | None, abstract: Params) -> tuple[Params, Params]:
-    """(loaded parameters that train, parameters that do not train)."""
-    trained, frozen = split(abstract, config.trainable)
+def _sources(config: Any, index: Path | None, abstract: bool) -> tuple[Any, Any]:
+    """The data that training sees and those that are held out."""
+    if abstract:
+        return blank_source(config.data), blank_source(config.data)
+    return tuple(open_source(config.data, split, index) for split in ("train", "held_out"))
+
+
+def _start(
+    config: Any, opened: Imported | None, fresh: Params, abstract: bool
+) -> tuple[Params, Params]:
+    """(loaded parameters that train, parameters that do not train); `fresh` are shapes of all."""
+    trained, frozen = split(fresh, config.trainable)
+    if abstract:
+        return {}, frozen
     if opened is None:
         check_frozen(frozen, {})
         return {}, {}
-    loaded = loaded_parameters(abstract, opened, config.init_from, config.init_networks)
+    loaded = loaded_parameters(fresh, opened, config.init_from, config.init_networks)
     check_frozen(frozen, loaded)
     return like(loaded, trained), like(loaded, frozen)  # a file may lack a network that trains
 
@@ -169,7 +183,7 @@ def _resolved(config: Any, opened: Imported | None) -> tuple[Any, dict[str, Any]
 
 
 def _first_stage(
-    config: Any, resolved: dict[str, Any], opened: Imported | None
+    config: Any, resolved: dict[str, Any], opened: Imported | None, abstract: bool
 ) -> tuple[dict[str, Any], Params]:
     """Section and parameters of the autoencoder whose latents the model works on.
 
@@ -179,7 +193,7 @@ def _first_stage(
     wanted = resolved.get("autoencoder")
     if config.first_stage:
         path, found = config.first_stage, open_any(config.first_stage)
-    elif wanted and wanted.get("kind") == "identity":
+    elif wanted and (abstract or wanted.get("kind") == "identity"):
         return wanted, {}
     elif opened is not None and "autoencoder" in opened.params:
         path, found = config.init_from, opened
@@ -235,6 +249,11 @@ def _fit_labels(resolved: dict[str, Any], classes: tuple[str, ...]) -> None:
             continue
         network = section["network"]
         if not network["n_classes"]:
+            if not classes:
+                raise ValueError(
+                    f"conditioning.{name}.network.n_classes=0 stands for the number of the data's "
+                    "classes, which is not known without the data: give it, and one more for none"
+                )
             network["n_classes"], section["null"] = len(classes) + 1, len(classes)
         free = network["n_classes"] - (section.get("null") is not None)
         if len(classes) > free:

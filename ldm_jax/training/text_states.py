@@ -7,6 +7,7 @@ import numpy as np
 
 from ldm_jax.conditions.base import Conditioning, Embedder
 from ldm_jax.runtime.mesh import on_one_device
+from ldm_jax.training.abstract import zeros_if_abstract
 from ldm_jax.training.state import Params
 
 TEXT_STATES = ("step", "memory")
@@ -26,7 +27,9 @@ class CachedStates:
     def __init__(self, embedder: Embedder, params: Any):
         self.name, self.dropout = embedder.name, embedder.dropout
         self._embedder, self._params, self._kept = embedder, params, {}
-        self._encode = jax.jit(lambda params, raw: embedder(params, raw, deterministic=True))
+        self._encode = zeros_if_abstract(
+            jax.jit(lambda params, raw: embedder(params, raw, deterministic=True))
+        )
         self._null = self._encoded(embedder.null(1))
 
     def prepare(self, batch: dict[str, Any]) -> Conditioning:

@@ -97,7 +97,7 @@ def model(workdir):
 
 
 def reports(workdir, kind="train"):
-    timing = ("images_per_second", "data_wait")
+    timing = ("images_per_second", "data_wait", "tflops", "mfu", "memory_gb")
     return [
         {name: value for name, value in line.items() if name not in timing}
         for line in read_metrics(workdir)

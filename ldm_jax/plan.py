@@ -1,0 +1,126 @@
+"""What a training needs of a TPU slice, from the TPU's compiler, on a machine without one.
+
+    python -m ldm_jax.plan --config=configs/published.py:sd2 --topology=v5p:2x2x2 --batch=256
+
+It compiles the training step and the program that draws, for the slice's chips, and prints what
+they need of each: memory, FLOPs, bytes, the least time. No data, weights or parameters are needed
+or made. The compiler is libtpu: pip install 'jax[tpu]', in an environment of its own. Without
+--topology it compiles for the devices that are there, and also measures. See docs/tpu-plan.md.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from ldm_jax.runtime.console import config_file, run
+from ldm_jax.runtime.mesh import make_mesh, parts_of_batch
+from ldm_jax.runtime.meters import TERA, Chip, chip_of
+from ldm_jax.runtime.plan import Usage, compile_usage, measure, roofline, size, topology_devices
+from ldm_jax.training.program import Lowered, check_batch, lower_sampler, lower_step
+from ldm_jax.training.tasks import make_task
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configs/TASK.py[:variant].")
+TOPOLOGY = flags.DEFINE_string("topology", "", "A TPU slice, v5e:4x4; empty: the devices here.")
+BATCH = flags.DEFINE_integer("batch", 0, "Of training, on all chips; 0: the config's.", 0)
+PROGRAMS = flags.DEFINE_list("programs", ["train", "sample"], "What to compile: train, sample.")
+PICTURES = flags.DEFINE_integer("pictures", 1, "Drawn at once for each part of a batch.", 1)
+STEPS = flags.DEFINE_integer("steps", None, "Of drawing; unset: the config's.", 1)
+PRICE = flags.DEFINE_float("price", None, "Of an hour of one chip, in any currency.", 0.0)
+flags.mark_flags_as_required(["config"])
+
+
+def main():
+    path, variant = config_file(flags.FLAGS["config"])
+    config = CONFIG.value
+    unknown = [name for name in PROGRAMS.value if name not in ("train", "sample")]
+    if unknown:
+        raise ValueError(f"--programs={unknown[0]}: choose from train, sample")
+    if TOPOLOGY.value:
+        jax.config.update("jax_platforms", "cpu")  # a TPU that is there stays free
+        devices = topology_devices(TOPOLOGY.value)
+    else:
+        devices = jax.devices()
+    mesh = make_mesh(config.mesh, devices)
+    if BATCH.value:
+        config.train.batch_size = BATCH.value
+    if "train" in PROGRAMS.value:
+        check_batch(config.train.batch_size, parts_of_batch(mesh))
+    chip = chip_of(devices[0])
+    name = f"{path}:{variant}" if variant else path
+    where = TOPOLOGY.value or f"{devices[0].device_kind}, measured"
+    shape = ", ".join(f"{axis} {count}" for axis, count in mesh.shape.items())
+    print(f"{name} on {where}: {mesh.size} chips ({shape})", flush=True)
+    for title, lowered in programs(config, mesh):
+        usage = compile_usage(lowered.lowered)
+        seconds = None if TOPOLOGY.value or not usage.fits else measure(usage.compiled)
+        lines = report(lowered, usage, chip, mesh.size, seconds, PRICE.value)
+        print(f"\n{title} (compiled in {usage.seconds:.0f} s)", flush=True)
+        for what, value in lines:
+            print(f"  {what:<22} {value}", flush=True)
+
+
+def programs(config: Any, mesh: Any) -> Iterator[tuple[str, Lowered]]:
+    """The programs that --programs names, each with a title."""
+    task = make_task(config, abstract=True)
+    if "train" in PROGRAMS.value:
+        yield f"Training step, batch {config.train.batch_size}", lower_step(task, config, mesh)
+    if "sample" in PROGRAMS.value and config.task == "diffusion":
+        count = PICTURES.value * parts_of_batch(mesh)
+        steps = STEPS.value or task.resolved["sampling"]["steps"]
+        title = f"Drawing {count} pictures in {steps} steps"
+        yield title, lower_sampler(task, config, mesh, count, STEPS.value)
+
+
+def report(
+    program: Lowered,
+    usage: Usage,
+    chip: Chip | None,
+    chips: int,
+    seconds: float | None = None,
+    price: float | None = None,
+) -> Iterator[tuple[str, str]]:
+    """What is printed of a program: pairs of a name and a value.
+
+    Args:
+      seconds: the measured time of a run, if there is one.
+      price: of an hour of one chip.
+    """
+    if not usage.fits:
+        yield "memory of a chip", f"{size(usage.needed)} of {size(usage.capacity)}: does not fit"
+        return
+    capacity = f" of {size(chip.memory)}: fits" if chip else ""
+    yield "memory of a chip", f"{size(usage.needed)}{capacity}"
+    for part in ("arguments", "temporaries", "outputs", "code"):
+        yield f"  {part}", size(getattr(usage, part))
+    own = program.flops / chips
+    yield "model's TFLOP a chip", f"{own / TERA:.4g}, XLA counts {usage.flops / TERA:.4g}"
+    yield "accessed a chip", size(usage.accessed)
+    kinds = ", ".join(f"{kind} {size(sent)}" for kind, sent in sorted(usage.sent.items()))
+    yield "sent by a chip", kinds or "nothing"
+    times = []
+    if chip is not None:
+        bound = roofline(usage, own, chip)
+        parts = ", ".join(f"{what} {time:.4g}" for what, time in bound.times.items())
+        yield "least time", f"{bound.seconds:.4g} s, bound by {bound.by} ({parts})"
+        times.append((bound.seconds, "at most"))
+    if seconds is not None:
+        yield "measured time", f"{seconds:.4g} s"
+        times.append((seconds, "measured"))
+    for time, which in times:
+        speed = program.images / time
+        yield f"images/s, {which}", f"{speed:.4g}, {speed / chips:.4g} a chip"
+        yield (
+            f"TFLOP/s, {which}",
+            f"{own / time / TERA:.4g} a chip"
+            + (f", MFU {own / time / chip.flops:.1%}" if chip else ""),
+        )
+        if price is not None:
+            bound = "at least" if which == "at most" else which
+            yield f"million images, {bound}", f"{price * chips / 3600 / speed * 1e6:,.2f}"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,209 @@
+"""What a program needs of a chip, before there is one: compiled for the description of a slice.
+
+libtpu's compiler runs on any x86-64 Linux machine; a slice is described by a name such as "v5e:4x4"
+(jax.experimental.topologies). A program that XLA lowered for the devices of such a slice compiles
+as it does on them, and cannot run.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from ldm_jax.runtime.hlo import traffic
+from ldm_jax.runtime.meters import Chip
+
+# The number of sides that a family's slices have, and an example of each.
+FAMILIES = {"v5e": (2, "v5e:4x4"), "v5p": (3, "v5p:2x2x2"), "v6e": (2, "v6e:4x4")}
+# Without these, libtpu asks a cloud's metadata server which TPU it is on, and warns; and only one
+# process at a time may load it, as if it used a TPU.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+}
+
+
+def topology_devices(name: str) -> list[Any]:
+    """The devices of a TPU slice, "family:AxB" or "family:AxBxC", as a compiler's targets.
+
+    Raises:
+      ValueError: libtpu knows no such slice; says how one is written.
+      ImportError: libtpu is not installed.
+    """
+    family, _, sides = name.partition(":")
+    examples = ", ".join(f"{family} ({example})" for family, (_, example) in FAMILIES.items())
+    written = (
+        "a slice is written family:sides, its chips along each side of the grid; families and "
+        f"examples: {examples}"
+    )
+    dimensions, example = FAMILIES.get(family, (0, ""))
+    if not dimensions:
+        raise ValueError(f"--topology={name}: no family {family!r}; {written}")
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sides) or sides.count("x") + 1 != dimensions:
+        raise ValueError(
+            f"--topology={name}: slices of {family} have {dimensions} sides, as in {example}"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError(
+            f"--topology={name} needs the TPU compiler, which runs without a TPU: pip install "
+            f"'jax[tpu]=={jax.__version__}', in an environment of its own"
+        )
+    for variable, value in _NO_TPU.items():
+        os.environ.setdefault(variable, value)
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
+        raise ValueError(f"--topology={name}: {_first_line(error)}; {written}") from error
+    return list(described.devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What one run of a compiled program needs of each chip: bytes, FLOPs, seconds.
+
+    Attributes:
+      arguments, outputs, temporaries, code: memory, bytes; outputs without those that take the
+        place of arguments.
+      capacity: the memory that a program may use, bytes, as the compiler says if it is not enough;
+        else None.
+      flops: all that XLA counts. It counts the body of a loop once.
+      accessed: bytes read and written, a loop's body as often as it runs.
+      sent: bytes sent to other chips, by the kind of collective.
+      seconds: the time that compiling took.
+      compiled: the program; None if it does not fit.
+    """
+
+    arguments: float = 0.0
+    outputs: float = 0.0
+    temporaries: float = 0.0
+    code: float = 0.0
+    needed: float = 0.0
+    capacity: float | None = None
+    flops: float = 0.0
+    accessed: float = 0.0
+    sent: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    compiled: Any = None
+
+    @property
+    def fits(self) -> bool:
+        return self.compiled is not None
+
+
+def compile_usage(lowered: Any) -> Usage:
+    """Compiles a lowered program and reads what it needs; one that does not fit in memory has only
+    `needed` and `capacity`."""
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
+        if found is None:
+            raise
+        needed, capacity = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
+        spent = time.perf_counter() - began
+        return Usage(needed=needed, capacity=capacity, seconds=spent)
+    spent = time.perf_counter() - began
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    moves = traffic(compiled.as_text())
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    parts = (
+        memory.argument_size_in_bytes,
+        outputs,
+        memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+    )
+    return Usage(
+        *parts,
+        needed=sum(parts),
+        flops=cost.get("flops", 0.0),
+        accessed=cost.get("bytes accessed", 0.0) * moves.repeats,
+        sent=moves.sent,
+        seconds=spent,
+        compiled=compiled,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """The least time that a chip needs for a program, and what for.
+
+    Attributes:
+      times: seconds for "products", "memory" and "interconnect", each at its peak.
+      mfu: the share of the peak that the model's own FLOPs can reach in that time.
+    """
+
+    times: dict[str, float]
+    mfu: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.times.values())
+
+    @property
+    def by(self) -> str:
+        return max(self.times, key=self.times.get)
+
+
+def roofline(usage: Usage, model_flops: float, chip: Chip) -> Bound:
+    """The roofline of a program (Williams et al. 2009); `model_flops` are those of one chip.
+
+    XLA's count of FLOPs has recomputation and the optimiser, the model's has what loops repeat: the
+    larger one is used.
+    """
+    times = {
+        "products": max(usage.flops, model_flops) / chip.flops,
+        "memory": usage.accessed / chip.bandwidth,
+        "interconnect": sum(usage.sent.values()) / chip.interconnect,
+    }
+    return Bound(times, model_flops / chip.flops / max(times.values()))
+
+
+_UNITS = {"": 1.0} | {unit: 2.0 ** (10 * i) for i, unit in enumerate("KMGT", 1)}
+
+
+def size(count: float) -> str:
+    """Bytes as text, in binary units."""
+    power = min(int(math.log2(max(count, 1)) // 10), 4)
+    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
+    return f"{count / 2.0 ** (10 * power):.4g} {unit}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+
+
+def measure(compiled: Any, runs: int = 3) -> float:
+    """The shortest time of a run of a compiled program, seconds, of `runs` after a first one.
+
+    Its arguments are zeros: programs of this package take as long with any numbers.
+    """
+    shardings = compiled.input_shardings
+
+    def zeros():
+        def fill(about, sharding):
+            if jax.dtypes.issubdtype(about.dtype, jax.dtypes.prng_key):
+                return jax.device_put(jnp.broadcast_to(jax.random.key(0), about.shape), sharding)
+            return jax.device_put(jnp.zeros(about.shape, about.dtype), sharding)
+
+        return jax.block_until_ready(jax.tree.map(fill, compiled.args_info, shardings))
+
+    times = []
+    for _ in range(runs + 1):
+        args, kwargs = zeros()  # anew, because a program may use the memory of its arguments
+        began = time.perf_counter()
+        jax.block_until_ready(compiled(*args, **kwargs))
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
