@@ -77,7 +77,9 @@ def test_losses_gradients_and_names_are_equal_and_memory_is_less(kind, remat):
     assert memory < (0.7 if kind == "autoencoder" else 0.5) * before
 
 
-@pytest.mark.parametrize("kind", ["transformer", "attention", "autoencoder"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("transformer", marks=pytest.mark.long), "attention", "autoencoder"]
+)
 def test_what_is_kept(kind):
     """More policies keep more: nothing, linear layers, and convolutions as well."""
 
