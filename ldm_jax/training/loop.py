@@ -145,6 +145,8 @@ def _train(
     handled.close()
     _stop_if_damaged(state, step, checkpoints)
     save_model(workdir / "model.safetensors", *task.export(state.ema))
+    if config.get("adapters"):
+        task.adapters.write(workdir / "lora.safetensors", state.ema, task.resolved)
     log.info("Report: %s", write_report(workdir))
     if step < settings.steps:
         raise Interrupted(f"Stopped by {stop.requested}; step {step} is saved in {workdir}")

@@ -15,6 +15,7 @@ from ldm_jax.interop.layout import Imported
 from ldm_jax.interop.opening import open_any
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.build import Autoencoder, make_autoencoder
+from ldm_jax.training.adapters import make_adapters, read_options
 from ldm_jax.training.autoencoder_task import DISCRIMINATOR_LOSSES, AutoencoderTask
 from ldm_jax.training.diffusion_task import DiffusionTask
 from ldm_jax.training.initialise import check_frozen, loaded_parameters
@@ -40,6 +41,7 @@ def make_task(config: Any, index: Path | None = None) -> Task:
     """
     if config.task not in TASKS:
         raise ValueError(f"task={config.task!r}: choose one of {', '.join(TASKS)}")
+    read_options(config)  # for its checks
     return TASKS[config.task](config, index)
 
 
@@ -114,7 +116,12 @@ def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
     shape = (side, side, model.latent_channels)
     abstract = jax.eval_shape(lambda key: model.init(key, shape), jax.random.key(0))
     loaded, frozen = _start(config, opened, abstract)
-    trains, _ = split(abstract, config.trainable)
+    trains, adapters = split(abstract, config.trainable)[0], None
+    if (options := read_options(config)) is not None:
+        check_frozen(abstract, loaded)
+        paths = config.init_from, config.first_stage
+        adapters, frozen, loaded = make_adapters(options, loaded, resolved, *paths)
+        trains = adapters.networks
     embedders = with_states(model.embedders, config.text_states, frozen, trains)
     params = jax.device_put(first_stage)
     if config.latents == "memory":
@@ -124,9 +131,8 @@ def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
             for pictures in (source, held_out)
         )
     frozen = frozen | {"autoencoder": params}
-    return DiffusionTask(
-        config, resolved, model, embedders, frozen, loaded, source, held_out, conditions
-    )
+    parts = (config, resolved, model, embedders, frozen, loaded, source, held_out)
+    return DiffusionTask(*parts, conditions, adapters)
 
 
 def _start(config: Any, opened: Imported | None, abstract: Params) -> tuple[Params, Params]:
