@@ -57,7 +57,8 @@ def scenes() -> ml_collections.ConfigDict:
     fields = dict(grounds=("turquoise",), train_scenes=2000, held_out_scenes=128)
     config.data.update(source="scenes", scenes=common.scenes(**common.COMPOSED | fields))
     config.optimizer.update(lr=2e-3, schedule="cosine", warmup=20)
-    config.train.update(steps=400, batch_size=32, log_every=20, preview_every=200)
+    config.train.update(steps=200, batch_size=32, log_every=20, preview_every=100)
+    config.train.checkpoint_every = 100
     config.sampling.prompts = ("a cat left of a star", "three tulips", "a rocket above a house")
     return config
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
+from flax.traverse_util import flatten_dict, unflatten_dict
 from peft import (
     LoHaConfig,
     LoKrConfig,
@@ -15,9 +16,11 @@ from peft import (
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm_jax.interop.changes import merge
+from ldm_jax.interop.changes import merge, scale_of, separated
 from ldm_jax.interop.layout import read_params, slots
 from ldm_jax.interop.lora import read_lora
+from ldm_jax.interop.lora_writer import write_lora
+from ldm_jax.models import low_rank
 from ldm_jax.models.clip import CLIPText
 from ldm_jax.models.unet import UNet
 
@@ -204,4 +207,59 @@ def test_text_encoder_by_kohya(near, tmp_path):
     with torch.no_grad():
         theirs = encoder(torch.from_numpy(tokens)).last_hidden_state.numpy()
     found = CLIPText(**TEXT).apply({"params": merge({"text": before}, lora)["text"]}, tokens)
+    near("outputs", {"hidden": found.hidden}, {"hidden": theirs}, 5e-5)
+
+
+def trained(params, kind, alpha):
+    """Factors beside every kernel, as after some training."""
+    rng, made = np.random.default_rng(2), {}
+    for path, leaf in flatten_dict(params, sep="/").items():
+        if not path.endswith("/kernel"):
+            continue
+        layer = path.removesuffix("kernel")
+        down, up = (*leaf.shape[:-1], RANK), (RANK, leaf.shape[-1])
+        for name, shape in ((low_rank.DOWN, down), (low_rank.UP, up)):
+            made[layer + name] = 0.1 * rng.standard_normal(shape).astype(np.float32)
+        made[layer + low_rank.SCALE] = scale_of(alpha, RANK, kind == "rslora")
+        if kind == "dora":
+            made[layer + low_rank.MAGNITUDE] = 1.1 * np.asarray(low_rank.norms(leaf))
+    return unflatten_dict(made, sep="/")
+
+
+@pytest.mark.parametrize("layout, kind", [
+    ("kohya", "lora"), ("kohya", "rslora"),  # of DoRA, diffusers leaves out kohya's `dora_scale`
+    ("peft", "lora"), ("peft", "rslora"), ("peft", "dora"),
+])  # fmt: skip
+def test_written_by_us(unet, layout, kind, near, tmp_path):
+    """diffusers opens both layouts, and its UNet computes what ours does."""
+    before, alpha, path = params("unet", FIELDS, unet), 6.0, tmp_path / "lora.safetensors"
+    made = {"unet": trained(before, kind, alpha)}
+    write_lora(path, made, CONFIG, alpha, kind == "rslora", layout)
+    pipeline = StableDiffusionXLPipeline
+    options = dict(unet_config=unet.config, return_lora_metadata=True)
+    state, alphas, metadata = pipeline.lora_state_dict(path, **options)
+    unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, metadata=metadata)
+    ours = merge({"unet": before}, separated(made)[1])["unet"]
+    compare(near, unet, ours)
+
+
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_text_encoder_by_us(layout, near, tmp_path):
+    torch.manual_seed(0)
+    size = dict(hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    rest = dict(vocab_size=30, max_position_embeddings=9, hidden_act="gelu")
+    encoder = CLIPTextModel(CLIPTextConfig(**size, **rest)).eval()
+    before, path = params("clip", TEXT, encoder), tmp_path / "lora.safetensors"
+    made = {"text": trained(before, "lora", 6.0)}
+    write_lora(path, made, CONFIG, 6.0, layout=layout)
+    pipeline = StableDiffusionXLPipeline
+    state, alphas, metadata = pipeline.lora_state_dict(path, return_lora_metadata=True)
+    pipeline.load_lora_into_text_encoder(
+        state, alphas, encoder, prefix="text_encoder", metadata=metadata
+    )
+    tokens = np.arange(18).reshape(2, 9) + 3
+    with torch.no_grad():
+        theirs = encoder(torch.from_numpy(tokens)).last_hidden_state.numpy()
+    ours = merge({"text": before}, separated(made)[1])["text"]
+    found = CLIPText(**TEXT).apply({"params": ours}, tokens)
     near("outputs", {"hidden": found.hidden}, {"hidden": theirs}, 5e-5)

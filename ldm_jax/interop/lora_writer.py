@@ -44,7 +44,8 @@ def write_lora(
     """Writes the factors beside the kernels of a model (`models.low_rank`), float32 and unchanged.
 
     The file appears whole or not at all. alpha is a tensor of each layer in kohya's format, and in
-    peft's a number in the header, which diffusers reads from version 0.35 on.
+    peft's a number in the header, which older versions of diffusers do not read. DoRA's norms in
+    kohya's format are as LyCORIS writes them, and diffusers leaves those out.
 
     Args:
       factors: by network; other parameters in it are left out.
@@ -77,7 +78,8 @@ def write_lora(
             network, _, module = name.partition(".")
             options = dict(r=rank, lora_alpha=alpha, use_rslora=rslora, use_dora=dora)
             about.setdefault(network, options | dict(target_modules=[]))
-            about[network]["target_modules"].append(module)
+            # transformers 5 omits "text_model.", and peft finds modules by the ends of their names.
+            about[network]["target_modules"].append(module.removeprefix("text_model."))
     header = {"format": "pt", "software": f"ldm_jax {__version__}"}
     if layout == "peft":
         fields = {f"{n}.{key}": value for n, part in about.items() for key, value in part.items()}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ from ldm_jax.training.latents import LatentSource, moments, sample_latents
 from ldm_jax.training.state import Params
 from ldm_jax.training.summary import first_pictures, log_summary
 from ldm_jax.training.trainable import merge, split
+
+log = logging.getLogger(__name__)
 
 UNASKED_PREVIEWS = 5  # columns of the sample grid, where the config names no prompts or labels
 HELD_OUT_BATCH = 64
@@ -109,7 +112,11 @@ class DiffusionTask:
         loss = self._mean_held_out_loss(ema)
         if loss is None:
             return {}
-        return {"loss": loss} | ({} if self.adapters is None else {"loss_of_base": self._base_loss})
+        if self.adapters is None:
+            return {"loss": loss}
+        base = self._base_loss
+        log.info("Held-out loss %.4f; of the model without adapters %.4f", loss, base)
+        return {"loss": loss, "loss_of_base": base}
 
     @functools.cached_property
     def _base_loss(self) -> float | None:
