@@ -33,6 +33,9 @@ def adapters(**fields) -> dict:
 def base() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(dict(task="diffusion") | common.start())
     config.adapters = adapters()
+    # Pictures that the model draws of this prompt before it trains, half of what it trains on
+    # (DreamBooth): of "a dog" for pictures of one dog, "a photo of sks dog". Empty: none.
+    config.prior = dict(prompt="", count=100)
     config.first_stage = ""  # another autoencoder of the same latents
     config.latents = "step"
     config.text_states = "step"

@@ -20,9 +20,10 @@ from ldm_jax.training.autoencoder_task import DISCRIMINATOR_LOSSES, AutoencoderT
 from ldm_jax.training.diffusion_task import DiffusionTask
 from ldm_jax.training.initialise import check_frozen, loaded_parameters
 from ldm_jax.training.latents import IN_MEMORY, LATENTS, LatentSource
+from ldm_jax.training.prior import with_prior
 from ldm_jax.training.state import Params, Task
 from ldm_jax.training.text_states import with_states
-from ldm_jax.training.trainable import like, split
+from ldm_jax.training.trainable import like, merge, split
 from ldm_jax.training.workdir import config_dict
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,11 @@ def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
     shape = (side, side, model.latent_channels)
     abstract = jax.eval_shape(lambda key: model.init(key, shape), jax.random.key(0))
     loaded, frozen = _start(config, opened, abstract)
+    params = jax.device_put(first_stage)
+    before = merge(loaded, frozen) | {"autoencoder": params}
+    described = resolved | {"image_size": config.data.image_size}
+    folder = None if index is None else index.with_name("prior")
+    source = with_prior(source, config, model, before, described, folder)
     trains, adapters = split(abstract, config.trainable)[0], None
     if (options := read_options(config)) is not None:
         check_frozen(abstract, loaded)
@@ -123,7 +129,6 @@ def _diffusion(config: Any, index: Path | None) -> DiffusionTask:
         adapters, frozen, loaded = make_adapters(options, loaded, resolved, *paths)
         trains = adapters.networks
     embedders = with_states(model.embedders, config.text_states, frozen, trains)
-    params = jax.device_put(first_stage)
     if config.latents == "memory":
         pixels = bool(conditions) or any("image" in e.needs for e in model.embedders)
         source, held_out = (
