@@ -73,6 +73,7 @@ def sd15() -> ml_collections.ConfigDict:
 def sdxl() -> ml_collections.ConfigDict:
     config = base()
     config.adapters.targets = (*config.adapters.targets, TEXT)
+    config.data.conditions = dict(sizes=dict())  # original and target size, and crop
     config.train.batch_size = 1
     return config
 

@@ -28,6 +28,7 @@ from tests import tiny_models
 from tests.conftest import ROOT
 from tests.models.published import config_file
 from tests.training.least_squares import Crash
+from tests.training.variants import photographs
 
 MODEL = tiny_models.config(
     tiny_models.STABLE["conditioning"],
@@ -270,6 +271,28 @@ def test_text_states_are_kept_where_no_text_encoder_has_factors(base):
     config.adapters.targets = TARGETS
     with pytest.raises(ValueError, match="none is frozen"):
         make_task(config)
+
+
+@pytest.mark.parametrize("variant", ["sd15", "sdxl"])
+def test_variants_of_published_models(variant, tmp_path):
+    """Their targets are there, and the data feed all conditions: a step is traced."""
+    model = {"sd15": tiny_models.STABLE, "sdxl": tiny_models.XL}[variant]
+    save_model(tmp_path / "base.safetensors", model, tiny_models.random_params(model))
+    config = config_file(ROOT / "configs" / "lora.py").get_config(variant)
+    config.init_from = str(tmp_path / "base.safetensors")
+    config.train.batch_size = 8
+    config.data.path = str(photographs(tmp_path / "pictures", count=10))
+    task = make_task(config)
+    networks = {"sd15": ("unet",), "sdxl": ("text", "text_2", "unet")}[variant]
+    assert tuple(sorted(task.adapters.networks)) == networks
+    kinds = {path.split("/")[-3] for path in task.adapters.kernels}
+    assert kinds == {"attn1", "attn2"} | ({"self_attn"} if variant == "sdxl" else set())
+    params = jax.eval_shape(task.init, jax.random.key(0), task.loaded)
+    grads, _ = jax.eval_shape(
+        functools.partial(task.gradients, phase=None),
+        params, task.frozen, next(task.batches(0))[1], jax.random.key(0),
+    )  # fmt: skip
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
 
 
 BAD = {
