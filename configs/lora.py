@@ -5,7 +5,7 @@
 
 Variants, as in --config=configs/lora.py:sd15
 
-    scenes  the bundled model learns another ground: five minutes on two CPU cores (default)
+    scenes  the bundled model learns another ground: minutes on two CPU cores (default)
     sd15    Stable Diffusion 1, on your pictures with captions: attention of the UNet
     sdxl    SDXL, the same, with the attention of both text encoders
     smoke   a few steps, for tests
