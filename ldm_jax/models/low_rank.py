@@ -2,9 +2,9 @@
 
 With `down` (…, in, rank), `up` (rank, out) and a number s beside a kernel W, a layer computes
 x∗W + s·(x∗down)·up, the product with W + s·down·up (Hu et al. 2021, eq. 3; of a convolution LoCon).
-So the changed kernel does not exist in memory, W has no gradient, and a small change is not
-rounded to the type of W. With norms m it is the product with m·V/‖V‖, V = W + s·down·up, where ‖V‖,
-the norms of V for each output, is a constant in the gradient (DoRA: Liu et al. 2024, §4.3).
+So no changed kernel is kept for the gradient, W has none, and a small change is not rounded to the
+type of W. With norms m it is the product with m·V/‖V‖, V = W + s·down·up, where ‖V‖, the norms of V
+for each output, is a constant in the gradient (DoRA: Liu et al. 2024, §4.3).
 """
 
 import contextlib
