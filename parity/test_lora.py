@@ -1,10 +1,13 @@
 """LoRA, DoRA, LoHa and LoKr files against diffusers and peft: into their networks and into ours."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from peft import (
     LoHaConfig,
@@ -16,6 +19,7 @@ from peft import (
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ldm_jax.interop import names
 from ldm_jax.interop.changes import merge, scale_of, separated
 from ldm_jax.interop.layout import read_params, slots
 from ldm_jax.interop.lora import read_lora
@@ -263,3 +267,47 @@ def test_text_encoder_by_us(layout, near, tmp_path):
     ours = merge({"text": before}, separated(made)[1])["text"]
     found = CLIPText(**TEXT).apply({"params": ours}, tokens)
     near("outputs", {"hidden": found.hidden}, {"hidden": theirs}, 5e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("what", ["matrix", "convolution"])
+def test_gradients(what, method, near):
+    """Of a layer in training: peft's, and ours with factors beside the kernel."""
+    torch.manual_seed(0)
+    dense = what == "matrix"
+    layer = torch.nn.Linear(6, 7) if dense else torch.nn.Conv2d(6, 7, 3, padding=1)
+    options = dict(use_rslora=method == "rslora", use_dora=method == "dora")
+    config = LoraConfig(r=RANK, lora_alpha=6, target_modules=["0"], **options)
+    model = inject_adapter_in_model(config, torch.nn.Sequential(layer))
+    weight, bias = (value.detach().numpy() for value in (layer.weight, layer.bias))
+    kernel = names.to_flax(weight, (6, 7) if dense else (3, 3, 6, 7))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                parameter.normal_(std=0.3)
+            elif "magnitude" in name:
+                parameter.mul_(1.2)
+    x = np.random.default_rng(0).standard_normal((5, 6) if dense else (2, 6, 4, 4))
+    x = x.astype(np.float32)
+    model(torch.from_numpy(x)).sin().mean().backward()
+    parts = {
+        "lora_A": (low_rank.DOWN, (*kernel.shape[:-1], RANK)),
+        "lora_B": (low_rank.UP, (RANK, 7)),
+    }
+    found, theirs = {}, {}
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            continue
+        part, shape = parts.get(name.split(".")[1], (low_rank.MAGNITUDE, None))
+        for values, tensor in ((found, parameter.detach()), (theirs, parameter.grad)):
+            array = tensor.numpy()
+            values[part] = names.to_flax(array, shape) if shape else array.reshape(-1)
+    fixed = {"kernel": kernel, "bias": bias, low_rank.SCALE: scale_of(6, RANK, method == "rslora")}
+    module = nn.Dense(7) if dense else nn.Conv(7, (3, 3), padding=1)
+    ours_x = x if dense else x.transpose(0, 2, 3, 1)
+
+    def loss(factors):
+        with low_rank.adding_factors():
+            return jnp.mean(jnp.sin(module.apply({"params": fixed | factors}, ours_x)))
+
+    near("gradients", jax.grad(loss)(found), theirs, 1e-5)
