@@ -13,6 +13,9 @@ from ldm_jax.runtime.compile_cache import use_compile_cache
 from ldm_jax.runtime.console import run
 
 MODEL = flags.DEFINE_string("model", "", "A workdir, model file or folder; empty: the bundled one.")
+LORA = flags.DEFINE_multi_string(
+    "lora", [], "A LoRA file or workdir, with its scale after a colon; may be given several times."
+)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", "", "A text file with one prompt a line.")
 LABEL = flags.DEFINE_multi_string(
@@ -101,6 +104,7 @@ def main():
         weak=weak,
         weak_pipe=load_drawing(weak, DTYPE.value) if weak else None,
         files={flag.name: _path(flag) for flag in CONDITIONS if flag.value},
+        loras=LORA.value,
         interpolate=INTERPOLATE.value,
         previews=PREVIEWS.value,
     )

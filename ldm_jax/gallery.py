@@ -1,10 +1,11 @@
 """Draws pictures into files: the library call behind `sample.py`."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -40,6 +41,17 @@ def load_drawing(path: str, dtype: str = "float32") -> Pipeline:
             f"its latents (train.py --config=configs/txt2img.py --config.first_stage={path} "
             "--workdir=RUN) and draw with that one (--model=RUN)"
         )
+    return pipe
+
+
+def with_loras(pipe: Pipeline, given: Sequence[str]) -> Pipeline:
+    """The pipeline with LoRAs, each "PATH" or "PATH:SCALE"; see `Pipeline.with_lora`."""
+    for text in given:
+        path, scale = text, 1.0
+        with contextlib.suppress(ValueError):  # a colon in a path alone
+            head, _, tail = text.rpartition(":")
+            path, scale = (head, float(tail)) if head else (text, 1.0)
+        pipe = pipe.with_lora(path, scale)
     return pipe
 
 
@@ -120,6 +132,7 @@ def draw(
     weak: str = "",
     weak_pipe: Pipeline | None = None,
     files: Mapping[str, str] = MappingProxyType({}),
+    loras: Sequence[str] = (),
     interpolate: int = 0,
     previews: int = 0,
 ) -> Path:
@@ -132,11 +145,12 @@ def draw(
     `settings` are the flags of `sample.py` by their names: arguments of `Pipeline.__call__`, and
     fields of `Guidance` and `Sampling`; None is the default. `weak_pipe` is the pipeline of
     autoguidance, from the file `weak`. `files` are conditions, by their flags: see
-    `condition_arguments`. `interpolate` draws this many pictures of one prompt between
-    the noise of the seed and that of the next, and `interpolation.gif`. `previews` adds
-    `previews.png`: the model's predictions at this many steps, a row for each picture.
+    `condition_arguments`. `loras` change the model: see `with_loras`. `interpolate` draws this many
+    pictures of one prompt between the noise of the seed and that of the next, and
+    `interpolation.gif`. `previews` adds `previews.png`: the model's predictions at this many steps,
+    a row for each picture.
     """
-    out = Path(out)
+    out, pipe = Path(out), with_loras(pipe, loras)
     if settings.get("guidance") is None:
         inverted = edit is not None and edit.source
         settings = settings | {"guidance": 1.0 if inverted else pipe.config["sampling"]["guidance"]}
@@ -176,7 +190,7 @@ def draw(
     about = {"model": model or "bundled", "version": __version__, **settings}
     about |= {} if edit is None else {"edit": dataclasses.asdict(edit)}
     about |= {"weak": weak} if weak else {}
-    about |= dict(files)
+    about |= dict(files) | ({"lora": list(loras)} if loras else {})
     about |= {"interpolate": interpolate} if interpolate else {}
     asked = {"prompts": prompts} | ({"classes": labels} if labels else {})
     names = [" AND ".join(names)] if settings.get("compose") else names

@@ -38,6 +38,7 @@ from ldm_jax.diffusion.process import Diffusion
 from ldm_jax.diffusion.samplers import DDIM_INVERSE, get_sampler, sample
 from ldm_jax.models.build import Autoencoder, make_autoencoder, tuples
 from ldm_jax.models.embedders import guidance_embedding
+from ldm_jax.models.low_rank import adding_factors
 from ldm_jax.models.unet import UNet
 from ldm_jax.pictures import to_unit
 
@@ -119,6 +120,7 @@ class LatentDiffusion:
             }
         return params
 
+    @adding_factors()
     def loss(
         self,
         params: Params,
@@ -132,7 +134,8 @@ class LatentDiffusion:
 
         `training` turns on the dropout of conditions and of the networks. All randomness comes from
         each example's own key, except the networks' dropout. `examples` are those of the latents in
-        a larger batch; None: they are the batch.
+        a larger batch; None: they are the batch. `params` may have factors beside their kernels,
+        see `models.low_rank`.
         """
         examples = all_examples(len(latents)) if examples is None else examples
         noise_key, condition_key, dropout_key = (jax.random.fold_in(key, i) for i in range(3))

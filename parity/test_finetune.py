@@ -1,4 +1,4 @@
-"""Fine-tuned here, opened there: diffusers draws what we draw with the model that we trained."""
+"""Trained here, opened there: diffusers draws what we draw with the model or the LoRA."""
 
 import diffusers
 import numpy as np
@@ -10,7 +10,9 @@ from ldm_jax.interop import compvis
 from ldm_jax.interop import diffusers as folders
 from ldm_jax.interop.files import open_state
 from ldm_jax.training.loop import train
+from tests.conftest import ROOT
 from tests.interop.systems import random_params, system
+from tests.models.published import config_file
 from tests.training.test_finetune import finetune
 from tests.training.variants import photographs
 
@@ -40,15 +42,52 @@ def test_a_fine_tuned_model_is_opened_by_diffusers(start, agree, tmp_path):
     train(config, tmp_path / "run")
     ours = ldm_jax.load(tmp_path / "run")
     ours.save(tmp_path / "mine", layout="diffusers")
+    compare(agree, ours, opened(tmp_path / "mine"))
 
-    theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "mine", safety_checker=None)
+
+@pytest.mark.parametrize("layout, kind", [("kohya", "lora"), ("peft", "dora")])
+def test_a_trained_lora_is_opened_by_diffusers(layout, kind, agree, tmp_path):
+    """Convolutions, attention and the text encoder, at a scale that is not 1."""
+    base, config = folder(tmp_path), config_file(ROOT / "configs" / "lora.py").get_config("sd15")
+    # transformers 5 passes over DoRA's norms of text encoders, under the name that peft gives them.
+    text = () if kind == "dora" else ("self_attn",)
+    targets = (*config.adapters.targets, "/in_layers_2/", *text)
+    config.adapters.update(layout=layout, kind=kind, alpha=4.0, targets=targets)
+    pictures = str(photographs(tmp_path / "photographs"))
+    config.data.update(path=pictures, image_size=SIDE, held_out=0.2)
+    config.update(init_from=str(base))
+    config.optimizer.update(warmup=0, lr=1e-2)
+    config.train.update(steps=4, batch_size=8, log_every=2, preview_every=4, checkpoint_every=4)
+    config.sampling.steps = 1
+    train(config, tmp_path / "run")
+    theirs, scale = opened(base), 1.0 if kind == "dora" else 0.7
+    before = drawn(theirs, noise())
+    theirs.load_lora_weights(tmp_path / "run", weight_name="lora.safetensors", adapter_name="mine")
+    theirs.set_adapters("mine", scale)
+    ours = ldm_jax.load(base).with_lora(tmp_path / "run", scale)
+    compare(agree, ours, theirs)
+    assert np.abs(drawn(theirs, noise()) - before).max() > 4 / 255
+
+
+def opened(path):
+    theirs = diffusers.DiffusionPipeline.from_pretrained(path, safety_checker=None)
     theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
     theirs.set_progress_bar_config(disable=True)
-    side = SIDE // ours.autoencoder.downsampling
-    noise = np.random.default_rng(2).standard_normal((1, side, side, 4), np.float32)
-    mine = ours("a picture", latents=noise, steps=4, guidance=3.0, height=SIDE, width=SIDE)
+    return theirs
+
+
+def noise():
+    return np.random.default_rng(2).standard_normal((1, SIDE // 2, SIDE // 2, 4), np.float32)
+
+
+def drawn(theirs, noise):
     made = theirs("a picture", num_inference_steps=4, guidance_scale=3.0, output_type="np",
                   latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
                   height=SIDE, width=SIDE)  # fmt: skip
+    return made.images
+
+
+def compare(agree, ours, theirs):
+    mine = ours("a picture", latents=noise(), steps=4, guidance=3.0, height=SIDE, width=SIDE)
     assert mine.std() > 0.01
-    agree(mine, made.images, tolerance=1 / 255)
+    agree(mine, drawn(theirs, noise()), tolerance=1 / 255)

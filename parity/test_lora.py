@@ -1,10 +1,14 @@
 """LoRA, DoRA, LoHa and LoKr files against diffusers and peft: into their networks and into ours."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from peft import (
     LoHaConfig,
     LoKrConfig,
@@ -15,9 +19,12 @@ from peft import (
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm_jax.interop.changes import merge
+from ldm_jax.interop import names
+from ldm_jax.interop.changes import merge, scale_of, separated
 from ldm_jax.interop.layout import read_params, slots
 from ldm_jax.interop.lora import read_lora
+from ldm_jax.interop.lora_writer import write_lora
+from ldm_jax.models import low_rank
 from ldm_jax.models.clip import CLIPText
 from ldm_jax.models.unet import UNet
 
@@ -205,3 +212,102 @@ def test_text_encoder_by_kohya(near, tmp_path):
         theirs = encoder(torch.from_numpy(tokens)).last_hidden_state.numpy()
     found = CLIPText(**TEXT).apply({"params": merge({"text": before}, lora)["text"]}, tokens)
     near("outputs", {"hidden": found.hidden}, {"hidden": theirs}, 5e-5)
+
+
+def trained(params, kind, alpha):
+    """Factors beside every kernel, as after some training."""
+    rng, made = np.random.default_rng(2), {}
+    for path, leaf in flatten_dict(params, sep="/").items():
+        if not path.endswith("/kernel"):
+            continue
+        layer = path.removesuffix("kernel")
+        down, up = (*leaf.shape[:-1], RANK), (RANK, leaf.shape[-1])
+        for name, shape in ((low_rank.DOWN, down), (low_rank.UP, up)):
+            made[layer + name] = 0.1 * rng.standard_normal(shape).astype(np.float32)
+        made[layer + low_rank.SCALE] = scale_of(alpha, RANK, kind == "rslora")
+        if kind == "dora":
+            made[layer + low_rank.MAGNITUDE] = 1.1 * np.asarray(low_rank.norms(leaf))
+    return unflatten_dict(made, sep="/")
+
+
+@pytest.mark.parametrize("layout, kind", [
+    ("kohya", "lora"), ("kohya", "rslora"),  # of DoRA, diffusers leaves out kohya's `dora_scale`
+    ("peft", "lora"), ("peft", "rslora"), ("peft", "dora"),
+])  # fmt: skip
+def test_written_by_us(unet, layout, kind, near, tmp_path):
+    """diffusers opens both layouts, and its UNet computes what ours does."""
+    before, alpha, path = params("unet", FIELDS, unet), 6.0, tmp_path / "lora.safetensors"
+    made = {"unet": trained(before, kind, alpha)}
+    write_lora(path, made, CONFIG, alpha, kind == "rslora", layout)
+    pipeline = StableDiffusionXLPipeline
+    options = dict(unet_config=unet.config, return_lora_metadata=True)
+    state, alphas, metadata = pipeline.lora_state_dict(path, **options)
+    unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, metadata=metadata)
+    ours = merge({"unet": before}, separated(made)[1])["unet"]
+    compare(near, unet, ours)
+
+
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_text_encoder_by_us(layout, near, tmp_path):
+    torch.manual_seed(0)
+    size = dict(hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    rest = dict(vocab_size=30, max_position_embeddings=9, hidden_act="gelu")
+    encoder = CLIPTextModel(CLIPTextConfig(**size, **rest)).eval()
+    before, path = params("clip", TEXT, encoder), tmp_path / "lora.safetensors"
+    made = {"text": trained(before, "lora", 6.0)}
+    write_lora(path, made, CONFIG, 6.0, layout=layout)
+    pipeline = StableDiffusionXLPipeline
+    state, alphas, metadata = pipeline.lora_state_dict(path, return_lora_metadata=True)
+    pipeline.load_lora_into_text_encoder(
+        state, alphas, encoder, prefix="text_encoder", metadata=metadata
+    )
+    tokens = np.arange(18).reshape(2, 9) + 3
+    with torch.no_grad():
+        theirs = encoder(torch.from_numpy(tokens)).last_hidden_state.numpy()
+    ours = merge({"text": before}, separated(made)[1])["text"]
+    found = CLIPText(**TEXT).apply({"params": ours}, tokens)
+    near("outputs", {"hidden": found.hidden}, {"hidden": theirs}, 5e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("what", ["matrix", "convolution"])
+def test_gradients(what, method, near):
+    """Of a layer in training: peft's, and ours with factors beside the kernel."""
+    torch.manual_seed(0)
+    dense = what == "matrix"
+    layer = torch.nn.Linear(6, 7) if dense else torch.nn.Conv2d(6, 7, 3, padding=1)
+    options = dict(use_rslora=method == "rslora", use_dora=method == "dora")
+    config = LoraConfig(r=RANK, lora_alpha=6, target_modules=["0"], **options)
+    model = inject_adapter_in_model(config, torch.nn.Sequential(layer))
+    weight, bias = (value.detach().numpy() for value in (layer.weight, layer.bias))
+    kernel = names.to_flax(weight, (6, 7) if dense else (3, 3, 6, 7))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                parameter.normal_(std=0.3)
+            elif "magnitude" in name:
+                parameter.mul_(1.2)
+    x = np.random.default_rng(0).standard_normal((5, 6) if dense else (2, 6, 4, 4))
+    x = x.astype(np.float32)
+    model(torch.from_numpy(x)).sin().mean().backward()
+    parts = {
+        "lora_A": (low_rank.DOWN, (*kernel.shape[:-1], RANK)),
+        "lora_B": (low_rank.UP, (RANK, 7)),
+    }
+    found, theirs = {}, {}
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            continue
+        part, shape = parts.get(name.split(".")[1], (low_rank.MAGNITUDE, None))
+        for values, tensor in ((found, parameter.detach()), (theirs, parameter.grad)):
+            array = tensor.numpy()
+            values[part] = names.to_flax(array, shape) if shape else array.reshape(-1)
+    fixed = {"kernel": kernel, "bias": bias, low_rank.SCALE: scale_of(6, RANK, method == "rslora")}
+    module = nn.Dense(7) if dense else nn.Conv(7, (3, 3), padding=1)
+    ours_x = x if dense else x.transpose(0, 2, 3, 1)
+
+    def loss(factors):
+        with low_rank.adding_factors():
+            return jnp.mean(jnp.sin(module.apply({"params": fixed | factors}, ours_x)))
+
+    near("gradients", jax.grad(loss)(found), theirs, 1e-5)

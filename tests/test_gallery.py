@@ -10,7 +10,7 @@ from PIL import Image
 
 import ldm_jax
 from ldm_jax.data.sources import EmojiSource
-from ldm_jax.gallery import Edit, draw, load_drawing
+from ldm_jax.gallery import Edit, draw, load_drawing, with_loras
 from ldm_jax.pictures import centre, fit_picture, fitted_size, to_uint8
 
 SETTINGS = dict(n=1, steps=4, seed=3, guidance=None, compose=None, height=None, width=None)
@@ -41,6 +41,21 @@ def test_interpolation_goes_from_this_seed_to_the_next(pipe, tmp_path):
     with Image.open(tmp_path / "interpolation.gif") as film:
         assert film.n_frames == 4  # there and back
     assert json.loads((tmp_path / "settings.json").read_text())["interpolate"] == 3
+
+
+@pytest.mark.parametrize("given, expected", [
+    ("style.safetensors", ("style.safetensors", 1.0)),
+    ("style.safetensors:0.8", ("style.safetensors", 0.8)),
+    ("runs/a:b:-1", ("runs/a:b", -1.0)),
+    ("runs/a:b", ("runs/a:b", 1.0)),
+    ("5", ("5", 1.0)),
+])  # fmt: skip
+def test_a_lora_and_its_scale(given, expected):
+    class Pipe(list):
+        def with_lora(self, *added):
+            return Pipe([*self, added])
+
+    assert with_loras(Pipe(), [given, "x:2"]) == [expected, ("x", 2.0)]
 
 
 def test_previews_show_the_way_to_the_picture(pipe, tmp_path):

@@ -7,12 +7,15 @@ A change is W + scale·Δ, where Δ is (alpha/rank) times
 and with DoRA (Liu et al. 2024) m·(W + scale·Δ)/‖W + scale·Δ‖: see `Decomposed`.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ldm_jax.models.low_rank import DOWN, MAGNITUDE, SCALE, UP
 
 
 class Factors(NamedTuple):
@@ -88,3 +91,32 @@ def merge(params: dict[str, Any], lora: Lora, scale: float | jax.Array = 1.0) ->
             kernel *= change.magnitude / (norm + np.finfo(np.float32).eps)
         flat[path] = kernel.astype(old.dtype)
     return unflatten_dict(flat, sep="/")
+
+
+def scale_of(alpha: float, rank: int, rslora: bool = False) -> np.float32:
+    """alpha/rank, or alpha/√rank if "rank-stabilised" (Kalajdzievski 2023).
+
+    Rounded as if read from a file, in which alpha is a float32 number.
+    """
+    return np.float32(float(stored_alpha(alpha, rank, rslora)) / rank)
+
+
+def stored_alpha(alpha: float, rank: int, rslora: bool = False) -> np.float32:
+    """The number a for which the change is a/rank·down·up."""
+    return np.float32(alpha * math.sqrt(rank) if rslora else alpha)
+
+
+def separated(params: dict[str, Any]) -> tuple[dict[str, Any], Lora]:
+    """(parameters, LoRA) of parameters with factors beside their kernels: see `models.low_rank`."""
+    flat = flatten_dict(params, sep="/", keep_empty_nodes=True)
+    lora: Lora = {}
+    for path in [path for path in flat if path.endswith(f"/{DOWN}")]:
+        layer = path.removesuffix(DOWN)
+        down, up, scale = (flat.pop(layer + name) for name in (DOWN, UP, SCALE))
+        change: Change = Factors(down, scale * up)
+        magnitude = flat.pop(layer + MAGNITUDE, None)
+        if magnitude is not None:
+            change = Decomposed(change, magnitude.reshape(*[1] * (down.ndim - 1), -1))
+        lora[f"{layer}kernel"] = change
+    flat = {path: leaf for path, leaf in flat.items() if not path.endswith(f"/{SCALE}")}
+    return unflatten_dict(flat, sep="/"), lora

@@ -75,10 +75,10 @@ class Found(NamedTuple):
 def read_lora(
     path: str | os.PathLike, config: dict[str, Any], alphas: Mapping[str, float] | None = None
 ) -> Lora:
-    """The LoRA in a file, or in a folder that diffusers wrote, for the model of `config`.
+    """The LoRA in a file, a run's workdir, or a folder of diffusers, for the model of `config`.
 
     Args:
-      config: of the model; its sections `unet` and, of `conditioning`, those of kind "clip" count:
+      config: of the model; its sections `unet` and, of `conditioning`, those of text encoders:
         "text" as diffusers' text_encoder, "text_2" as its text_encoder_2.
       alphas: by layer, as named in the file, if they are separate (diffusers' network_alphas). The
         default alpha of a layer is its rank.
@@ -139,7 +139,8 @@ def read_lora(
 def _weights(path: Path) -> Path:
     if not path.is_dir():
         return path
-    candidates = [path / f"pytorch_lora_weights.{suffix}" for suffix in ("safetensors", "bin")]
+    called = ("lora.safetensors", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+    candidates = [path / name for name in called]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
@@ -185,12 +186,12 @@ def _targets(config: dict[str, Any]) -> dict[Layer, tuple[str, tuple[int, ...]]]
     targets = {}
     blocks = config["unet"].get("num_res_blocks", UNet.num_res_blocks)
     for section, (network, fields) in networks(config).items():
-        if network not in ("unet", "clip"):
+        if network not in ("unet", "clip", "bert"):
             continue
         for path, shape in shapes(network, fields).items():
             if not path.endswith("/kernel"):
                 continue
-            prefix, called = "text_encoder.", [names.name_of("clip", path)]
+            prefix, called = "text_encoder.", [names.name_of(network, path)]
             if network == "unet":
                 name = names.name_of("unet", path)
                 diffusers = (names.diffusers_unet_name(name, blocks, vector=v) for v in VECTORS)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_jax.interop import compvis, diffusers, native
+from ldm_jax.interop.adapted import with_base
 from ldm_jax.interop.files import Tensors, open_shards, open_state
 from ldm_jax.interop.layout import Imported
 from ldm_jax.interop.networks import texts
@@ -34,6 +35,8 @@ def _file(path: Path, state: Tensors, dtype: Any, options: dict[str, Any]) -> Im
         return compvis.read(path, dtype=dtype, state=state, **options)
     _refuse(path, options)
     config, params = native.read_model(state, dtype)
+    if "base" in config:
+        return with_base(path, *native.read_model(state), dtype, open_any)
     version = state.metadata.get("version", "an unknown version")
     return Imported(config, params, f"{config['task']} model of ldm_jax {version}", {})
 

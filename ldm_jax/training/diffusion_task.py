@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from typing import Any
 
 import jax
@@ -13,16 +14,20 @@ from ldm_jax.conditions.kinds import SIZES
 from ldm_jax.data.conditions import Condition
 from ldm_jax.data.loader import Batch, batches_once
 from ldm_jax.diffusion.noise import Examples
+from ldm_jax.interop.changes import separated
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.pictures import image_grid, to_uint8
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.runtime.mesh import spread, to_host
 from ldm_jax.training.accumulation import mean_over_parts
+from ldm_jax.training.adapters import Adapters
 from ldm_jax.training.batches import Prepare, about_data, training_loader
 from ldm_jax.training.latents import LatentSource, moments, sample_latents
 from ldm_jax.training.state import Params
 from ldm_jax.training.summary import first_pictures, log_summary
 from ldm_jax.training.trainable import merge, split
+
+log = logging.getLogger(__name__)
 
 UNASKED_PREVIEWS = 5  # columns of the sample grid, where the config names no prompts or labels
 HELD_OUT_BATCH = 64
@@ -36,7 +41,8 @@ class DiffusionTask:
 
     `embedders` are those of training: `model.embedders` or their replacements. `resolved` is the
     config as plain values, completed by the model that training starts from; it is exported with
-    the model. `frozen` includes the autoencoder's parameters.
+    the model. `frozen` includes the autoencoder's parameters. With `adapters`, their factors train
+    and nothing else.
     """
 
     config: Any
@@ -48,6 +54,7 @@ class DiffusionTask:
     source: Any
     held_out: Any
     conditions: tuple[Condition, ...]
+    adapters: Adapters | None = None
 
     @property
     def ema_networks(self) -> tuple[str, ...]:
@@ -67,6 +74,8 @@ class DiffusionTask:
         return tuple(dict.fromkeys((pixels, *needs)))
 
     def init(self, key, loaded):
+        if self.adapters is not None:
+            return self.adapters.init(key, self.frozen, loaded)
         fresh = self.model.init(key, self.latent_shape)
         return split(merge(fresh, loaded), self.config.trainable)[0]
 
@@ -106,7 +115,22 @@ class DiffusionTask:
         return first_pictures(self.config, self.source, prepare, start)
 
     def evaluate(self, ema):
-        """The loss on held-out pictures, at fixed noise and timesteps, without any dropout."""
+        """The loss on held-out pictures, at fixed noise and timesteps, without any dropout; with
+        adapters, also that of the model without them."""
+        loss = self._mean_held_out_loss(ema)
+        if loss is None:
+            return {}
+        if self.adapters is None:
+            return {"loss": loss}
+        base = self._base_loss
+        log.info("Held-out loss %.4f; of the model without adapters %.4f", loss, base)
+        return {"loss": loss, "loss_of_base": base}
+
+    @functools.cached_property
+    def _base_loss(self) -> float | None:
+        return self._mean_held_out_loss({})
+
+    def _mean_held_out_loss(self, ema: Params) -> float | None:
         losses, key = [], jax.random.key(self.config.seed)
         size = min(HELD_OUT_BATCH, self.config.train.batch_size)
         for i, batch in enumerate(self._in_order(self.held_out, size)):
@@ -114,10 +138,11 @@ class DiffusionTask:
                 draw_key = jax.random.fold_in(key, i * HELD_OUT_DRAWS + draw)
                 values = self._held_out_loss(self.frozen, ema, spread(self._batch(batch)), draw_key)
                 losses.append(to_host(values)[batch["valid"]])
-        return {"loss": float(np.mean(np.concatenate(losses)))} if losses else {}
+        return float(np.mean(np.concatenate(losses))) if losses else None
 
     def preview(self, ema):
-        """Samples of the averaged model in two rows.
+        """Samples of the averaged model in two rows; with adapters, the first row is of the model
+        without them.
 
         Their prompts or labels are `sampling.prompts` or `.labels`; without these, and for all
         other conditions, those of held-out pictures.
@@ -126,22 +151,28 @@ class DiffusionTask:
         asked = {"caption": sampling.get("prompts"), "label": sampling.get("labels")}
         asked = {k: list(v) for k, v in asked.items() if v and k in self.entries}
         columns = max(map(len, asked.values()), default=UNASKED_PREVIEWS)
-        count = 2 * columns
+        count = 2 * columns if self.adapters is None else columns
         batch = next(self._in_order(self.held_out or self.source, count))
         batch |= {entry: (values * count)[:count] for entry, values in asked.items()}
         needed = {entry for e in self.model.embedders for entry in e.needs}
         others = needed - SIZES.keys() - {"caption", "label", "image", "mask"}
         given = {entry: batch[entry] for entry in needed}
         config = self.resolved | {"image_size": self.config.data.image_size}
-        images = Pipeline(self.model, merge(self.frozen, ema), config)(
-            given.get("caption"),
-            n=1 if {"caption", "label"} & given.keys() else count,
-            labels=given.get("label"),
-            image=given.get("image"),
-            mask=given.get("mask"),
-            conditions={entry: given[entry] for entry in others},
-            steps=sampling["steps"],
-        )
+        params, lora = separated(merge(self.frozen, ema))
+        changes = ((),) if self.adapters is None else ((), ((lora, 1.0),))
+        rows = [
+            Pipeline(self.model, params, config, loras)(
+                given.get("caption"),
+                n=1 if {"caption", "label"} & given.keys() else count,
+                labels=given.get("label"),
+                image=given.get("image"),
+                mask=given.get("mask"),
+                conditions={entry: given[entry] for entry in others},
+                steps=sampling["steps"],
+            )
+            for loras in changes
+        ]
+        images = np.concatenate(rows)
         return image_grid(to_uint8(images[..., :3]), columns)
 
     def export(self, ema):
@@ -150,6 +181,8 @@ class DiffusionTask:
         about["data"] = about_data(self.config)
         if any("label" in embedder.needs for embedder in self.model.embedders):
             about["classes"] = list(self.source.classes)
+        if self.adapters is not None:
+            return about | {"base": self.adapters.base}, merge(self.adapters.scales(), ema)
         return about, merge(self.frozen, ema)
 
     def _batch(self, batch: Batch) -> dict[str, np.ndarray]:

@@ -17,14 +17,16 @@ from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.build import Autoencoder, make_autoencoder
 from ldm_jax.models.remat import check_remat
 from ldm_jax.training.abstract import blank_source, first_stage_shapes
+from ldm_jax.training.adapters import make_adapters, read_options
 from ldm_jax.training.autoencoder_task import DISCRIMINATOR_LOSSES, AutoencoderTask
 from ldm_jax.training.diffusion_task import DiffusionTask
 from ldm_jax.training.initialise import check_frozen, loaded_parameters
 from ldm_jax.training.latents import IN_MEMORY, LATENTS, LatentSource
 from ldm_jax.training.precision import compute_type
+from ldm_jax.training.prior import with_prior
 from ldm_jax.training.state import Params, Task
 from ldm_jax.training.text_states import with_states
-from ldm_jax.training.trainable import like, split
+from ldm_jax.training.trainable import like, merge, split
 from ldm_jax.training.workdir import config_dict
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ def make_task(config: Any, index: Path | None = None, abstract: bool = False) ->
     check_remat("train.remat", config.train.get("remat", ""))
     if config.task not in TASKS:
         raise ValueError(f"task={config.task!r}: choose one of {', '.join(TASKS)}")
+    read_options(config)  # for its checks
     return TASKS[config.task](config, index, abstract)
 
 
@@ -124,10 +127,23 @@ def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask
     side = config.data.image_size // model.autoencoder.downsampling
     shape = (side, side, model.latent_channels)
     fresh = jax.eval_shape(lambda key: model.init(key, shape), jax.random.key(0))
-    loaded, frozen = _start(config, opened, fresh, abstract)
-    trains, _ = split(fresh, config.trainable)
-    embedders = with_states(model.embedders, config.text_states, frozen, trains)
+    options = read_options(config)
+    loaded, frozen = _start(config, opened, fresh, abstract and options is None)
     params = first_stage_shapes(model) if abstract else jax.device_put(first_stage)
+    if not abstract:
+        before = merge(loaded, frozen) | {"autoencoder": params}
+        described = resolved | {"image_size": config.data.image_size}
+        folder = None if index is None else index.with_name("prior")
+        source = with_prior(source, config, model, before, described, folder)
+    trains, adapters = split(fresh, config.trainable)[0], None
+    if options is not None:
+        check_frozen(fresh, loaded)
+        paths = config.init_from, config.first_stage
+        adapters, frozen, loaded = make_adapters(options, loaded, resolved, *paths)
+        trains = adapters.networks
+    if abstract:
+        loaded, frozen = jax.eval_shape(lambda: (loaded, frozen))
+    embedders = with_states(model.embedders, config.text_states, frozen, trains)
     if config.latents == "memory":
         pixels = bool(conditions) or any("image" in e.needs for e in model.embedders)
         source, held_out = (
@@ -135,9 +151,8 @@ def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask
             for pictures in (source, held_out)
         )
     frozen = frozen | {"autoencoder": params}
-    return DiffusionTask(
-        config, resolved, model, embedders, frozen, loaded, source, held_out, conditions
-    )
+    parts = (config, resolved, model, embedders, frozen, loaded, source, held_out)
+    return DiffusionTask(*parts, conditions, adapters)
 
 
 def _sources(config: Any, index: Path | None, abstract: bool) -> tuple[Any, Any]:

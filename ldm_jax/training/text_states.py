@@ -1,5 +1,6 @@
 """Features of frozen text encoders: computed in every step, or once for each caption."""
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -57,9 +58,11 @@ class CachedStates:
 
 
 def with_states(
-    embedders: tuple[Embedder, ...], how: str, frozen: Params, trains: Params
+    embedders: tuple[Embedder, ...], how: str, frozen: Params, trains: Collection[str]
 ) -> tuple[Embedder, ...]:
     """The embedders of training: with `how` "memory", frozen text encoders' features are kept.
+
+    `trains` are the names of the networks of which any parameter trains.
 
     Raises:
       ValueError: an unknown `how`, or no text encoder is frozen.

@@ -423,8 +423,10 @@ def test_alphas_that_are_kept_apart(leaves, write):
     np.testing.assert_array_equal(half.up, 0.5 * whole.up)
 
 
-def test_folder_that_diffusers_wrote(leaves, write):
+def test_folder_that_diffusers_wrote_and_a_workdir(leaves, write):
     path = write(one_layer(leaves))
+    assert len(read_lora(path.parent, CONFIG)) == 1
+    path = path.rename(path.with_name("other.safetensors"))
     with pytest.raises(FileNotFoundError, match=r"looked for .*pytorch_lora_weights\.safetensors"):
         read_lora(path.parent, CONFIG)
     path.rename(path.with_name("pytorch_lora_weights.safetensors"))

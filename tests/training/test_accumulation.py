@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ldm_jax.diffusion.noise import per_example
 from ldm_jax.training.accumulation import check_parts, in_parts, mean_over_parts
+from ldm_jax.training.loop import train
 from ldm_jax.training.state import init_state, make_train_step
 from ldm_jax.training.tasks import make_task
 from tests.conftest import ROOT
@@ -183,11 +184,11 @@ def test_a_part_is_spread_over_all_devices_without_moving_data():
          "that is a multiple of 16"),
     ],
 )  # fmt: skip
-def test_parts_that_do_not_fit_are_refused(parts, batch, message):
+def test_parts_that_do_not_fit_are_refused(parts, batch, message, tmp_path):
     settings = ml_collections.ConfigDict(dict(accumulate=parts, batch_size=batch))
     with pytest.raises(ValueError, match=message):
         check_parts(settings, 8)
     config = smoke("txt2img")
     config.train.update(settings)
     with pytest.raises(ValueError, match=message):
-        make_task(config)
+        train(config, tmp_path)

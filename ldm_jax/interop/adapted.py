@@ -1,0 +1,76 @@
+"""Our own file of a LoRA: factors, and the name of the model that they change, its base.
+
+It is written and read as a whole model, `native.save_model`, with the section "base" in its config.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from ldm_jax.interop import native
+from ldm_jax.interop.changes import merge, separated
+from ldm_jax.interop.layout import Imported
+
+SAMPLED = 1024  # values of each kernel that the digest sees
+
+
+def about_base(
+    path: str | os.PathLike, autoencoder: str, params: dict[str, Any], kernels: Iterable[str]
+) -> dict[str, Any]:
+    """The section "base": the absolute paths of a model and of an autoencoder in place of its own
+    ("" if it is its own), and a digest of the kernels that are changed."""
+    bundled = os.path.realpath(path) == os.path.realpath(native.BUNDLED)
+    return dict(
+        path="" if bundled else os.path.abspath(os.path.expanduser(path)),
+        autoencoder=os.path.abspath(os.path.expanduser(autoencoder)) if autoencoder else "",
+        digest=_digest(params, kernels),
+    )
+
+
+def with_base(
+    path: Path,
+    config: dict[str, Any],
+    factors: dict[str, Any],
+    dtype: Any,
+    open_base: Callable[..., Imported],
+) -> Imported:
+    """The whole model of a file with factors: its base, opened by `open_base`, and the change.
+
+    Raises:
+      FileNotFoundError: the base is not where it was.
+      ValueError: another model is there.
+    """
+    config = dict(config)
+    base = config.pop("base")
+    place, instead = base["path"], f"draw with another by --model=PATH --lora={path.parent}"
+    if place and not os.path.exists(place):
+        raise FileNotFoundError(
+            f"{path} holds a LoRA of {place}, which is not there: move it back, or {instead}"
+        )
+    found = open_base(place, dtype, autoencoder=base["autoencoder"])
+    changes = separated({name: part for name, part in factors.items() if name in found.params})[1]
+    if _digest(found.params, changes) != base["digest"]:
+        raise ValueError(
+            f"{path} holds a LoRA of {place or 'the bundled model'}, where another model is now: "
+            f"put the former there, or {instead}"
+        )
+    params = jax.tree.map(np.asarray, merge(found.params, changes))
+    return Imported(config, params, f"{found.about}, with a LoRA", found.reports)
+
+
+def _digest(params: dict[str, Any], kernels: Iterable[str]) -> str:
+    """Of some values of these kernels, in bfloat16: the same for whatever type they are read in."""
+    flat, digest = flatten_dict(params, sep="/"), hashlib.sha256()
+    for path in sorted(kernels):
+        kernel = np.asarray(flat[path]) if path in flat else np.zeros(0)
+        stride = max(kernel.size // SAMPLED, 1)
+        some = kernel.reshape(-1)[::stride].astype(jnp.bfloat16)
+        digest.update(f"{path} {kernel.shape}".encode() + some.tobytes())
+    return digest.hexdigest()
