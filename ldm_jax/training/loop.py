@@ -128,6 +128,9 @@ def _train(
     began, settings = time.perf_counter(), config.train
     stack.enter_context(locked(workdir))
     check_processes(config_dict(config))
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, settings.batch_size)
+    check_parts(settings, parts_of_batch(mesh))
     check_shared(workdir)
     checkpoints = stack.enter_context(
         contextlib.closing(Checkpoints(workdir / "checkpoints", settings.keep))
@@ -136,9 +139,6 @@ def _train(
     newest = checkpoints.latest()
     if newest is not None:
         stop.saved = f"step {newest} is saved in {workdir}"
-    mesh = make_mesh(config.mesh)
-    check_batch(mesh, settings.batch_size)
-    check_parts(settings, parts_of_batch(mesh))
     task = _open_task(config, workdir)
     stack.enter_context(jax.set_mesh(mesh))
     networks = tuple(jax.eval_shape(task.init, jax.random.key(0), task.loaded))
