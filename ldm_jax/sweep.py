@@ -17,25 +17,25 @@ With --print the commands are printed instead: "commands", or a job array for "s
 (Kubernetes; put the name of your image in it).
 """
 
-import contextlib
-import difflib
-import hashlib
-import json
 import os
-import re
-import runpy
 import shlex
-import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
-import yaml
 from absl import flags
 from ml_collections import config_flags
 
 from ldm_jax.runtime.console import run
+from ldm_jax.training.sweeps import (
+    as_gke,
+    as_slurm,
+    check,
+    command,
+    finished,
+    name_of,
+    settings_of,
+    train,
+    write_results,
+)
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/TASK.py[:variant].")
 WORKDIR = flags.DEFINE_string("workdir", None, "The directory of the runs.", required=True)
@@ -43,153 +43,6 @@ PRINT = flags.DEFINE_enum(
     "print", None, ["commands", "slurm", "gke"], "Print the commands, and run nothing."
 )
 flags.mark_flags_as_required(["config"])
-
-Setting = dict[str, Any]
-LONGEST_NAME = 120  # many file systems allow 255 bytes
-
-
-def settings_of(path: str) -> list[Setting]:
-    """What `sweep()` of a config file returns. Raises ValueError if it is not a list of dicts."""
-    sweep = runpy.run_path(path).get("sweep")
-    if sweep is None:
-        raise ValueError(f"{path} defines no sweep(): see the docstring of ldm_jax/sweep.py")
-    settings = list(sweep())
-    if not settings or not all(isinstance(setting, dict) and setting for setting in settings):
-        raise ValueError(f"sweep() of {path} must return a list of dicts {{field: value}}")
-    names = [name_of(setting) for setting in settings]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise ValueError(f"sweep() of {path} returns twice: {', '.join(sorted(twice))}")
-    return settings
-
-
-def check(config: Any, setting: Setting, path: str) -> None:
-    """Raises ValueError for a field that the config does not have, or a value of another type."""
-    fields = list(flags_of(config.to_dict()))
-    for field, value in setting.items():
-        if field not in fields:
-            near = difflib.get_close_matches(field, fields, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"sweep() of {path}: the config has no {field}{hint}")
-        try:
-            config.copy_and_resolve_references().update_from_flattened_dict({field: value})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"sweep() of {path}: {field}={value!r}: {error}") from error
-
-
-def flags_of(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values as {"a.b": value}."""
-    flat = {}
-    for key, value in values.items():
-        deeper = isinstance(value, dict) and value
-        flat |= flags_of(value, f"{prefix}{key}.") if deeper else {prefix + key: value}
-    return flat
-
-
-def name_of(setting: Setting) -> str:
-    """The directory of a setting: "optimizer.lr=0.001,seed=2"."""
-    name = ",".join(f"{field}={value}" for field, value in setting.items())
-    name = re.sub(r"[^\w.=,+-]+", "_", name)
-    if len(name) <= LONGEST_NAME:
-        return name
-    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def command(config: str, overrides: Setting, setting: Setting, workdir: Path) -> list[str]:
-    """The training of one setting, from the directory of train.py."""
-    values = overrides | setting
-    more = [f"--config.{field}={value}" for field, value in values.items()]
-    return ["python", "train.py", f"--config={config}", f"--workdir={workdir}", *more]
-
-
-def finished(workdir: Path) -> bool:
-    """Whether the run there has done its last step and exported the model."""
-    from ldm_jax.runtime.logging import read_metrics
-
-    try:
-        steps = json.loads((workdir / "config.json").read_text())["train"]["steps"]
-    except (OSError, ValueError, KeyError):
-        return False
-    last = max((line["step"] for line in read_metrics(workdir)), default=-1)
-    return last >= steps and (workdir / "model.safetensors").exists()
-
-
-def train(arguments: list[str], log: Path) -> int:
-    """Runs a command of `command`; its output goes to `log`. SIGTERM is passed on."""
-    with (
-        log.open("ab") as output,
-        subprocess.Popen(
-            [sys.executable, *arguments[1:]], stdout=output, stderr=subprocess.STDOUT
-        ) as child,
-    ):
-        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-        try:
-            while True:
-                with contextlib.suppress(KeyboardInterrupt):  # the child gets Ctrl-C itself
-                    return child.wait()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-
-def write_results(root: Path, settings: list[Setting], failed: dict[str, int]) -> None:
-    """`results.md` and `results.html` of the runs so far."""
-    from ldm_jax.training.report import read_series, write_comparison
-
-    fields = list(dict.fromkeys(field for setting in settings for field in setting))
-    series = {name_of(setting): read_series(root / name_of(setting)) for setting in settings}
-    metrics = list(
-        dict.fromkeys(m for found in series.values() for m in found if m.startswith("held_out/"))
-    )
-    metrics.insert(0, "train/loss")
-    lines = ["| " + " | ".join([*fields, "state", *metrics]) + " |"]
-    lines.append("|" + "---|" * (len(fields) + 1 + len(metrics)))
-    for setting in settings:
-        name = name_of(setting)
-        found = series[name]
-        step = max((points[-1][0] for points in found.values()), default=0)
-        state = "finished" if finished(root / name) else f"step {step}" if step else "not begun"
-        state = f"failed at step {step}" if name in failed else state
-        values = [f"{found[m][-1][1]:.5g}" if m in found else "" for m in metrics]
-        row = [str(setting.get(field, "")) for field in fields]
-        lines.append("| " + " | ".join([*row, state, *values]) + " |")
-    (root / "results.md").write_text("\n".join(lines) + "\n")
-    begun = {name: root / name for name, found in series.items() if found}
-    if begun:
-        write_comparison(begun, root / "results.html")
-
-
-def as_slurm(commands: list[list[str]]) -> str:
-    """A job array; a job that is preempted is put back into the queue and resumes."""
-    lines = "\n".join(f"  {shlex.quote(shlex.join(each))}" for each in commands)
-    return f"""#!/bin/bash
-#SBATCH --job-name=sweep
-#SBATCH --array=0-{len(commands) - 1}
-#SBATCH --requeue
-#SBATCH --signal=TERM@120
-RUNS=(
-{lines}
-)
-exec srun bash -c "${{RUNS[$SLURM_ARRAY_TASK_ID]}}\""""
-
-
-def as_gke(commands: list[list[str]]) -> str:
-    """An indexed Job of Kubernetes."""
-    cases = "\n".join(f"{i}) exec {shlex.join(each)} ;;" for i, each in enumerate(commands))
-    script = f"case $JOB_COMPLETION_INDEX in\n{cases}\nesac\n"
-    container = {"name": "train", "image": "YOUR_IMAGE", "command": ["bash", "-c", script]}
-    job = {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {"name": "sweep"},
-        "spec": {
-            "completionMode": "Indexed",
-            "completions": len(commands),
-            "parallelism": len(commands),
-            "backoffLimitPerIndex": 3,
-            "template": {"spec": {"restartPolicy": "Never", "containers": [container]}},
-        },
-    }
-    return yaml.safe_dump(job, sort_keys=False)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from ml_collections import ConfigDict
 
-from ldm_jax import report, sweep
+from ldm_jax.training import report, sweeps
 from tests.conftest import ROOT
 
 CONFIG = """
@@ -129,10 +129,10 @@ def test_commands_for_a_shell_slurm_and_kubernetes_train_the_same(home):
 
 
 def test_names_are_of_the_setting_alone():
-    assert sweep.name_of({"optimizer.lr": 1e-3, "seed": 2}) == "optimizer.lr=0.001,seed=2"
-    assert sweep.name_of({"data.path": "/a b/c"}) == "data.path=_a_b_c"
-    longer = [sweep.name_of({"data.classes": ("x" * 200, i)}) for i in range(2)]
-    assert longer[0] != longer[1] and max(map(len, longer)) == sweep.LONGEST_NAME
+    assert sweeps.name_of({"optimizer.lr": 1e-3, "seed": 2}) == "optimizer.lr=0.001,seed=2"
+    assert sweeps.name_of({"data.path": "/a b/c"}) == "data.path=_a_b_c"
+    longer = [sweeps.name_of({"data.classes": ("x" * 200, i)}) for i in range(2)]
+    assert longer[0] != longer[1] and max(map(len, longer)) == sweeps.LONGEST_NAME
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_bad_sweeps(tmp_path, body, message):
     path = tmp_path / "config.py"
     path.write_text(body)
     with pytest.raises(ValueError) as error:
-        sweep.settings_of(str(path))
+        sweeps.settings_of(str(path))
     assert message in str(error.value)
 
 
@@ -162,7 +162,7 @@ def test_bad_sweeps(tmp_path, body, message):
 )
 def test_bad_settings(setting, message):
     with pytest.raises(ValueError) as error:
-        sweep.check(ConfigDict({"optimizer": {"lr": 1e-3}}), setting, "config.py")
+        sweeps.check(ConfigDict({"optimizer": {"lr": 1e-3}}), setting, "config.py")
     assert message in str(error.value)
 
 
@@ -172,8 +172,8 @@ def test_every_sweep_of_the_configs_fits_its_config():
         if "def sweep(" in path.read_text():
             found += 1
             config = runpy.run_path(str(path))["get_config"]()
-            for setting in sweep.settings_of(str(path)):
-                sweep.check(config, setting, str(path))
+            for setting in sweeps.settings_of(str(path)):
+                sweeps.check(config, setting, str(path))
     assert found
 
 

@@ -84,6 +84,14 @@ def write_comparison(runs: dict[str, Path], path: Path) -> None:
     )
 
 
+def compare(workdirs: list[str], path: str) -> None:
+    """Writes the page `path`. Raises ValueError for a directory without metrics."""
+    for workdir in workdirs:
+        if not read_series(Path(workdir)):
+            raise ValueError(f"{workdir} has no metrics.jsonl with metrics: it is not a run")
+    write_comparison({workdir: Path(workdir) for workdir in workdirs}, Path(path))
+
+
 def write_report(workdir: Path, shown: int = 6) -> Path:
     """Writes `workdir/report.html` from the metrics, previews and config found there.
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ldm_jax.interop.files import Tensors, open_state, write_safetensors
+from ldm_jax.interop.native import exported_file, save_model
+from ldm_jax.interop.opening import open_any
 from ldm_jax.runtime.mesh import to_host
 from ldm_jax.runtime.processes import is_first
 from ldm_jax.training.ema import Power, check_width, post_hoc, unlike
@@ -73,6 +75,26 @@ def reconstruct(
     )
     paths = [name.partition("/")[2] for name in sources[0][2] if _of(sources[0], name)]
     return step, {path: _sum(path, sources, factors) for path in paths}
+
+
+def write_average(
+    workdir: str | Path, sigma_rel: float, out: str | Path, step: int | None = None
+) -> int:
+    """Writes the run's model with parameters averaged by width `sigma_rel`; returns the step.
+
+    What does not train, the config, and an autoencoder's `scale_factor` are those of the run's
+    `model.safetensors`.
+
+    Raises:
+      FileNotFoundError: the run has not exported its model.
+      ValueError: see `reconstruct`.
+    """
+    workdir = Path(workdir).expanduser()
+    step, averaged = reconstruct(workdir, sigma_rel, step)
+    model = open_any(exported_file(workdir))
+    params = flatten_dict(model.params, sep="/", keep_empty_nodes=True) | averaged
+    save_model(Path(out).expanduser(), model.config, unflatten_dict(params, sep="/"))
+    return step
 
 
 def _sum(path: str, sources: list[tuple[float, int, Tensors]], factors: np.ndarray) -> np.ndarray:

@@ -138,3 +138,16 @@ def test_a_batch_that_does_not_divide(batch, chips, advice):
 
 def test_a_batch_that_divides():
     check_batch(32, 16)
+
+
+@pytest.mark.parametrize("setting", [dict(remat="blocks"), dict(accumulate=2)], ids=str)
+def test_the_models_flops_are_those_of_the_plain_step(setting):
+    def flops(**settings):
+        config = variant("txt2img:smoke")
+        config.train.update(settings)
+        task = make_task(config, abstract=True)
+        params = jax.eval_shape(task.init, jax.random.key(0), {})
+        arguments = params, task.frozen, batch_shapes(task, 8), jax.random.key(0)
+        return model_flops(lambda *arguments: task.gradients(*arguments, None), *arguments)
+
+    assert flops(**setting) == flops() > 0

@@ -13,11 +13,10 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import load_file
 
-from ldm_jax import average as command
 from ldm_jax.interop.native import save_model
 from ldm_jax.interop.opening import open_any
 from ldm_jax.runtime.checkpoints import Checkpoints, abstract_like
-from ldm_jax.training import loop
+from ldm_jax.training import loop, snapshots
 from ldm_jax.training.ema import (
     Constant,
     Power,
@@ -28,7 +27,7 @@ from ldm_jax.training.ema import (
     unlike,
     update_ema,
 )
-from ldm_jax.training.snapshots import write_snapshot
+from ldm_jax.training.snapshots import write_average, write_snapshot
 from ldm_jax.training.state import State
 from tests import tiny_models
 from tests.training.least_squares import Task, steps
@@ -179,14 +178,14 @@ def test_a_run_exports_other_decays_and_keeps_its_snapshots(run):
 def test_the_command_makes_the_average_of_another_width(run, monkeypatch, tmp_path, caplog):
     """As near to that of a run which tracked it as the snapshots allow."""
     caplog.set_level("INFO", "ldm_jax")
-    monkeypatch.setattr(command, "open_any", lambda path: _Opened(load_file(path)))
-    assert command.average(run, 0.15, tmp_path / "made.safetensors") == 40
+    monkeypatch.setattr(snapshots, "open_any", lambda path: _Opened(load_file(path)))
+    assert write_average(run, 0.15, tmp_path / "made.safetensors") == 40
     made = load_file(tmp_path / "made.safetensors")
     direct = load_file(run.with_name("direct") / "averages" / "0000040.safetensors")
     narrow = direct["sigma_rel_0.05/net/w"]
     wanted = direct["sigma_rel_0.15/net/w"]
     assert np.abs(made["net/w"] - wanted).max() < 0.05 * np.abs(narrow - wanted).max()
-    command.average(run, 0.1, tmp_path / "made.safetensors", step=20)
+    write_average(run, 0.1, tmp_path / "made.safetensors", step=20)
     own = load_file(run / "averages" / "0000020.safetensors")["sigma_rel_0.1/net/w"]
     np.testing.assert_allclose(load_file(tmp_path / "made.safetensors")["net/w"], own, rtol=1e-5)
 
@@ -226,8 +225,8 @@ class _Opened:
 
 def test_bad_input_of_the_command(run, tmp_path):
     with pytest.raises(ValueError, match="sigma_rel=0.5: choose a width between 0 and 0.2887"):
-        command.average(run, 0.5, tmp_path / "m.safetensors")
+        write_average(run, 0.5, tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match="no snapshot of this step; the nearest is of step 40"):
-        command.average(run, 0.1, tmp_path / "m.safetensors", step=60)
+        write_average(run, 0.1, tmp_path / "m.safetensors", step=60)
     with pytest.raises(ValueError, match="has no snapshots of averages: train with"):
-        command.average(tmp_path, 0.1, tmp_path / "m.safetensors")
+        write_average(tmp_path, 0.1, tmp_path / "m.safetensors")
