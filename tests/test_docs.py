@@ -30,7 +30,6 @@ def blocks(language):
 
 def sample_commands():
     """Every command line of sample.py that needs no file but cat.png and mask.png."""
-    trained = ("--model", "--lora")
     lines = "\n".join(page.read_text(encoding="utf-8") for page in PAGES).splitlines()
     found = [
         shlex.split(line, comments=True)[2:] for line in lines if line.startswith("python sam")

@@ -89,6 +89,9 @@ def model_flops(function: Callable, *args: Any) -> float:
     return jaxpr_flops(jax.make_jaxpr(function)(*args))
 
 
+AGAIN = "again_"  # how the name of a jitted function begins that computes something again
+
+
 def jaxpr_flops(closed: ClosedJaxpr) -> float:
     """`model_flops` of a function that was traced to a jaxpr."""
     fresh = itertools.count()
@@ -118,6 +121,8 @@ def _walk(
         inner = _inlined(eqn)
         if inner is not None:
             results, flops = _walk(*inner, operands, seen, fresh)
+            if eqn.params.get("name", "").startswith(AGAIN):
+                flops = 0.0
         else:
             key = (eqn.primitive.name, _parameters(eqn.params), operands)
             results, flops = seen.get(key), 0.0
