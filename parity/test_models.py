@@ -394,7 +394,8 @@ def test_autoencoder_loss(near):
     """L1 and KL through a sample of the posterior: `AutoencoderTask` against torch autograd."""
     case, key = AUTOENCODERS["KL, more attention (CompVis)"], jax.random.key(5)
     reference = Reference(case)
-    config = ml_collections.ConfigDict(dict(autoencoder=case.slots[1], loss=dict(kl_weight=0.3)))
+    sections = dict(autoencoder=case.slots[1], loss=dict(kl_weight=0.3), train={})
+    config = ml_collections.ConfigDict(sections)
     unused = dict.fromkeys(("source", "held_out", "perceptual"))
     task = AutoencoderTask(config, frozen={}, loaded={}, **unused)
     images = np.random.default_rng(6).integers(0, 256, (2, 16, 16, 3), np.uint8)
