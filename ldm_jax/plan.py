@@ -16,10 +16,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from ldm_jax.runtime.console import config_file, run
-from ldm_jax.runtime.mesh import make_mesh, parts_of_batch
+from ldm_jax.runtime.mesh import check_batch, make_mesh, parts_of_batch
 from ldm_jax.runtime.meters import TERA, Chip, chip_of
 from ldm_jax.runtime.plan import Usage, compile_usage, measure, roofline, size, topology_devices
-from ldm_jax.training.program import Lowered, check_batch, lower_sampler, lower_step
+from ldm_jax.training.program import Lowered, lower_sampler, lower_step
 from ldm_jax.training.tasks import make_task
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/TASK.py[:variant].")
@@ -47,7 +47,7 @@ def main():
     if BATCH.value:
         config.train.batch_size = BATCH.value
     if "train" in PROGRAMS.value:
-        check_batch(config.train.batch_size, parts_of_batch(mesh))
+        check_batch(mesh, config.train.batch_size)
     chip = chip_of(devices[0])
     name = f"{path}:{variant}" if variant else path
     where = TOPOLOGY.value or f"{devices[0].device_kind}, measured"

@@ -31,7 +31,7 @@ def command(*flags):
         (["--config=configs/nothing.py"], "error: no config file configs/nothing.py; there are co"),
         (["--config=configs/txt2img.py:x"], "no variant 'x' of txt2img: choose scenes, demo"),
         ([f"--config={SMOKE}", "--topology=v5:2x2"], "error: --topology=v5:2x2: no family 'v5'"),
-        ([f"--config={SMOKE}", "--batch=12"], "batch of 12 does not divide over 8 chips: use --ba"),
+        ([f"--config={SMOKE}", "--batch=12"], "fsdp=1: use a multiple of 8, such as 8 or 16"),
         ([f"--config={SMOKE}", "--config.mesh.fsdp=3"], "does not fit 8 devices"),
         ([f"--config={SMOKE}", "--programs=draw"], "--programs=draw: choose from train, sample"),
     ],

@@ -74,12 +74,14 @@ def parts_of_batch(mesh: Mesh) -> int:
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:
-    """Raises ValueError for a batch that does not divide over the mesh."""
+    """Raises ValueError for a batch that does not divide over the mesh; names the nearest."""
     parts = parts_of_batch(mesh)
-    if batch_size % parts:
+    if batch_size % parts or batch_size < 1:
+        below = max(batch_size // parts, 0) * parts
+        nearest = " or ".join(str(size) for size in (below, below + parts) if size)
         raise ValueError(
             f"train.batch_size={batch_size} does not divide over mesh data={mesh.shape['data']}, "
-            f"fsdp={mesh.shape['fsdp']}: use a multiple of {parts}"
+            f"fsdp={mesh.shape['fsdp']}: use a multiple of {parts}, such as {nearest}"
         )
 
 

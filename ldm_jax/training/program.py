@@ -13,7 +13,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ldm_jax.diffusion.noise import example_keys
 from ldm_jax.diffusion.plan import Guidance, Sampling, plan
 from ldm_jax.programs import generate
-from ldm_jax.runtime.mesh import batch_sharding, parts_of_batch, replicated, state_shardings
+from ldm_jax.runtime.mesh import (
+    batch_sharding,
+    check_batch,
+    parts_of_batch,
+    replicated,
+    state_shardings,
+)
 from ldm_jax.runtime.meters import jaxpr_flops, model_flops
 from ldm_jax.training.abstract import batch_shapes, input_shapes
 from ldm_jax.training.accumulation import check_parts
@@ -100,7 +106,7 @@ def lower_step(task: Task, config: Any, mesh: Mesh) -> Lowered:
     Raises:
       ValueError: the batch does not divide over the devices.
     """
-    check_batch(config.train.batch_size, parts_of_batch(mesh))
+    check_batch(mesh, config.train.batch_size)
     check_parts(config.train, parts_of_batch(mesh))
     optimizer, state = abstract_state(task, config)
     rules = config.get("sharding", ())
@@ -112,16 +118,6 @@ def lower_step(task: Task, config: Any, mesh: Mesh) -> Lowered:
         traced = program.trace(state, task.frozen, batch, np.int32(0))
         lowered = traced.lower()
     return Lowered(lowered, config.train.batch_size, step_flops(traced, optimizer, state))
-
-
-def check_batch(batch: int, chips: int) -> None:
-    """Raises ValueError for a batch that does not divide over so many chips; names the nearest."""
-    if batch % chips or not batch:
-        nearest = sorted({max(batch // chips, 1) * chips, (batch // chips + 1) * chips})
-        raise ValueError(
-            f"a batch of {batch} does not divide over {chips} chips: use --batch="
-            f"{' or '.join(map(str, nearest))}"
-        )
 
 
 def lower_sampler(task: Any, config: Any, mesh: Mesh, count: int, steps: int | None) -> Lowered:

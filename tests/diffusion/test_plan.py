@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.plan import Guidance, Sampling, flags, from_flags, plan
+from ldm_jax.diffusion.plan import FIRST_ORDER, Guidance, Sampling, flags, from_flags, plan
 from ldm_jax.diffusion.process import Diffusion
 from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.diffusion.schedule import make_schedule
@@ -151,31 +151,33 @@ def test_a_masked_edit_of_full_strength_keeps_no_trace():
     assert plan(DIFFUSION, 10, strength=0.9, masked=True).start.alpha > 0.0
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+@pytest.mark.parametrize("sampler", FIRST_ORDER)
 def test_cfg_plus_plus_goes_on_with_the_unconditional_noise(sampler):
-    """Chung et al. 2024, algorithm 2, step by step in float64: x0 guided by λ, ε unconditional."""
-    run = plan(DIFFUSION, 6, sampler, Guidance(0.6, method="cfg++"))
-    table, grid = run.table, DIFFUSION.grid(6, SAMPLERS[sampler].family, None, None)
-    x = np.random.default_rng(0).normal(size=5)
-    ours = theirs = x * run.start.sigma
+    """Chung et al. 2024, algorithm 2, step by step in float64: x0 guided by λ, ε unconditional.
+
+    Of samplers that draw noise, the part of σ' that is not drawn.
+    """
+    diffusion = FLOW if sampler == "flow_euler" else DIFFUSION
+    run = plan(diffusion, 6, sampler, Guidance(0.6, method="cfg++"))
+    table, grid = run.table, diffusion.grid(6, SAMPLERS[sampler].family, None, None)
+    drawn = table.get("noise", np.zeros(6))
+    ours = theirs = np.random.default_rng(0).normal(size=5) * run.start.sigma
     for i in range(6):
         (alpha, sigma), (alpha_to, sigma_to) = (
             (level.alpha[i], level.sigma[i]) for level in (grid.here, grid.after)
         )
 
-        def eps(x, step=i):
+        def x0(x, step=i):
             return np.sin(x) + 0.1 * step, np.cos(2.0 * x)  # of no condition, and of one
 
-        def x0(x, eps, alpha=alpha, sigma=sigma):
-            return (x - sigma * eps) / alpha
-
-        uncond, cond = eps(ours)
-        guided = x0(ours, uncond + run.guidance.scale[i] * (cond - uncond))
+        uncond, cond = x0(ours)
+        guided = uncond + run.guidance.scale[i] * (cond - uncond)
         ours = table["x"][i] * ours + table["b"][i, 0] * guided
-        uncond, cond = eps(theirs)
-        guided = x0(theirs, uncond + 0.6 * (cond - uncond))
-        theirs = alpha_to * guided + sigma_to * uncond
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+        uncond, cond = x0(theirs)
+        noise = (theirs - alpha * uncond) / sigma
+        kept = np.sqrt(max(sigma_to**2 - drawn[i] ** 2, 0.0))
+        theirs = alpha_to * (uncond + 0.6 * (cond - uncond)) + kept * noise
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
     assert run.guidance.active is None
 
 

@@ -48,11 +48,16 @@ def test_the_rest_of_the_devices():
     assert dict(make_mesh({"data": 2, "fsdp": -1, "tensor": 2}).shape)["fsdp"] == 2
 
 
-def test_a_batch_that_does_not_divide_is_refused():
+@pytest.mark.parametrize(
+    "batch, advice",
+    [(6, "4 or 8"), (10, "8 or 12"), (3, "4"), (0, "4"), (-4, "4"), (17, "16 or 20")],
+)
+def test_a_batch_that_does_not_divide_is_refused(batch, advice):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     check_batch(mesh, 12)
-    with pytest.raises(ValueError, match="batch_size=6 .* data=2, fsdp=2: use a multiple of 4"):
-        check_batch(mesh, 6)
+    message = f"batch_size={batch} .* data=2, fsdp=2: use a multiple of 4, such as {advice}$"
+    with pytest.raises(ValueError, match=message):
+        check_batch(mesh, batch)
 
 
 def test_large_parameters_split_along_their_largest_divisible_dimension():

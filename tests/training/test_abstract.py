@@ -8,7 +8,7 @@ from ldm_jax.data.conditions import make_conditions
 from ldm_jax.runtime.mesh import make_mesh
 from ldm_jax.runtime.meters import model_flops
 from ldm_jax.training.abstract import batch_shapes, blank_example
-from ldm_jax.training.program import abstract_state, check_batch, lower_sampler, lower_step
+from ldm_jax.training.program import abstract_state, lower_sampler, lower_step
 from ldm_jax.training.tasks import make_task
 from tests.conftest import ROOT
 from tests.models.published import CONFIGS, config_file
@@ -125,19 +125,6 @@ def test_a_step_and_a_sampler_on_a_mesh():
     one, two, three = (lower_sampler(task, config, mesh, 16, n) for n in (1, 2, 3))
     assert three.images == 16
     assert three.flops - two.flops == two.flops - one.flops > 0
-
-
-@pytest.mark.parametrize(
-    "batch, chips, advice", [(10, 4, "8 or 12"), (3, 4, "4"), (0, 4, "4"), (17, 16, "16 or 32")]
-)
-def test_a_batch_that_does_not_divide(batch, chips, advice):
-    message = f"a batch of {batch} does not divide over {chips} chips: use --batch={advice}$"
-    with pytest.raises(ValueError, match=message):
-        check_batch(batch, chips)
-
-
-def test_a_batch_that_divides():
-    check_batch(32, 16)
 
 
 @pytest.mark.parametrize("setting", [dict(remat="blocks"), dict(accumulate=2)], ids=str)
