@@ -11,7 +11,7 @@ from ldm_jax.conditions.base import embed
 from ldm_jax.diffusion.noise import example_keys
 from ldm_jax.diffusion.objective import draw_noise, draw_times
 from ldm_jax.diffusion.parameterization import target
-from ldm_jax.diffusion.plan import plan
+from ldm_jax.diffusion.plan import Guidance, plan
 from ldm_jax.diffusion.schedule import Level
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.training.workdir import config_dict
@@ -139,3 +139,24 @@ def test_learned_variances_train_with_the_model(root):
 
     gradient = jax.jit(jax.grad(loss))(params)["logvar"]["value"]
     assert (gradient != 0).sum() == 2  # of the two timesteps drawn
+
+
+def test_cfg_zero_star_scales_the_unconditional_output_and_is_silent_first(model, params):
+    """`predict` with its table, against the formula on the two outputs."""
+    rng = np.random.default_rng(0)  # so that the context matters
+    unet = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape), params["unet"])
+    params = params | {"unet": jax.tree.map(jnp.float32, unet)}
+    null = embed(model.embedders, params, inputs(model, [""] * 2))
+    cat = null.replace(context=jnp.float32(5.0 * rng.normal(size=null.context.shape)))
+    x, t = jax.random.normal(jax.random.key(3), (2, 8, 8, 16)), jnp.full(2, 500.0)
+    predict = model.predict(params, [cat], null)
+    cond, uncond = predict(None)(x, t), model.predict(params, [null], null)(None)(x, t)
+    along = jnp.sum(cond * uncond, (1, 2, 3), keepdims=True)
+    s = along / (jnp.sum(uncond**2, (1, 2, 3), keepdims=True) + 1e-8)
+    table = plan(model.diffusion, 1, "ddim", Guidance(3.0, method="cfg-zero*")).guidance
+    row = jax.tree.map(lambda column: column[0], table)
+    found = predict(row)(x, t)
+    expected = s * uncond + 3.0 * (cond - s * uncond)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(cond).max())
+    assert np.abs(found - (uncond + 3.0 * (cond - uncond))).max() > 0.01 * np.abs(cond).max()
+    assert not predict(row._replace(kept=jnp.float32(0.0)))(x, t).any()
