@@ -88,6 +88,8 @@ def check_shared(workdir: Path, wait: float = 10.0) -> None:
     Raises:
       ValueError: the processes see different directories.
     """
+    if jax.process_count() == 1:
+        return
     mark = workdir / ".shared"
     if is_first():
         mark.write_text(name := uuid.uuid4().hex)
