@@ -4,8 +4,8 @@
 
 The encoder maps an image x (B, H, W, 3) in [−1, 1] to a diagonal Gaussian over latents (B, H/f,
 W/f, C) with f = patch_size·2^(levels−1); the decoder maps latents to images. Field names are those
-of the original configurations; `patch_size` is ours: the originals always use single pixels, which
-takes most of the time on a CPU and gains little.
+of the original configurations. Three are ours: `patch_size` (the originals always use single
+pixels, which takes most of the time on a CPU and gains little), `local` and `encoder_ch`.
 """
 
 from collections.abc import Callable
@@ -26,23 +26,31 @@ from ldm_jax.models.layers import (
 from ldm_jax.models.remat import rematerialised
 
 
+def norm(groups: int, name: str, **types) -> nn.Module:
+    """Normalisation over groups of channels and all pixels; with no groups, of each pixel alone."""
+    if groups:
+        return GroupNorm(groups, 1e-6, name=name, **types)
+    return nn.LayerNorm(1e-6, use_fast_variance=False, name=name, **types)
+
+
 class ResnetBlock(nn.Module):
-    """Norm, swish, 3×3 convolution, twice, plus a shortcut (1×1 if the width changes)."""
+    """Norm, swish, convolution, twice, plus a shortcut (1×1 if the width changes)."""
 
     features: int
     groups: int = 32
     dropout: float = 0.0
+    kernel: int = 3
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        h = nn.swish(GroupNorm(self.groups, 1e-6, name="norm1", **types)(x))
-        h = conv(self.features, name="conv1", **types)(h)
-        h = nn.swish(GroupNorm(self.groups, 1e-6, name="norm2", **types)(h))
+        h = nn.swish(norm(self.groups, "norm1", **types)(x))
+        h = conv(self.features, self.kernel, name="conv1", **types)(h)
+        h = nn.swish(norm(self.groups, "norm2", **types)(h))
         h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
-        h = conv(self.features, name="conv2", **types)(h)
+        h = conv(self.features, self.kernel, name="conv2", **types)(h)
         if x.shape[-1] != self.features:
             x = conv(self.features, 1, name="nin_shortcut", **types)(x)
         return x + h
@@ -62,13 +70,13 @@ def depth_to_space(x: jax.Array, size: int) -> jax.Array:
     return x.reshape(batch, height * size, width * size, channels // size**2)
 
 
-def _blocks(model: nn.Module) -> tuple[Callable, Callable]:
+def _blocks(model: nn.Module, kernel: int = 3) -> tuple[Callable, Callable]:
     """Functions that make a ResnetBlock and an attention from an encoder's or decoder's fields."""
     types = dict(dtype=model.dtype, param_dtype=model.param_dtype)
 
     def resnet(features, name):
         block = rematerialised(ResnetBlock, model.remat, static=(2,))
-        return block(features, model.groups, model.dropout, name=name, **types)
+        return block(features, model.groups, model.dropout, kernel, name=name, **types)
 
     def attention(name):
         block = rematerialised(SpatialSelfAttention, model.remat)
@@ -78,7 +86,10 @@ def _blocks(model: nn.Module) -> tuple[Callable, Callable]:
 
 
 class Encoder(nn.Module):
-    """(B, H, W, C) → (B, H/f, W/f, out_channels)."""
+    """(B, H, W, C) → (B, H/f, W/f, out_channels).
+
+    `kernel`: of the convolutions after the first, but for those that halve the sides.
+    """
 
     ch: int
     ch_mult: tuple[float, ...]
@@ -90,6 +101,7 @@ class Encoder(nn.Module):
     mid_attn: bool = True
     groups: int = 32
     dropout: float = 0.0
+    kernel: int = 3
     remat: str = ""
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
@@ -97,7 +109,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        resnet, attention = _blocks(self)
+        resnet, attention = _blocks(self, self.kernel)
 
         check_sides(x, "images", self.patch_size * 2 ** (len(self.ch_mult) - 1))
         h = conv(self.ch, name="conv_in", **types)(space_to_depth(x, self.patch_size))
@@ -117,8 +129,8 @@ class Encoder(nn.Module):
         if self.mid_attn:
             h = attention("mid_attn_1")(h)
         h = resnet(h.shape[-1], "mid_block_2")(h, deterministic)
-        h = nn.swish(GroupNorm(self.groups, 1e-6, name="norm_out", **types)(h))
-        return conv(self.out_channels, name="conv_out", **types)(h)
+        h = nn.swish(norm(self.groups, "norm_out", **types)(h))
+        return conv(self.out_channels, self.kernel, name="conv_out", **types)(h)
 
 
 class Decoder(nn.Module):
@@ -154,15 +166,19 @@ class Decoder(nn.Module):
                     h = attention(f"up_{level}_attn_{j}")(h)
             if level:
                 h = conv(h.shape[-1], name=f"up_{level}_upsample", **types)(upsample(h))
-        return nn.swish(GroupNorm(self.groups, 1e-6, name="norm_out", **types)(h))
+        return nn.swish(norm(self.groups, "norm_out", **types)(h))
 
 
 def encoder_and_decoder(model: nn.Module, out_channels: int) -> tuple[Encoder, Decoder]:
     """The encoder and decoder from the fields of an autoencoder, for its `setup`."""
     names = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resolution", "mid_attn")
-    names += ("groups", "dropout", "remat", "dtype", "param_dtype")
+    names += ("dropout", "remat", "dtype", "param_dtype")
     shared = {name: getattr(model, name) for name in names}
-    encoder = Encoder(out_channels=out_channels, patch_size=model.patch_size, **shared)
+    if model.local and (model.mid_attn or model.attn_resolutions):
+        raise ValueError("autoencoder.local needs mid_attn=False and no attn_resolutions")
+    shared["groups"] = 0 if model.local else model.groups
+    own = dict(ch=model.encoder_ch or model.ch, kernel=1 if model.local else 3)
+    encoder = Encoder(out_channels=out_channels, patch_size=model.patch_size, **shared | own)
     return encoder, Decoder(**shared)
 
 
@@ -175,9 +191,15 @@ class AutoencoderKL(nn.Module):
     channels, rounded; `groups` must divide every width.
     The originals' `attn_type: none` is `mid_attn=False` without `attn_resolutions`. Without
     `use_quant_conv` (SGM's own autoencoders, SD 3) the encoder's output is the moments.
+    With `local` (ours), the latents of a place depend only on the pixels near it, so an object has
+    the same latents whatever else is in the picture: the encoder's convolutions are 1×1, but for
+    the first and those that halve the sides, and each pixel of the layers is normalised alone, in
+    the decoder too. There is no attention then, and `groups` has no meaning.
+    `encoder_ch` (ours) is the encoder's `ch`; 0: as the decoder's.
     `remat` names what blocks keep for the backward pass: see `models/remat.py`.
 
-    Raises ValueError for pictures or latents of other channels or indivisible sides.
+    Raises ValueError for pictures or latents of other channels or indivisible sides, and for
+    attention with `local`.
     """
 
     ch: int = 128
@@ -194,6 +216,8 @@ class AutoencoderKL(nn.Module):
     groups: int = 32
     dropout: float = 0.0
     patch_size: int = 1
+    local: bool = False
+    encoder_ch: int = 0
     scale_factor: float = 1.0
     remat: str = ""
     dtype: jax.typing.DTypeLike | None = None

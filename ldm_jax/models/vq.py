@@ -113,6 +113,8 @@ class VQModel(nn.Module):
     groups: int = 32
     dropout: float = 0.0
     patch_size: int = 1
+    local: bool = False
+    encoder_ch: int = 0
     scale_factor: float = 1.0
     remat: str = ""
     dtype: jax.typing.DTypeLike | None = None

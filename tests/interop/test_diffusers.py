@@ -159,6 +159,8 @@ def test_older_names_of_attention(copied):
     ("system_name", "section", "fields", "message"),
     [
         ("stable-diffusion-1", "autoencoder", dict(patch_size=2), "patch_size=2"),
+        ("stable-diffusion-1", "autoencoder", dict(encoder_ch=64), "encoder_ch=64"),
+        ("stable-diffusion-1", "autoencoder", dict(local=True, mid_attn=False), "local=True"),
         (
             "stable-diffusion-1",
             "diffusion",

@@ -130,6 +130,38 @@ def test_patches():
     assert init["params"]["encoder"]["conv_in"]["kernel"].shape == (3, 3, 48, 32)
 
 
+@pytest.mark.parametrize("local", [True, False])
+def test_local_latents_depend_only_on_the_pixels_near_them(local):
+    network = AutoencoderKL(
+        ch=8,
+        ch_mult=(1,),
+        encoder_ch=16,
+        patch_size=2,
+        num_res_blocks=1,
+        mid_attn=False,
+        groups=4,
+        local=local,
+    )
+    image = jax.random.uniform(jax.random.key(0), (1, 16, 16, 3))
+    params = network.init(jax.random.key(1), image)
+    assert params["params"]["encoder"]["conv_in"]["kernel"].shape == (3, 3, 12, 16)
+
+    def changed(pixels):
+        other = image.at[:, :, pixels].set(0.5)
+        a, b = (network.apply(params, x, method="encode") for x in (image, other))
+        return np.abs(a - b).max(axis=(0, 1, 3)) > 0  # columns of latents
+
+    expected = np.arange(8) >= 4 if local else np.full(8, True)
+    np.testing.assert_array_equal(changed(slice(10, 16)), expected)
+
+
+@pytest.mark.parametrize("attention", [dict(mid_attn=True), dict(attn_resolutions=(256,))])
+def test_a_local_autoencoder_has_no_attention(attention):
+    network = AutoencoderKL(local=True, **dict(mid_attn=False) | attention)
+    with pytest.raises(ValueError, match="local needs mid_attn=False and no attn_resolutions"):
+        jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+
+
 def test_space_to_depth_takes_patches_row_by_row():
     x = jnp.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
     y = space_to_depth(x, 2)

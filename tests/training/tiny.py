@@ -20,7 +20,8 @@ def config(stage: str, steps: int = 20) -> Any:
         config.conditioning.text.network.update(width=16, depth=1, heads=2)
         config.sampling.update(steps=1)
     else:
-        config.autoencoder.update(ch=8, ch_mult=(1, 1), patch_size=1, groups=4, z_channels=4)
-        config.autoencoder.update(embed_dim=4)
+        # As the originals are, with GroupNorm over the whole picture and attention.
+        config.autoencoder.update(local=False, encoder_ch=0, mid_attn=True, patch_size=1)
+        config.autoencoder.update(ch=8, ch_mult=(1, 1), groups=4, z_channels=4, embed_dim=4)
         config.loss.disc_start = steps // 2
     return config

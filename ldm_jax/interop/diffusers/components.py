@@ -293,7 +293,8 @@ def autoencoder_to(section: Fields, sample_size: int) -> Fields:
     classes = {known: name for name, (known, _) in AUTOENCODERS.items()}
     if kind not in classes:
         raise ValueError(f"autoencoder.kind={kind!r}: a pipeline of diffusers has an autoencoder")
-    limits = dict(patch_size=1) | (dict(embed_dim=fields["z_channels"]) if kind == "kl" else {})
+    limits = dict(patch_size=1, local=False, encoder_ch=0)
+    limits |= dict(embed_dim=fields["z_channels"]) if kind == "kl" else {}
     for name, only in limits.items():
         if fields.get(name, only) != only:
             raise ValueError(f"autoencoder.{name}={fields[name]}, where diffusers has only {only}")
