@@ -42,6 +42,7 @@ def scenes() -> ml_collections.ConfigDict:
     config.loss = dict(
         kl_weight=5e-3,
         codebook_weight=1.0,  # of kind "vq"
+        revival_weight=0.0,  # the same; draws unused entries of the codebook towards latents
         logvar_init=-6.0,
         lpips="",
         perceptual_weight=1.0,
@@ -71,6 +72,7 @@ def decoder() -> ml_collections.ConfigDict:
 def vq() -> ml_collections.ConfigDict:
     config = scenes()
     config.autoencoder.update(kind="vq", n_embed=1024, z_channels=8, embed_dim=8)
+    config.loss.revival_weight = 0.1
     return config
 
 

@@ -174,7 +174,8 @@ def test_settings_are_those_of_our_own_configs(name, own_config):
     config = published(name)
     own = own_config({"autoencoder": "autoencoder", "diffusion": "txt2img"}[config["task"]])
     about_the_model = ("unet", "autoencoder", "conditioning", "diffusion")
-    optional = {"sampling.labels", "loss.kl_weight", "loss.codebook_weight"}
+    optional = {"sampling.labels"}
+    optional |= {f"loss.{name}_weight" for name in ("kl", "codebook", "revival")}
     assert keys(config, *about_the_model) - optional == keys(own, *about_the_model) - optional
 
 

@@ -88,6 +88,24 @@ class VectorQuantizer(nn.Module):
         )
 
 
+def revival_loss(table: jax.Array, z: jax.Array, indices: jax.Array, key: jax.Array) -> jax.Array:
+    """Draws entries that a batch does not use towards latents of it, so that none stays unused.
+
+    Σ ‖e − sg[z_r]‖² / (n_embed · D) over these entries, with a random latent z_r for each: random
+    restarts (Dhariwal et al. 2020, §3.1) as a loss, which needs no counts from step to step.
+
+    Args:
+      table: the codebook (n_embed, D).
+      z: latents (B, h, w, D).
+      indices: (B, h, w), of the entries that the batch uses.
+      key: of the choice of latents.
+    """
+    unused = jnp.bincount(indices.reshape(-1), length=len(table)) == 0
+    chosen = jax.random.randint(key, (len(table),), 0, indices.size)
+    latents = jax.lax.stop_gradient(z.reshape(-1, z.shape[-1])[chosen])
+    return jnp.mean(jnp.square(table - latents) * unused[:, None])
+
+
 class VQModel(nn.Module):
     """VQ autoencoder. Outside it, latents are those before quantisation, times `scale_factor`.
 

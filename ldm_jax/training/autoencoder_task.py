@@ -4,8 +4,9 @@
 
 summed over each image, averaged over the batch. R, the regulariser of the latents, is
 λ_KL·KL(q(z|x) ‖ N(0, I)), or for a codebook λ_c·CHW times the loss of `VectorQuantizer` (the
-originals divide all of L by CHW there). The discriminator is trained on the reconstruction of the
-same forward pass (the originals run a second one with a new posterior sample for it).
+originals divide all of L by CHW there) and `loss.revival_weight` times `revival_loss` (0 in the
+originals). The discriminator is trained on the reconstruction of the same forward pass (the
+originals run a second one with a new posterior sample for it).
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.models.build import Autoencoder, make_autoencoder
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.lpips import lpips
-from ldm_jax.models.vq import VQModel
+from ldm_jax.models.vq import VQModel, revival_loss
 from ldm_jax.pictures import image_grid, to_signed, to_uint8, to_unit
 from ldm_jax.runtime.mesh import spread, to_host
 from ldm_jax.training.accumulation import in_parts
@@ -130,7 +131,12 @@ class AutoencoderTask:
             if isinstance(model, VQModel):
                 z = encoded
                 quantized = model.apply(variables, z, method=model.nearest)
-                z, cost = quantized.latents, loss_config.codebook_weight * pixels * quantized.loss
+                codebook_loss = quantized.loss
+                if loss_config.get("revival_weight"):
+                    table = autoencoder["quantize"]["embedding"]["embedding"]
+                    revival = revival_loss(table, z, quantized.indices, key)
+                    codebook_loss += loss_config.revival_weight * revival
+                z, cost = quantized.latents, loss_config.codebook_weight * pixels * codebook_loss
                 used = {"perplexity": quantized.perplexity, "codebook_usage": quantized.usage}
                 metrics = {"codebook_loss": quantized.loss} | used
             else:

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from ldm_jax.models.vq import VectorQuantizer, VQModel
+from ldm_jax.models.vq import VectorQuantizer, VQModel, revival_loss
 from scripts.write_goldens import uniform
 from tests.models.torch_layout import AUTOENCODER
 
@@ -87,6 +88,45 @@ def test_gradients_go_straight_through(codebook):
     to_codebook, to_latents = jax.grad(weighted, argnums=(0, 1))(codebook, LATENTS)
     np.testing.assert_array_equal(to_latents, weights)
     assert not np.any(jax.tree.leaves(to_codebook)[0])
+
+
+def test_revival_by_hand(codebook):
+    """Only the third entry is unused: it goes to the latent that the key chooses."""
+    table, key = codebook["params"]["embedding"]["embedding"], jax.random.key(0)
+    indices = jnp.array([[[0, 1], [1, 0]]])
+    target = LATENTS.reshape(4, 2)[jax.random.randint(key, (3,), 0, 4)[2]]
+    loss, gradient = jax.value_and_grad(revival_loss)(table, LATENTS, indices, key)
+    np.testing.assert_allclose(loss, jnp.square(table[2] - target).sum() / 6, rtol=1e-6)
+    np.testing.assert_array_equal(gradient[:2], 0)
+    np.testing.assert_allclose(gradient[2], (table[2] - target) / 3, rtol=1e-6)
+    to_latents = jax.grad(revival_loss, argnums=1)(table, LATENTS, indices, key)
+    np.testing.assert_array_equal(to_latents, 0)
+
+
+def test_revival_leaves_no_entry_unused():
+    """Of latents around (3, 3), the nearest entry of an initial codebook takes all."""
+    quantizer = VectorQuantizer(32, 2)
+    z = 3.0 + jax.random.normal(jax.random.key(1), (1, 16, 16, 2))
+    optimizer = optax.adam(0.05)
+
+    def used(weight):
+        def loss(params, key):
+            found = quantizer.apply({"params": params}, z)
+            table = params["embedding"]["embedding"]
+            return found.loss + weight * revival_loss(table, z, found.indices, key)
+
+        def step(carry, key):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params, key), state)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = quantizer.init(jax.random.key(0), z)["params"]
+        keys = jax.random.split(jax.random.key(2), 300)
+        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), keys)
+        return int(quantizer.apply({"params": params}, z).usage)
+
+    without, revived = used(0.0), used(0.1)
+    assert without < 16 and revived >= 28, (without, revived)
 
 
 def test_initial_codebook():
