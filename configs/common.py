@@ -60,6 +60,7 @@ def data(**fields) -> dict:
         dict(
             source="emoji",  # emoji, scenes, folder, shards, tfds; "scenes+emoji": in turn
             path="",
+            annotations=(),  # of a folder: captions and boxes in files of COCO's format
             classes=(),  # only these classes; empty: all
             image_size=64,
             background=(255, 255, 255),  # under transparent pixels

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image, features
 
 from ldm_jax.data.buckets import bucket_shapes, nearest_bucket
 from ldm_jax.data.captions import UNREADABLE, find_captions, read_beside, texts_beside
+from ldm_jax.data.coco import read_annotations
 from ldm_jax.data.faults import MAX_WARNINGS, Replacements, fault_of, reason_of
 from ldm_jax.data.images import WHITE, Colour, Shape, picture_entries, read_fitted, read_shape
 from ldm_jax.data.index import File, Finding, Listing, examine, folder_index, list_files
@@ -34,6 +36,7 @@ _ALL_EXTENSIONS = frozenset(EXTENSIONS + FOREIGN)
 CODECS = {"avif": "avif", "webp": "webp", "jp2": "jpg_2000", "j2k": "jpg_2000", "jpx": "jpg_2000"}
 # `picture.depth.png` is a condition of `picture.jpg`, not a picture of the folder.
 ABOUT_ANOTHER = (".depth", ".mask", ".segmentation")
+NOT_THERE = "annotations of pictures that are not there"
 MAX_LOST = 3  # number of captions named for each reason
 
 
@@ -42,7 +45,9 @@ class FolderSource:
 
     - class: the first sub-folder (`root/CLASS/.../picture.jpg`), "" for a picture in the root
       itself; the sorted classes are the same in every split;
-    - caption: the text beside it, else from a list (see `captions`), else the class, else "";
+    - caption: the first of the `annotations`, else the text beside it, else from a list (see
+      `captions`), else the class, else "";
+    - with annotations also `captions`, all of them, and `boxes` and `categories` (see `coco`);
     - held-out: a fixed fraction, by the hash of the path relative to the folder. If that would hold
       out every picture, none is held out; a split may be empty;
     - each picture is resized and centre-cropped to a square of `image_size`, or, with `buckets`, to
@@ -74,13 +79,14 @@ class FolderSource:
       min_size: pixels.
       index: the file that stores the findings between starts (see `index`); None: they are kept in
         memory, for this process.
+      annotations: paths of files in COCO's format, on pictures of this folder.
       buckets: whether pictures have several shapes. Then `shapes` are those in use, and `groups`,
         int (N,), is the index of each example's in them.
 
     Raises:
-      FileNotFoundError: the folder does not exist.
-      ValueError: it has no usable picture, a list of captions is malformed, or, under
-        `on_error="raise"`, a file is bad, at opening or at reading.
+      FileNotFoundError: the folder or a file of annotations does not exist.
+      ValueError: it has no usable picture, a list of captions or a file of annotations is
+        malformed, or, under `on_error="raise"`, a file is bad, at opening or at reading.
     """
 
     def __init__(
@@ -94,6 +100,7 @@ class FolderSource:
         min_size: int = 0,
         index: str | Path | None = None,
         buckets: bool = False,
+        annotations: Sequence[str] = (),
     ):
         check_split(split)
         if on_error not in ("skip", "raise"):
@@ -114,6 +121,11 @@ class FolderSource:
         faults = _faults(listing, headers, min_size or image_size // 2)
         usable = sorted(pictures.keys() - faults.keys(), key=printable)
         captions, lost = find_captions(self._root, pictures, listing.files, texts)
+        self._annotations = None
+        if annotations:
+            self._annotations = read_annotations(annotations, pictures)
+            captions |= {name: told[0] for name, told in self._annotations.captions.items()}
+            lost |= {NOT_THERE: self._annotations.absent} if self._annotations.absent else {}
 
         self.faults = faults
         self.left_out = dict(Counter(reason_of(fault) for fault in faults.values()))
@@ -164,7 +176,18 @@ class FolderSource:
             "label": self._labels[index],
             "name": printable(self._names[index]),
             "path": self._path(index),
-        }
+        } | self._annotated(self._names[index], self._captions[index])
+
+    def _annotated(self, name: str, caption: str) -> dict[str, Any]:
+        """The entries of the annotations."""
+        if self._annotations is None:
+            return {}
+        entries: dict[str, Any] = {"captions": self._annotations.captions.get(name, (caption,))}
+        if self._annotations.boxes is not None:
+            none = np.zeros(0, np.int32), np.zeros((0, 4), np.float32)
+            found = self._annotations.boxes.get(name, none)
+            entries |= dict(zip(("categories", "boxes"), found, strict=True))
+        return entries
 
     def _path(self, index: int) -> str:
         return os.path.join(self._root, self._names[index])

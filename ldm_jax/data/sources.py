@@ -11,6 +11,7 @@ A source is a random-access sequence of examples, each a dict:
 - `rgba`: uint8 (size, size, 4) and `background`: the colour on which `image` is composited; only if
   the picture has transparency;
 - `tags`: tuple of str, other words for the picture; only from the emoji source;
+- `captions`: tuple of str, and `categories` and `boxes`; only from a folder with annotations;
 - `path`: str, absolute, of the picture's file; only from a folder;
 - `boxes`, `categories`, `masks`, `segmentation`: what `scenes` knows of its pictures.
 
@@ -259,6 +260,10 @@ def _mixture(config: Any, names: Sequence[str], split: str, index: str | Path | 
 def _open(config: Any, split: str, index: str | Path | None) -> Source:
     common = {"image_size": config.image_size, "background": config.get("background", WHITE)}
     fraction = config.get("held_out", 0.1)
+    if config.get("annotations") and config.source != "folder":
+        raise ValueError(
+            f"data.annotations: data.source={config.source!r} has its own; they are for a folder"
+        )
     if config.source in WITH_PATH and not config.get("path"):
         raise ValueError(f"data.source={config.source!r} needs data.path")
     match config.source:
@@ -276,6 +281,7 @@ def _open(config: Any, split: str, index: str | Path | None) -> Source:
                 min_size=config.get("min_size", 0),
                 index=index,
                 buckets=config.get("buckets", False) and split == "train",
+                annotations=tuple(config.get("annotations", ())),
                 **common,
             )
         case "shards":

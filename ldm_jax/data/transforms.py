@@ -83,6 +83,17 @@ def tags(example: Example, rng: np.random.Generator) -> Example:
     return example | {"caption": ", ".join(words[i] for i in chosen)}
 
 
+def captions(example: Example, rng: np.random.Generator) -> Example:
+    """One of several captions, at random.
+
+    Raises:
+      ValueError: the example has no "captions"; those of a folder with annotations have.
+    """
+    if "captions" not in example:
+        raise ValueError('augment "captions": only a folder with data.annotations has several')
+    return example | {"caption": example["captions"][rng.integers(len(example["captions"]))]}
+
+
 # In the order of application: the background is needed before the picture moves.
 TRANSFORMS: dict[str, Transform] = {
     "background": background,
@@ -91,6 +102,7 @@ TRANSFORMS: dict[str, Transform] = {
     "shift": shift,
     "color": color,
     "tags": tags,
+    "captions": captions,
 }
 
 
