@@ -46,14 +46,14 @@ def scenes() -> ml_collections.ConfigDict:
         logvar_init=-6.0,
         lpips="",
         perceptual_weight=1.0,
-        disc_start=10000,  # never
+        disc_start=7500,  # never
         disc_weight=0.1,
         disc_loss="hinge",  # or vanilla
     )
     config.optimizer = common.optimizer(
         name="muon", lr=3e-3, schedule="cosine", warmup=100, b2=0.99, weight_decay=0.0
     )
-    config.train = common.train(steps=10000, batch_size=16, preview_every=1000)
+    config.train = common.train(steps=7500, batch_size=16, preview_every=1000)
     return config
 
 

@@ -194,5 +194,6 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.data.scenes.held_out_scenes = 32
     config.unet.update(model_channels=32, channel_mult=(1,), attention_resolutions=(1,))
     config.train.update(steps=8, batch_size=8, log_every=2, checkpoint_every=4, preview_every=8)
+    config.optimizer.update(name="adamw", lr=1e-3)  # Muon takes long to compile
     config.sampling.steps = 2
     return config
