@@ -4,6 +4,7 @@ All randomness comes from the generator `rng`. Images are uint8 (H, W, 3) before
 Transforms that move pixels also update the example's `placement`.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 from ldm_jax.data.images import composite
 
 Example = dict[str, Any]
-Transform = Callable[[Example, np.random.Generator], Example]
+Transform = Callable[..., Example]  # of an example, a generator, and options
 
 
 def background(example: Example, rng: np.random.Generator) -> Example:
@@ -94,6 +95,33 @@ def captions(example: Example, rng: np.random.Generator) -> Example:
     return example | {"caption": example["captions"][rng.integers(len(example["captions"]))]}
 
 
+def drop_tags(
+    example: Example, rng: np.random.Generator, share: float = 0.1, kept: float = 1
+) -> Example:
+    """Leaves out each of the caption's parts between commas with the probability `share`.
+
+    The first `kept` always stay.
+    """
+    parts = _parts(example)
+    stays = rng.random(len(parts)) >= share
+    return _joined(example, [part for i, part in enumerate(parts) if i < kept or stays[i]])
+
+
+def shuffle_tags(example: Example, rng: np.random.Generator, kept: float = 1) -> Example:
+    """Puts the caption's parts between commas in random order, all but the first `kept`."""
+    parts, kept = _parts(example), int(kept)
+    order = kept + rng.permutation(max(len(parts) - kept, 0))
+    return _joined(example, parts[:kept] + [parts[i] for i in order])
+
+
+def _parts(example: Example) -> list[str]:
+    return [part for part in map(str.strip, example["caption"].split(",")) if part]
+
+
+def _joined(example: Example, parts: list[str]) -> Example:
+    return example | {"caption": ", ".join(parts)}
+
+
 # In the order of application: the background is needed before the picture moves.
 TRANSFORMS: dict[str, Transform] = {
     "background": background,
@@ -103,26 +131,44 @@ TRANSFORMS: dict[str, Transform] = {
     "color": color,
     "tags": tags,
     "captions": captions,
+    "drop_tags": drop_tags,
+    "shuffle_tags": shuffle_tags,
 }
 
 
 def compose(names: Sequence[str]) -> Transform:
     """One transform that applies the named ones, in the order of TRANSFORMS, not that of `names`.
 
+    A name may be followed by numbers, its options: "drop_tags:0.2:1" is drop_tags(share=0.2,
+    kept=1).
+
     Raises:
-      ValueError: a name that is not in TRANSFORMS.
+      ValueError: a name that is not in TRANSFORMS, or options that it has not.
     """
-    unknown = [name for name in names if name not in TRANSFORMS]
-    if unknown:
-        raise ValueError(f"unknown augment {unknown[0]!r}; choose from {', '.join(TRANSFORMS)}")
-    chosen = [transform for name, transform in TRANSFORMS.items() if name in names]
+    options = dict(_name_and_options(name) for name in names)
+    chosen = [(TRANSFORMS[name], options[name]) for name in TRANSFORMS if name in options]
 
     def apply(example: Example, rng: np.random.Generator) -> Example:
-        for transform in chosen:
-            example = transform(example, rng)
+        for transform, numbers in chosen:
+            example = transform(example, rng, *numbers)
         return example
 
     return apply
+
+
+def _name_and_options(text: str) -> tuple[str, tuple[float, ...]]:
+    name, *given = text.split(":")
+    if name not in TRANSFORMS:
+        raise ValueError(f"unknown augment {name!r}; choose from {', '.join(TRANSFORMS)}")
+    known = list(inspect.signature(TRANSFORMS[name]).parameters)[2:]
+    try:
+        numbers = tuple(map(float, given))
+    except ValueError:
+        numbers = (-1.0,)
+    if len(given) > len(known) or any(number < 0 for number in numbers):
+        wanted = " and ".join(known) or "none"
+        raise ValueError(f"augment {text!r}: its options are {wanted}, numbers of 0 and more")
+    return name, numbers
 
 
 def _placed(example: Example, move: str, *arguments: int) -> Example:

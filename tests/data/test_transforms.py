@@ -10,7 +10,8 @@ from ldm_jax.data.transforms import TRANSFORMS, compose
 
 @pytest.fixture(scope="module")
 def example():
-    return next(e for e in EmojiSource("all") if e["name"] == "red apple")
+    apple = next(e for e in EmojiSource("all") if e["name"] == "red apple")
+    return apple | {"captions": ("red apple", "an apple, red, with a leaf")}
 
 
 def draws(name, example, n=20):
@@ -23,6 +24,8 @@ def same(a, b):
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_deterministic_and_changing(name, example):
+    if name.endswith("_tags"):
+        example = example | {"caption": "red apple, fruit, leaf, round, sweet"}
     before = {key: np.copy(value) for key, value in example.items()}
     first, again = draws(name, example), draws(name, example)
     assert all(map(same, first, again))
@@ -92,6 +95,37 @@ def test_tags(example):
     assert {e["caption"] for e in draws("tags", untagged)} == {"red apple"}
     with pytest.raises(ValueError, match='augment "tags": only data.source="emoji" has tags'):
         draws("tags", {"image": example["image"], "caption": "a"})
+
+
+@pytest.mark.parametrize(
+    ("name", "stay"),
+    [("shuffle_tags", ["a"]), ("shuffle_tags:0", []), ("shuffle_tags:3", ["a", "b c", "d"])],
+)
+def test_shuffled_tags(name, stay):
+    captions = [e["caption"] for e in draws(name, {"caption": "a, b c,d ,, e"}, 40)]
+    parts = [caption.split(", ") for caption in captions]
+    assert all(sorted(p) == ["a", "b c", "d", "e"] and p[: len(stay)] == stay for p in parts)
+    assert len(set(captions)) == 1 if len(stay) == 3 else len(set(captions)) >= 5
+    assert draws(name, {"caption": "a"}, 1) == [{"caption": "a"}]
+
+
+def test_dropped_tags():
+    """Each is left out with the probability that is said, but for the first."""
+    captions = [e["caption"] for e in draws("drop_tags:0.3:2", {"caption": "a,b,c,d"}, 1000)]
+    parts = [caption.split(", ") for caption in captions]
+    assert all(p[:2] == ["a", "b"] for p in parts)
+    assert abs(np.mean(["c" in p for p in parts]) - 0.7) < 0.05
+    assert {e["caption"] for e in draws("drop_tags:1", {"caption": "a,b,c"}, 5)} == {"a"}
+    both = compose(("shuffle_tags", "drop_tags:0.5"))
+    seen = {both({"caption": "a,b,c"}, np.random.default_rng(i))["caption"] for i in range(99)}
+    assert seen == {"a", "a, b", "a, c", "a, b, c", "a, c, b"}
+
+
+@pytest.mark.parametrize("name", ["flip:1", "drop_tags:1:2:3", "drop_tags:often", "drop_tags:-1"])
+def test_options_that_a_transform_has_not(name):
+    options = "none" if name.startswith("flip") else "share and kept"
+    with pytest.raises(ValueError, match=f"augment '{name}': its options are {options}, numbers"):
+        compose([name])
 
 
 def test_compose_order_and_names(example):
