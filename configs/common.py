@@ -183,7 +183,7 @@ def scenes_diffusion(
     config = small_diffusion(conditioning, sampling, **unet)
     config.unet.in_channels += concat
     config.data.update(source="scenes", scenes=scenes(**COMPOSED))
-    config.train.steps = 6500
+    config.train.steps = 9000
     return config
 
 
