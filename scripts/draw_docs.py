@@ -1,11 +1,13 @@
 """Draws the pictures of the documentation with the bundled model.
 
-    python -m scripts.draw_docs
+    python -m scripts.draw_docs [runs/lora]
 
 docs/pictures: `shipped.png`, held-out scenes with their captions, in order; `edits.png`, a row for
-each edit of docs/samplers.md; `drawn_by.png`, the same noise through every sampler.
+each edit of docs/samplers.md; `drawn_by.png`, the same noise through every sampler; with a run of
+configs/lora.py, `adapt.png` of docs/adapt.md.
 """
 
+import sys
 import textwrap
 from pathlib import Path
 
@@ -28,8 +30,16 @@ PROMPTS = (
     "two red apples",
     "a rocket above a house",
     "three tulips",
-    "a dog on a blue ground",
+    "a dog",
     "a panda and a banana",
+)
+ADAPTED = (
+    "a cat left of a star",
+    "three tulips",
+    "a rocket above a house",
+    "a panda",
+    "a dog below an apple",
+    "two fish",
 )
 COLUMNS, ROWS, CELL, LINES = (
     6,
@@ -134,8 +144,21 @@ def drawn_by(pipe: ldm_jax.Pipeline) -> None:
     labelled(rows, PICTURES / "drawn_by.png")
 
 
+def adapted(pipe: ldm_jax.Pipeline, workdir: str) -> None:
+    lora = Path(workdir) / "lora.safetensors"
+    pipes = {
+        "the bundled model": pipe,
+        "--lora=runs/lora:0.5": pipe.with_lora(lora, scale=0.5),
+        "--lora=runs/lora": pipe.with_lora(lora),
+    }
+    rows = {name: list(to_uint8(each(ADAPTED, steps=30, seed=1))) for name, each in pipes.items()}
+    labelled(rows, PICTURES / "adapt.png")
+
+
 if __name__ == "__main__":
     use_compile_cache()
     pipeline = ldm_jax.load()
     for draw in (shipped, edits, drawn_by):
         draw(pipeline)
+    for run in sys.argv[1:]:
+        adapted(pipeline, run)
