@@ -17,7 +17,7 @@ from ldm_jax.data.sources import WITH_PATH, Source, open_source, sample
 from ldm_jax.interop.opening import open_any
 from ldm_jax.loading import load
 from ldm_jax.metrics.distance import floor, frechet_distance, kernel_distance
-from ldm_jax.metrics.efficientnet import load_extractor
+from ldm_jax.metrics.extractors import load_extractor
 from ldm_jax.metrics.novelty import novelty
 from ldm_jax.metrics.reconstruction import reconstruction_quality
 from ldm_jax.metrics.retrieval import caption_retrieval
