@@ -7,6 +7,8 @@ Features agree to 1e-4 of their norm; clean-fid's resizing to the last bit.
 """
 
 import importlib
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -14,10 +16,13 @@ import torch
 import transformers
 from pytorch_fid import inception as fid
 from safetensors.torch import load_file, save_file
+from scipy.spatial.distance import cdist
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from ldm_jax.metrics.distance import frechet_distance, kernel_distance
 from ldm_jax.metrics.extractors import load_extractor
 from ldm_jax.metrics.lpips import load_lpips
+from ldm_jax.metrics.manifold import inception_score, manifold_metrics
 from ldm_jax.metrics.resizing import ON_DEVICE, clean, cubic_matrix
 from ldm_jax.models.lpips import lpips
 
@@ -249,3 +254,45 @@ def test_lpips(net, tmp_path, agree):
     whole = load_lpips(tmp_path / "whole.pth")
     assert whole.keys() == params.keys()
     assert all(np.array_equal(whole[name], params[name]) for name in params)
+
+
+@pytest.mark.parametrize("k", [3, 5])
+def test_precision_recall_density_coverage(k, monkeypatch):
+    """prdc, with SciPy's distances for scikit-learn's."""
+    kernels = types.ModuleType("sklearn.metrics")
+    kernels.pairwise_distances = lambda x, y, **_: cdist(x, y)
+    package = types.ModuleType("sklearn")
+    package.metrics = kernels
+    monkeypatch.setitem(sys.modules, "sklearn", package)
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", kernels)
+    theirs = importlib.import_module("prdc.prdc").compute_prdc
+    random = np.random.default_rng(k)
+    real, drawn = random.normal(size=(300, 6)), random.normal(0.5, 0.8, (250, 6))
+    ours = manifold_metrics(drawn, real, k)[0]
+    assert ours == pytest.approx(theirs(real, drawn, k), abs=1e-12)
+
+
+def test_inception_score():
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = np.random.default_rng(0).normal(0, 3, (105, 30))
+    theirs = isc_features_to_metric(torch.tensor(logits))
+    expected = theirs["inception_score_mean"], theirs["inception_score_std"]
+    assert inception_score(logits) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("count", [40, 300])
+def test_distances(count):
+    """Fewer pictures than features, and more: pytorch-fid's and torch-fidelity's formulas."""
+    from pytorch_fid.fid_score import calculate_frechet_distance
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(count, 64)), random.normal(0.3, 1.2, (count + 20, 64))
+    moments = [(x.mean(0), np.cov(x, rowvar=False)) for x in (a, b)]
+    theirs = calculate_frechet_distance(*moments[0], *moments[1])
+    assert frechet_distance(a, b) == pytest.approx(theirs, rel=1e-5)
+    one = dict(kid_subsets=1, kid_subset_size=count, verbose=False)  # the whole of both sets
+    theirs = kid_features_to_metric(torch.tensor(a), torch.tensor(b[:count]), **one)
+    expected = theirs["kernel_inception_distance_mean"]
+    assert kernel_distance(a, b[:count]) == pytest.approx(expected, rel=1e-10)
