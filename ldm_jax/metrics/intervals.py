@@ -30,7 +30,7 @@ def wilson(hits: int, count: int) -> Interval:
     middle = share + square / 2
     reach = Z * np.sqrt(share * (1 - share) / count + square / (4 * count))
     low, high = (middle - reach) / (1 + square), (middle + reach) / (1 + square)
-    return float(max(low, 0.0)), float(min(high, 1.0))
+    return float(low) if hits else 0.0, float(high) if hits < count else 1.0
 
 
 def bootstrap(

@@ -62,7 +62,9 @@ def frechet_of_moments(a: Moments, b: Moments) -> float:
     root = root_of(a.covariance)
     mixed = np.linalg.eigvalsh(root @ b.covariance @ root)
     spread = np.trace(a.covariance) + np.trace(b.covariance)
-    spread -= 2 * np.sqrt(np.clip(mixed, 0, None)).sum()
+    # Beside the largest, what is this small is rounding, and its root would not be small.
+    there = mixed > mixed[-1] * len(mixed) * np.finfo(np.float64).eps
+    spread -= 2 * np.sqrt(mixed[there]).sum()
     return float(np.square(a.mean - b.mean).sum() + spread)
 
 
