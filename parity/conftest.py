@@ -2,7 +2,8 @@
 
 k-diffusion and CompVis' code are imported without most of what they ask for: samplers, losses and
 networks need torch and einops alone, and what serves only pictures and training scripts is replaced
-by empty modules.
+by empty modules. torchvision, which PyPI builds for CUDA, lacks two of its operators beside a torch
+without CUDA, and does not start unless they are declared.
 """
 
 import importlib
@@ -16,12 +17,18 @@ from unittest import mock
 # Hundreds of small programs, each run once: compiling them is all the time that the suite takes.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 
-import diffusers
-import diffusers.training_utils  # it must not meet the empty modules below
 import jax
 import numpy as np
 import pytest
 import torch
+
+_OPERATORS = torch.library.Library("torchvision", "DEF")
+_OPERATORS.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+_OPERATORS.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+import diffusers  # noqa: E402
+import diffusers.training_utils  # noqa: E402  it must not meet the empty modules below
+import torchvision  # noqa: E402, F401  nor must this
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
@@ -41,7 +48,7 @@ def _stand_in(name: str, **attributes) -> None:
 
 
 def _import_references() -> list[types.ModuleType]:
-    before = set(sys.modules)
+    before = dict(sys.modules)
     _stand_in("pytorch_lightning", LightningModule=_LightningModule)
     for name in (
         *("pytorch_lightning.utilities", "pytorch_lightning.utilities.distributed"),
@@ -49,7 +56,7 @@ def _import_references() -> list[types.ModuleType]:
         *("dctorch", "omegaconf", "torchdiffeq", "torchsde"),
     ):
         _stand_in(name)
-    stand_ins = set(sys.modules) - before
+    stand_ins = {n for n, module in sys.modules.items() if before.get(n) is not module}
     # The package's own __init__ imports all of its training code.
     package = types.ModuleType("k_diffusion")
     package.__path__ = importlib.util.find_spec("k_diffusion").submodule_search_locations
@@ -62,6 +69,7 @@ def _import_references() -> list[types.ModuleType]:
     modules = [importlib.import_module(name) for name in names]
     for name in stand_ins:
         del sys.modules[name]
+    sys.modules.update({name: before[name] for name in stand_ins & before.keys()})
     _stand_in("omegaconf.listconfig")  # CompVis' UNet asks it for a type whenever it is made
     return modules
 

@@ -12,6 +12,8 @@ from ldm_jax.metrics.reconstruction import reconstruction_quality
 from ldm_jax.pipeline import Pipeline
 from tests import tiny_models
 
+SET = {"fd", "kid", "precision", "recall", "density", "coverage"}
+
 
 class Few:
     """The first 40 training emoji."""
@@ -28,9 +30,21 @@ class Few:
 
 
 def test_metrics_of_captions():
-    metrics, images = drawn_metrics(ldm_jax.load(), Few(), 5, steps=4, batch_size=4)
-    assert images.shape == (5, 64, 64, 3) and images.dtype == np.uint8
-    assert set(metrics) == {"r@1", "r@5", "group", "group@5", "fd", "fd_floor", "kid"}
+    drawn = drawn_metrics(ldm_jax.load(), Few(), 12, steps=4, batch_size=4)
+    metrics, images = drawn.metrics, drawn.images
+    assert images.shape == (12, 64, 64, 3) and images.dtype == np.uint8
+    assert set(metrics) == {"r@1", "r@5", "group", "group@5", "fd_floor"} | SET
+    # Each has an interval that holds it, but the floor.
+    assert drawn.intervals.keys() == metrics.keys() - {"fd_floor"}
+    assert all(low <= metrics[name] <= high for name, (low, high) in drawn.intervals.items())
+    reference = drawn.about["reference"]
+    assert reference["count"] == 40 and reference["image_size"] == [64, 64]
+    assert len(reference["hash"]) == 16
+    assert any("12 drawn pictures and 1280 features" in note for note in drawn.notes)
+    with pytest.raises(ValueError, match="count=41: there are 40 captions, with one picture each"):
+        drawn_metrics(ldm_jax.load(), Few(), 41)
+    with pytest.raises(ValueError, match="count=1: the distances need two pictures or more"):
+        drawn_metrics(ldm_jax.load(), Few(), 1)
     assert 0 <= metrics["r@1"] <= metrics["r@5"] <= 1
     assert metrics["fd"] > 0 and metrics["fd_floor"] > 0
 
@@ -41,11 +55,12 @@ def test_metrics_without_captions(kind):
     if kind == "LABELS":
         config = config | {"classes": list(Few().classes)}
     model, params = LatentDiffusion.from_config(config), tiny_models.random_params(config)
-    metrics, images = drawn_metrics(
+    metrics, images, intervals, *_ = drawn_metrics(
         Pipeline(model, params, config), Few(), 3, Few(), steps=2, batch_size=2
     )
     assert images.shape == (3, 16, 16, 3)
     assert set(metrics) == {"fd", "fd_floor", "kid", "copied", "novelty_p"}
+    assert intervals["copied"][0] == 0.0 and 0.5 < intervals["copied"][1] < 0.6  # of three
     assert metrics["copied"] == 0.0  # noise is far from all of them
 
 
@@ -82,12 +97,13 @@ def test_scenes_are_drawn_from_held_out_captions_and_read(monkeypatch):
         return images[[min(start + i, 5) for i in range(len(prompt))]] / 255.0
 
     monkeypatch.setattr(Pipeline, "__call__", draw)
-    metrics, pictures = scene_metrics(pipe, source, 6, steps=1, batch_size=6)
+    metrics, pictures, intervals, *_ = scene_metrics(pipe, source, 6, steps=1, batch_size=6)
     assert asked == [source.describe(i)["caption"] for i in range(6)]
     np.testing.assert_array_equal(pictures, images)
     assert metrics["objects"] == metrics["real_objects"] == metrics["scene"] == 1.0
+    assert intervals["objects"] == pytest.approx((0.6096657, 1.0))  # Wilson's, of 6 of 6
     images[:] = 128
-    assert scene_metrics(pipe, source, 6, batch_size=6)[0]["objects"] == 0.0
+    assert scene_metrics(pipe, source, 6, batch_size=6).metrics["objects"] == 0.0
     with pytest.raises(ValueError, match="count=5000: there are 2048 held-out scenes"):
         scene_metrics(pipe, source, 5000)
 

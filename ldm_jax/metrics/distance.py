@@ -7,13 +7,17 @@ of pictures: both distances depend on the extractor, and the Fréchet distance d
 
 import numpy as np
 
+from ldm_jax.metrics.moments import BLOCK, frechet_of_moments, moments_of
+
 
 def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     """Fréchet distance of the Gaussians fitted to two sets (Heusel et al. 2017, eq. 6).
 
-    |μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½), with covariances over N - 1. Written with square roots
-    instead of covariances, Σ = RᵀR, the last trace is the sum of the singular values of Ra Rbᵀ: the
-    same number, real and exact even if N < D, where Σ does not have full rank.
+    |μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½), with covariances over N - 1. If both sets have more rows
+    than columns it is that of their moments, which are computed block by block: 50,000 rows of
+    2,048 take less than 1 GB beside the features. Else square roots stand for the covariances,
+    Σ = RᵀR, and the last trace is the sum of the singular values of Ra Rbᵀ: the same number, real
+    and exact even where Σ does not have full rank.
 
     Args:
       features_a, features_b: (N, D) and (M, D), two rows or more each.
@@ -22,6 +26,8 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
       ValueError: a set has fewer than two rows, non-finite values or another width.
     """
     a, b = _check_features(features_a, features_b)
+    if min(len(a), len(b)) > a.shape[1]:
+        return frechet_of_moments(moments_of([a]), moments_of([b]))
     mean_a, root_a = _moments(a)
     mean_b, root_b = _moments(b)
     mixed = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
@@ -74,7 +80,7 @@ def floor(features: np.ndarray, seed: int = 0) -> float:
 
 
 def _check_features(*sets: np.ndarray) -> list[np.ndarray]:
-    arrays = [np.asarray(features, np.float64) for features in sets]
+    arrays = [np.asarray(features) for features in sets]
     shapes = [a.shape for a in arrays]
     if any(len(s) != 2 or s[0] < 2 or s[1] != shapes[0][-1] for s in shapes):
         raise ValueError(f"expected features (N, D) and (M, D), N and M at least 2, got {shapes}")
@@ -85,16 +91,25 @@ def _check_features(*sets: np.ndarray) -> list[np.ndarray]:
 
 def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean (D,) and a root R (min(N, D), D) of the covariance, Σ = RᵀR."""
+    features = features.astype(np.float64)
     mean = features.mean(axis=0)
     return mean, np.linalg.qr((features - mean) / np.sqrt(len(features) - 1), mode="r")
 
 
+def kernel_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Σⱼ (xᵢ·yⱼ / D + 1)³ of each row of x (N, D) with all of y, float64 (N,), block by block; of a
+    set with itself without the pairs of a row and itself."""
+    sums = np.zeros(len(x))
+    for i in range(0, len(x), BLOCK):
+        rows = x[i : i + BLOCK].astype(np.float64)
+        for j in range(0, len(y), BLOCK):
+            products = rows @ y[j : j + BLOCK].astype(np.float64).T / x.shape[1]
+            sums[i : i + BLOCK] += ((products + 1) ** 3).sum(axis=1)
+        if x is y:
+            sums[i : i + BLOCK] -= (np.square(rows).sum(axis=1) / x.shape[1] + 1) ** 3
+    return sums
+
+
 def _mmd2(a: np.ndarray, b: np.ndarray) -> float:
-    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def mean_off_diagonal(k: np.ndarray) -> float:
-        return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
-
-    within = mean_off_diagonal(kernel(a, a)) + mean_off_diagonal(kernel(b, b))
-    return float(within - 2 * kernel(a, b).mean())
+    within = (kernel_sums(x, x).sum() / (len(x) * (len(x) - 1)) for x in (a, b))
+    return float(sum(within) - 2 * kernel_sums(a, b).mean() / len(b))

@@ -77,7 +77,15 @@ def read_scene(images: np.ndarray, source: SceneSource) -> list[list[Found]]:
 
 
 def score(images: np.ndarray, scenes: Sequence[Scene], source: SceneSource) -> dict[str, float]:
-    """How many of the pictures show what their scenes ask for, as shares.
+    """The shares of `answers`; NaN where no scene asks."""
+    found = answers(images, scenes, source)
+    return {name: float(np.mean(r)) if r else float("nan") for name, r in found.items()}
+
+
+def answers(
+    images: np.ndarray, scenes: Sequence[Scene], source: SceneSource
+) -> dict[str, list[bool]]:
+    """Whether the pictures show what their scenes ask for.
 
     Args:
       images: uint8 (N, size, size, 3).
@@ -87,7 +95,7 @@ def score(images: np.ndarray, scenes: Sequence[Scene], source: SceneSource) -> d
     Returns:
       `objects`: the kinds are those asked, and no others, of all scenes. `relation`: and they stand
       as asked, of the scenes with "left of" or "above". `count`: one kind, so often as asked, of
-      the scenes with one kind. `scene`: all that is asked. NaN where no scene asks.
+      the scenes with one kind. `scene`: all that is asked.
     """
     results: dict[str, list[bool]] = {"objects": [], "relation": [], "count": [], "scene": []}
     for scene, found in zip(scenes, read_scene(images, source), strict=True):
@@ -100,7 +108,7 @@ def score(images: np.ndarray, scenes: Sequence[Scene], source: SceneSource) -> d
             results["relation"].append(related)
         if len(scene.groups) == 1:
             results["count"].append(count)
-    return {name: float(np.mean(r)) if r else float("nan") for name, r in results.items()}
+    return results
 
 
 def _related(found: Sequence[Found], scene: Scene) -> bool:

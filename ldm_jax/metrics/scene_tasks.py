@@ -10,7 +10,8 @@ from scipy.sparse.linalg import spsolve
 
 from ldm_jax.data.scene_drawing import stamp
 from ldm_jax.data.scenes import Scene, SceneSource
-from ldm_jax.metrics.scene_reader import Found, read_scene, score
+from ldm_jax.metrics.intervals import Interval, bootstrap, mean_interval, wilson
+from ldm_jax.metrics.scene_reader import Found, answers, read_scene
 
 Example = dict[str, Any]
 OVERLAP = 0.5  # intersection over union of boxes from which an object is in its place
@@ -42,18 +43,51 @@ def judge(
       scenes: N.
       source: of the scenes.
     """
+    return judge_with_intervals(images, told, examples, scenes, source)[0]
+
+
+def judge_with_intervals(
+    images: np.ndarray,
+    told: set[str],
+    examples: Sequence[Example],
+    scenes: Sequence[Scene],
+    source: SceneSource,
+    seed: int = 0,
+) -> tuple[dict[str, float], dict[str, Interval]]:
+    """`judge`, and 95 % intervals of what depends on the drawing: Wilson's of shares, and of the
+    others the bootstrap's over pictures."""
     metrics: dict[str, float] = {}
+    intervals: dict[str, Interval] = {}
     for entry in sorted(told & JUDGES.keys()):
-        metrics |= JUDGES[entry](images, examples, scenes, source)
-    return metrics
+        for name, found in JUDGES[entry](images, examples, scenes, source).items():
+            if isinstance(found, float):
+                metrics[name] = found
+            elif isinstance(found, tuple):  # sums over pictures, and what to make of them
+                parts, of = found
+                metrics[name] = of(*(part.sum(axis=0) for part in parts))
+                intervals[name] = bootstrap(parts, of, seed=seed)
+            else:
+                values = np.asarray(found)
+                metrics[name] = float(values.mean()) if len(values) else float("nan")
+                share = values.dtype == bool
+                intervals[name] = (
+                    wilson(int(values.sum()), len(values))
+                    if share or not len(values)
+                    else mean_interval(values, seed=seed)
+                )
+    return metrics, intervals
+
+
+# What a judge finds: a list of booleans is a share, an array a mean, a float is as it is, and
+# arrays with a function are that function of their sums.
 
 
 def _caption(images, examples, scenes, source):
-    return score(images, scenes, source)
+    return answers(images, scenes, source)
 
 
 def _label(images, examples, scenes, source):
-    return {"class": score(images, scenes, source)["objects"]}
+    return {"class": answers(images, scenes, source)["objects"]}
 
 
 def _boxes(images, examples, scenes, source):
@@ -63,7 +97,7 @@ def _boxes(images, examples, scenes, source):
             box = source.box(placed)
             overlaps = [overlap(one.box, box) for one in found if one.kind == placed.kind]
             right.append(max(overlaps, default=0.0) >= OVERLAP)
-    return {"boxes": float(np.mean(right))}
+    return {"boxes": [bool(one) for one in right]}
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
@@ -77,15 +111,18 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
 
 def _segmentation(images, examples, scenes, source):
     classes = 1 + len(source.kinds)
-    both = np.zeros(classes)
-    either = np.zeros(classes)
-    for example, found in zip(examples, read_scene(images, source), strict=True):
+    both, either = np.zeros((2, len(images), classes))
+    for i, (example, found) in enumerate(zip(examples, read_scene(images, source), strict=True)):
         seen, asked = segmentation(found, source), example["segmentation"]
         agreed = np.bincount(asked[seen == asked], minlength=classes)
-        both += agreed
-        either += np.bincount(seen.ravel(), minlength=classes)
-        either += np.bincount(asked.ravel(), minlength=classes) - agreed
-    return {"miou": float(np.mean(both[either > 0] / either[either > 0]))}
+        both[i] = agreed
+        either[i] = np.bincount(seen.ravel(), minlength=classes)
+        either[i] += np.bincount(asked.ravel(), minlength=classes) - agreed
+
+    def mean(both, either):
+        return float(np.mean(both[either > 0] / either[either > 0]))
+
+    return {"miou": ((both, either), mean)}
 
 
 def segmentation(found: Sequence[Found], source: SceneSource) -> np.ndarray:
@@ -111,7 +148,7 @@ def _mask(images, examples, scenes, source):
         smooth.append(_psnr(biharmonic(real, mask)[mask], real[mask]))
         largest = max(largest, np.abs(image[~mask].astype(int) - real[~mask]).max())
     return {
-        "masked_psnr": float(np.mean(drawn)),
+        "masked_psnr": np.array(drawn),
         "mean_colour_psnr": float(np.mean(mean)),
         "biharmonic_psnr": float(np.mean(smooth)),
         "known_error": float(largest),
@@ -148,8 +185,8 @@ def _low_resolution(images, examples, scenes, source):
         psnr.append(_psnr(image, example["image"]))
         bicubic.append(_psnr(_resized(small, size), example["image"]))
     return {
-        "agreement": float(np.mean(agreement)),
-        "drawn_psnr": float(np.mean(psnr)),
+        "agreement": np.array(agreement),
+        "drawn_psnr": np.array(psnr),
         "bicubic_psnr": float(np.mean(bicubic)),
     }
 
@@ -164,7 +201,7 @@ def _psnr(image: np.ndarray, real: np.ndarray) -> float:
     return float(min(60.0, -10.0 * np.log10(max(error, 1e-12))))
 
 
-JUDGES: dict[str, Callable[..., dict[str, float]]] = {
+JUDGES: dict[str, Callable[..., dict[str, Any]]] = {
     "caption": _caption,
     "label": _label,
     "boxes": _boxes,

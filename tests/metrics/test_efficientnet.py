@@ -8,7 +8,7 @@ import pytest
 
 from ldm_jax.metrics import efficientnet
 from ldm_jax.metrics.distance import frechet_distance
-from ldm_jax.metrics.efficientnet import load_extractor
+from ldm_jax.metrics.extractors import load_extractor
 from ldm_jax.models.efficientnet import Depthwise, EfficientNetLite0
 
 needs_weights = pytest.mark.skipif(

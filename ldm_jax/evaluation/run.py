@@ -1,0 +1,179 @@
+"""A model measured once, or again and again with other settings."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from ldm_jax.data.conditions import make_conditions
+from ldm_jax.data.scenes import SceneSource
+from ldm_jax.data.sources import WITH_PATH, Source, open_source
+from ldm_jax.diffusion.plan import Guidance, Sampling
+from ldm_jax.evaluation.drawing import Drawn, drawn_metrics, needed, real_pictures, scene_metrics
+from ldm_jax.interop.opening import open_any
+from ldm_jax.loading import load
+from ldm_jax.metrics.extractors import load_extractor
+from ldm_jax.metrics.reconstruction import reconstruction_quality
+from ldm_jax.metrics.reference import Reference, describe, read_statistics
+from ldm_jax.models.build import make_autoencoder
+from ldm_jax.pictures import to_signed, to_unit
+from ldm_jax.pipeline import Pipeline
+from ldm_jax.version import __version__
+
+INTERVALS = (
+    "95 %, for another draw of as many pictures: Wilson's of shares; of fd and kid 1.96 standard "
+    "errors; of recall and coverage by random halves; of others the bootstrap's"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A model and what it is compared with; `measure` draws.
+
+    Attributes:
+      quality: metrics of the autoencoder.
+      protocol: what holds for every drawing.
+    """
+
+    pipe: Pipeline | None
+    training: Source | None
+    held_out: Source
+    quality: dict[str, Any]
+    protocol: dict[str, Any]
+    count: int | None
+    conditions: tuple = ()
+    extract: Any = None
+    reference: Reference | None = None
+    real: Any = None
+
+    def measure(
+        self,
+        guidance: float | None = None,
+        steps: int = 50,
+        seed: int = 0,
+        sampler: str | None = None,
+    ) -> tuple[dict[str, Any], np.ndarray | None]:
+        """As `evaluate`, with these settings."""
+        protocol, drawn = dict(self.protocol), Drawn({}, None, {}, {}, [])
+        if self.pipe is not None:
+            asked = dict(guidance=guidance, steps=steps, seed=seed, sampler=sampler)
+            options = dict(extract=self.extract, reference=self.reference)
+            if self.real is None:
+                drawn = scene_metrics(
+                    self.pipe, self.held_out, self.count, self.conditions, **options, **asked
+                )
+            else:
+                drawn = drawn_metrics(
+                    self.pipe, self.training, self.count, real=self.real, **options, **asked
+                )
+            own = self.pipe.config["sampling"]
+            protocol["drawing"] = {
+                "count": len(drawn.images),
+                "image_size": list(drawn.images.shape[1:3]),
+                "sampler": Sampling.of(sampler, own).sampler,
+                "steps": steps,
+                "guidance": Guidance.of(guidance, own["guidance"]).scale,
+                "seed": seed,
+            }
+        protocol |= drawn.about
+        if drawn.notes:
+            protocol["notes"] = drawn.notes
+        metrics = self.quality | drawn.metrics
+        if drawn.intervals:
+            metrics["intervals"] = {k: list(v) for k, v in drawn.intervals.items()}
+            protocol["intervals"] = INTERVALS
+        return metrics | {"protocol": protocol}, drawn.images
+
+
+def evaluate(
+    model: str | Path = "",
+    source: str = "",
+    path: str = "",
+    count: int | None = None,
+    guidance: float | None = None,
+    steps: int = 50,
+    seed: int = 0,
+    sampler: str | None = None,
+    extractor: str = "",
+    resize: str = "",
+    reference: str = "",
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Metrics of a model file or workdir ("": the bundled model).
+
+    `psnr` and `ssim` of the autoencoder on held-out pictures of the source. For a model with a UNet
+    also metrics of `count` pictures that it draws (0: none), and these pictures, uint8 (count, H,
+    W, 3): `scene_metrics` if the source is "scenes" and the model is told anything, else
+    `drawn_metrics`. Beside the numbers stand `intervals`, {name: [low, high]}, and `protocol`, what
+    they were measured with.
+
+    Args:
+      source: what to compare with; "": the kind of data that the model was trained on.
+      path: of that source; see `open_source`.
+      count: None: 512, or as many as there are captions.
+      guidance, steps, seed, sampler: of the drawing.
+      extractor, resize: see `load_extractor`.
+      reference: a .npz file that stands for the pictures of the source in the Fréchet distance; see
+        `read_statistics`.
+    """
+    drawing = dict(guidance=guidance, steps=steps, seed=seed, sampler=sampler)
+    return open_evaluation(model, source, path, count, extractor, resize, reference).measure(
+        **drawing
+    )
+
+
+def open_evaluation(
+    model: str | Path = "",
+    source: str = "",
+    path: str = "",
+    count: int | None = None,
+    extractor: str = "",
+    resize: str = "",
+    reference: str = "",
+) -> Evaluation:
+    """What `evaluate` does before it draws. Arguments as there."""
+    opened = open_any(model)
+    config, params = opened.config, opened.params
+    autoencoder = make_autoencoder(config["autoencoder"])
+    size = config.get("image_size", autoencoder.resolution)
+    own = config.get("data", {"source": "emoji"})
+    chosen = own if source in ("", own["source"]) else {"source": source}
+    if chosen["source"] in WITH_PATH and not path:
+        raise ValueError(
+            f"the pictures to compare with are of source {chosen['source']!r}: name them with "
+            "--path, or choose --source=emoji or scenes"
+        )
+    data = ml_collections.ConfigDict(chosen | dict(path=path, image_size=size))
+
+    @jax.jit
+    def reconstruct(images):
+        decoded = autoencoder.apply({"params": params["autoencoder"]}, to_signed(images))
+        return to_unit(decoded)
+
+    held_out = open_source(data, "held_out")
+    quality = reconstruction_quality(reconstruct, held_out)
+    about = dict(source=chosen["source"], path=path, image_size=size)
+    protocol = {
+        "version": __version__,
+        "model": str(model) or "bundled",
+        "reconstruction": about | dict(split="held_out", count=len(held_out)),
+    }
+    if config["task"] != "diffusion" or count == 0:
+        return Evaluation(None, None, held_out, quality, protocol, count)
+    pipe = load(model)
+    opened = Evaluation(pipe, None, held_out, quality, protocol, count)
+    scenes = isinstance(held_out, SceneSource) and needed(pipe)
+    if extractor or resize or reference or not scenes:
+        extract = load_extractor(extractor, resize)
+        protocol["extractor"] = describe(extract)
+        stored = read_statistics(reference, extract) if reference else None
+        opened = dataclasses.replace(opened, extract=extract, reference=stored)
+    if scenes:
+        conditions = tuple(make_conditions(data.get("conditions", {})))
+        return dataclasses.replace(opened, conditions=conditions)
+    training = open_source(data, "train")
+    about = about | dict(split="train")
+    real = real_pictures(training, held_out, opened.extract, about)
+    return dataclasses.replace(opened, training=training, real=real)
