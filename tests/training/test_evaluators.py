@@ -224,6 +224,19 @@ def test_the_validation_loss_is_the_same_on_eight_devices(task, params, on_one):
     assert_same(found, on_one)
 
 
+def test_the_validation_loss_of_a_network_that_predicts_nothing(task, shapes):
+    """Of v the error is then the mean square of αε − σx₀."""
+    zeros = jax.tree.map(lambda p: np.zeros(p.shape, np.float32), shapes)
+    found = task._errors(zeros).mean(axis=0)
+    schedule = task.model.diffusion.schedule
+    levels = [schedule.level(np.int32(1000 * u)) for u in validation.TIMES]
+    pictures = task.held_out.pictures
+    images = np.stack([pictures[i]["image"] for i in range(len(pictures))])
+    square = np.mean(np.square(images / 127.5 - 1.0))
+    expected = [float(at.alpha**2 + at.sigma**2 * square) for at in levels]
+    np.testing.assert_allclose(found, expected, rtol=0.06)
+
+
 def test_the_summary_of_errors():
     """Pairs with means 1 and 3: the standard error of 2 is √2/√2."""
     errors = np.array([[0.0, 2.0] * 4, [2.0, 4.0] * 4])
