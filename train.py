@@ -28,10 +28,11 @@ def main():
     workdir = WORKDIR.value or f"runs/{'-'.join(part for part in (name, variant) if part)}"
     join(COORDINATOR.value, PROCESS.value, PROCESSES.value, WAIT_FOR.value)
     # Imported here, so that a mistyped flag fails at once.
+    from ldm_jax.drawn_evaluators import DRAWN
     from ldm_jax.training.loop import Interrupted, train
 
     try:
-        train(CONFIG.value, workdir, dry_run=DRY_RUN.value)
+        train(CONFIG.value, workdir, dry_run=DRY_RUN.value, drawn=DRAWN)
     except Interrupted:  # its message has been logged
         part()
         leave()

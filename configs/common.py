@@ -3,6 +3,7 @@
 If a section has a dataclass, the defaults are those of the dataclass.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ import ml_collections
 from ldm_jax.data.scene_options import SceneOptions
 from ldm_jax.diffusion.objective import Objective
 from ldm_jax.diffusion.process import Diffusion
+from ldm_jax.training.evaluators import OPTIONS
 
 SCENE_KINDS = 120  # of object, in the configs that train on scenes
 # Objects of one size on white, at multiples of half of a latent's pixels: a small network learns
@@ -51,7 +53,15 @@ def start() -> dict:
         sharding=(),  # pairs (regex, axis of each dimension) ahead of the rules in runtime/mesh.py
         # Of the networks' arithmetic; parameters are float32. bfloat16 for TPUs and newer GPUs.
         precision="float32",
+        evaluators=evaluators(),
     )
+
+
+def evaluators() -> dict:
+    """What is measured during training, each `every` so many steps, or −1 with the previews, or 0
+    never; and at the end. On held-out data: validation_loss (of diffusion) and reconstruction (of
+    autoencoders). Of `count` drawn pictures: task (of scenes), distance and novelty."""
+    return copy.deepcopy(OPTIONS)
 
 
 def data(**fields) -> dict:

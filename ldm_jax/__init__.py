@@ -14,6 +14,7 @@ __all__ = ["FirstStage", "Pipeline", "__version__", "load", "train"]
 
 def train(config, workdir, dry_run=False):
     """Trains `config` in `workdir`, or resumes there: see `ldm_jax.training.loop.train`."""
-    from ldm_jax.training.loop import train as run  # a slow import, not needed for sampling
+    from ldm_jax.drawn_evaluators import DRAWN  # slow imports, not needed for sampling
+    from ldm_jax.training.loop import train as run
 
-    return run(config, workdir, dry_run=dry_run)
+    return run(config, workdir, dry_run=dry_run, drawn=DRAWN)

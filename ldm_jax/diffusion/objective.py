@@ -54,18 +54,21 @@ def diffusion_loss(
     key: jax.Array,
     logvar: jax.Array | None = None,
     examples: Examples | None = None,
+    times: jax.Array | None = None,
 ) -> jax.Array:
     """Per-example loss (B,) of `network(x, t)` on clean latents (B, h, w, c).
 
     All randomness except stratified times comes from each example's own key. `logvar` (T,) are the
     trained log-variances, None where `learn_logvar` is off. `examples` are those of the latents;
-    None: they are a whole batch.
+    None: they are a whole batch. `times` (B,), of the schedule, are used in place of drawn ones.
     """
     keys = [jax.random.fold_in(key, i) for i in range(3)]
     o, count, schedule = objective, len(latents), diffusion.schedule
     kind, sigma_data = diffusion.parameterization, diffusion.sigma_data
     examples = all_examples(count) if examples is None else examples
-    t = draw_times(keys[0], examples, schedule, o.draw, o.draw_mean, o.draw_std)
+    t = times
+    if t is None:
+        t = draw_times(keys[0], examples, schedule, o.draw, o.draw_mean, o.draw_std)
     level = Level(*(v.reshape(count, *[1] * (latents.ndim - 1)) for v in schedule.level(t)))
     eps = draw_noise(keys[1], latents.shape, o.offset_noise, examples)
     noise = eps

@@ -18,10 +18,11 @@ from ldm_jax.interop.changes import separated
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.pictures import image_grid, to_uint8
 from ldm_jax.pipeline import Pipeline
-from ldm_jax.runtime.mesh import spread, to_host
+from ldm_jax.training import validation
 from ldm_jax.training.accumulation import mean_over_parts
 from ldm_jax.training.adapters import Adapters
 from ldm_jax.training.batches import Prepare, about_data, training_loader
+from ldm_jax.training.evaluators import options_of
 from ldm_jax.training.latents import LatentSource, moments, sample_latents
 from ldm_jax.training.state import Params
 from ldm_jax.training.summary import first_pictures, log_summary
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 
 UNASKED_PREVIEWS = 5  # columns of the sample grid, where the config names no prompts or labels
 HELD_OUT_BATCH = 64
-HELD_OUT_DRAWS = 8  # noise and timesteps per held-out picture: one draw is too noisy to compare
 KEPT = ("task", "autoencoder", "unet", "conditioning", "diffusion", "sampling")
 
 
@@ -115,30 +115,35 @@ class DiffusionTask:
         return first_pictures(self.config, self.source, prepare, start)
 
     def evaluate(self, ema):
-        """The loss on held-out pictures, at fixed noise and timesteps, without any dropout; with
-        adapters, also that of the model without them."""
-        loss = self._mean_held_out_loss(ema)
-        if loss is None:
-            return {}
-        if self.adapters is None:
-            return {"loss": loss}
+        """The validation loss, see `validation.py`; with adapters, also that of the model without
+        them."""
+        found = validation.summary(self._errors(ema))
+        if not found or self.adapters is None:
+            return found
         base = self._base_loss
-        log.info("Held-out loss %.4f; of the model without adapters %.4f", loss, base)
-        return {"loss": loss, "loss_of_base": base}
+        log.info("Held-out loss %.4f; of the model without adapters %.4f", found["loss"], base)
+        return found | {"loss_of_base": base}
 
     @functools.cached_property
-    def _base_loss(self) -> float | None:
-        return self._mean_held_out_loss({})
+    def _base_loss(self) -> float:
+        return validation.summary(self._errors({}))["loss"]
 
-    def _mean_held_out_loss(self, ema: Params) -> float | None:
-        losses, key = [], jax.random.key(self.config.seed)
-        size = min(HELD_OUT_BATCH, self.config.train.batch_size)
-        for i, batch in enumerate(self._in_order(self.held_out, size)):
-            for draw in range(HELD_OUT_DRAWS):
-                draw_key = jax.random.fold_in(key, i * HELD_OUT_DRAWS + draw)
-                values = self._held_out_loss(self.frozen, ema, spread(self._batch(batch)), draw_key)
-                losses.append(to_host(values)[batch["valid"]])
-        return float(np.mean(np.concatenate(losses))) if losses else None
+    def _errors(self, ema: Params) -> np.ndarray:
+        options = options_of(self.config, "validation_loss")
+        size = options["batch_size"] or min(HELD_OUT_BATCH, self.config.train.batch_size)
+        count = min(options["count"] or len(self.held_out), len(self.held_out))
+
+        def batches():
+            for batch in self._in_order(self.held_out, size):
+                valid = batch["valid"] & (batch["index"] < count)
+                if not valid.any():
+                    return
+                yield self._batch(batch), batch["index"], valid
+
+        def losses(*arguments):
+            return self._losses(self.frozen, ema, *arguments)
+
+        return validation.errors(losses, batches())
 
     def preview(self, ema):
         """Samples of the averaged model in two rows; with adapters, the first row is of the model
@@ -157,11 +162,8 @@ class DiffusionTask:
         needed = {entry for e in self.model.embedders for entry in e.needs}
         others = needed - SIZES.keys() - {"caption", "label", "image", "mask"}
         given = {entry: batch[entry] for entry in needed}
-        config = self.resolved | {"image_size": self.config.data.image_size}
-        params, lora = separated(merge(self.frozen, ema))
-        changes = ((),) if self.adapters is None else ((), ((lora, 1.0),))
         rows = [
-            Pipeline(self.model, params, config, loras)(
+            pipe(
                 given.get("caption"),
                 n=1 if {"caption", "label"} & given.keys() else count,
                 labels=given.get("label"),
@@ -170,10 +172,17 @@ class DiffusionTask:
                 conditions={entry: given[entry] for entry in others},
                 steps=sampling["steps"],
             )
-            for loras in changes
+            for pipe in self.pipelines(ema)
         ]
         images = np.concatenate(rows)
         return image_grid(to_uint8(images[..., :3]), columns)
+
+    def pipelines(self, ema: Params) -> list[Pipeline]:
+        """What draws with averaged parameters; with adapters, before it the model without them."""
+        config = self.resolved | {"image_size": self.config.data.image_size}
+        params, lora = separated(merge(self.frozen, ema))
+        changes = ((),) if self.adapters is None else ((), ((lora, 1.0),))
+        return [Pipeline(self.model, params, config, loras) for loras in changes]
 
     def export(self, ema):
         about = {name: self.resolved[name] for name in KEPT}
@@ -213,12 +222,5 @@ class DiffusionTask:
         return batches_once(source, batch_size, Prepare((), self.conditions), self.entries)
 
     @functools.cached_property
-    def _held_out_loss(self):
-        @jax.jit
-        def loss(frozen, ema, batch, key):
-            latents = self._latents(frozen, batch, jax.random.fold_in(key, 0))
-            inputs = {e.name: batch[e.name] for e in self.embedders}
-            whole, key = merge(frozen, ema), jax.random.fold_in(key, 1)
-            return self._model.loss(whole, latents, inputs, key, training=False)
-
-        return loss
+    def _losses(self):
+        return validation.losses_at(self._model, self._latents, merge)

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ from ldm_jax.runtime.meters import memory_in_use, rates
 from ldm_jax.runtime.processes import Together, gather, is_first, together
 from ldm_jax.training.accumulation import check_parts
 from ldm_jax.training.damage import find_damage, stop_if_damaged, stop_if_not_finite
-from ldm_jax.training.ema import Constant, more_averages
+from ldm_jax.training.ema import more_averages
+from ldm_jax.training.evaluators import HELD_OUT, Drawn, Evaluator, make_evaluators
 from ldm_jax.training.optimizer import make_optimizer
 from ldm_jax.training.program import STOP, step_flops, step_program
 from ldm_jax.training.report import write_report
@@ -46,7 +47,7 @@ from ldm_jax.training.signals import (
     signal_number,
     stop_on_signals,
 )
-from ldm_jax.training.snapshots import write_snapshot
+from ldm_jax.training.snapshots import exported, write_snapshot
 from ldm_jax.training.state import Params, State, Task, init_state
 from ldm_jax.training.tasks import make_task
 from ldm_jax.training.workdir import (
@@ -64,7 +65,12 @@ log = logging.getLogger(__name__)
 UNDER_WAY = 2  # steps in flight: enough to keep the device busy, few enough to stop soon
 
 
-def train(config: Any, workdir: str | Path, dry_run: bool = False) -> dict[str, float]:
+def train(
+    config: Any,
+    workdir: str | Path,
+    dry_run: bool = False,
+    drawn: Mapping[str, Drawn] | None = None,
+) -> dict[str, float]:
     """Trains `config` in `workdir`, resuming the run there, and returns the final metrics.
 
     Writes there: `config.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `previews/`,
@@ -78,9 +84,10 @@ def train(config: Any, workdir: str | Path, dry_run: bool = False) -> dict[str, 
       workdir: a directory, made if missing; "~" is expanded.
       dry_run: open the data, log their summary, draw `first_batch.png`, and stop before anything
         is compiled.
+      drawn: the evaluators that draw pictures, see `ldm_jax.drawn_evaluators`.
 
     Returns:
-      The metrics on the held-out data; {} without held-out data or in a dry run.
+      The metrics on the held-out data; {} without these, if they are off, or in a dry run.
 
     Raises:
       ValueError: the workdir belongs to another config, is in use or has no whole checkpoint, or a
@@ -95,7 +102,8 @@ def train(config: Any, workdir: str | Path, dry_run: bool = False) -> dict[str, 
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(stop_on_signals())
             with together(lambda: stop.saved) as processes:
-                return _train(config, Path(workdir).expanduser(), dry_run, stack, stop, processes)
+                path = Path(workdir).expanduser()
+                return _train(config, path, dry_run, drawn or {}, stack, stop, processes)
     except Interrupted as stopped:
         _tell("%s", stopped)
         raise
@@ -115,12 +123,14 @@ class Run:
     frozen: Params
     checkpoints: Checkpoints
     stop: StopRequest
+    evaluators: tuple[Evaluator, ...]
 
 
 def _train(
     config: Any,
     workdir: Path,
     dry_run: bool,
+    drawn: Mapping[str, Drawn],
     stack: contextlib.ExitStack,
     stop: StopRequest,
     processes: Together,
@@ -153,9 +163,9 @@ def _train(
     frozen = put(task.frozen, state_shardings(mesh, task.frozen, rules=rules))
     if frozen:
         task = dataclasses.replace(task, frozen=frozen)
-    run = Run(
-        config, workdir, task, optimizer, mesh, abstract, shardings, frozen, checkpoints, stop
-    )
+    evaluators = _compute(mesh, make_evaluators, config, task, drawn)
+    parts = config, workdir, task, optimizer, mesh, abstract, shardings, frozen
+    run = Run(*parts, checkpoints, stop, evaluators)
 
     # State: the newest complete checkpoint's or a fresh one, created in its final sharding.
     start, state = (newest or 0), None
@@ -186,7 +196,7 @@ def _train(
         write_config(workdir, config_dict(config))
     stop.release()  # the state is saved; while the model is exported, signals act as usual
     stop_if_damaged(state, step, checkpoints)
-    for name, average in _exported(state, settings).items():
+    for name, average in exported(state.ema, state.averages, settings).items():
         about, params = task.export(average)
         params = to_host(params)
         if is_first():
@@ -198,18 +208,13 @@ def _train(
     if is_first():
         log.info("Report: %s", write_report(workdir))
     if step == settings.steps and metrics is None:
-        metrics = task.evaluate(state.ema)
+        own = next((e for e in evaluators if e.kind == HELD_OUT), None)
+        metrics = own(state.ema, step) if own else {}
     gather()
     processes.close()
     if step < settings.steps:
         raise Interrupted(f"Stopped by {stop.agreed}; step {step} is saved in {workdir}")
     return metrics
-
-
-def _exported(state: State, settings: Any) -> dict[str, Params]:
-    """The averages that are exported as models, by the name of the file."""
-    constant = [each.name for each in more_averages(settings) if isinstance(each, Constant)]
-    return {"model": state.ema} | {f"model_{name}": state.averages[name] for name in constant}
 
 
 def _open_task(config: Any, workdir: Path) -> Task:
@@ -305,11 +310,13 @@ def _train_steps(
                     picture = _compute(mesh, task.preview, state.ema)
                     if is_first():
                         save_png(workdir / "previews" / f"{step:07d}.png", picture)
-                    before, held_out = held_out, _compute(mesh, task.evaluate, state.ema)
-                    if held_out and metrics_log:
-                        metrics_log.write(step, "held_out", held_out)
-                    elif not held_out and before is None:
-                        log.info("No data are held out: there are no held-out metrics")
+            for evaluator in (each for each in run.evaluators if each.due(step, last)):
+                finish()
+                with clock.paused():
+                    values = _compute(mesh, evaluator, state.ema, step)
+                if values and metrics_log:
+                    metrics_log.write(step, evaluator.kind, values)
+                held_out = values if evaluator.kind == HELD_OUT else held_out
             if step % settings.checkpoint_every == 0 or last or stop.agreed:
                 finish()
                 with clock.paused():

@@ -17,7 +17,7 @@ from ldm_jax.interop.native import exported_file, save_model
 from ldm_jax.interop.opening import open_any
 from ldm_jax.runtime.mesh import to_host
 from ldm_jax.runtime.processes import is_first
-from ldm_jax.training.ema import Power, check_width, post_hoc, unlike
+from ldm_jax.training.ema import Constant, Power, check_width, more_averages, post_hoc, unlike
 
 log = logging.getLogger(__name__)
 _WIDTH = "sigma_rel_"
@@ -36,6 +36,15 @@ def write_snapshot(workdir: Path, step: int, averages: dict[str, Any]) -> None:
     if powers and is_first():
         (workdir / "averages").mkdir(exist_ok=True)
         write_safetensors(_path(workdir, step), flat)
+
+
+def exported(ema: Any, averages: dict[str, Any], settings: Any) -> dict[str, Any]:
+    """The averages of constant decay, which are exported as models, by the name of the file.
+
+    `ema` is the first; `averages` are the others, by name; `settings` is the config's `train`.
+    """
+    constant = [each.name for each in more_averages(settings) if isinstance(each, Constant)]
+    return {"model": ema} | {f"model_{name}": averages[name] for name in constant}
 
 
 def reconstruct(

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from ldm_jax.runtime.logging import read_metrics
-from ldm_jax.training.report import read_series, write_comparison
+from ldm_jax.training.report import is_detail, read_series, write_comparison
 
 Setting = dict[str, Any]
 LONGEST_NAME = 120  # many file systems allow 255 bytes
@@ -107,9 +107,8 @@ def write_results(root: Path, settings: list[Setting], failed: dict[str, int]) -
     """`results.md` and `results.html` of the runs so far."""
     fields = list(dict.fromkeys(field for setting in settings for field in setting))
     series = {name_of(setting): read_series(root / name_of(setting)) for setting in settings}
-    metrics = list(
-        dict.fromkeys(m for found in series.values() for m in found if m.startswith("held_out/"))
-    )
+    reported = dict.fromkeys(metric for found in series.values() for metric in found)
+    metrics = [m for m in reported if m.startswith("held_out/") and not is_detail(m)]
     metrics.insert(0, "train/loss")
     lines = ["| " + " | ".join([*fields, "state", *metrics]) + " |"]
     lines.append("|" + "---|" * (len(fields) + 1 + len(metrics)))

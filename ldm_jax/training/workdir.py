@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 # Settings of the reading of data, which processes may have of their own.
 OF_A_PROCESS = ("data.path", "data.workers")
 # Settings that may differ when a run resumes, as dotted keys or sections: lengths and intervals,
-# devices, memory and precision, the location and reading of the data, and the previews.
+# devices, memory and precision, the location and reading of the data, previews and evaluators.
 HARMLESS = (
     "train.steps",
     "train.log_every",
@@ -44,6 +44,7 @@ HARMLESS = (
     "data.on_error",
     "data.workers",
     "sampling",
+    "evaluators",
 )
 
 

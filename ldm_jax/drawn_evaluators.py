@@ -1,0 +1,93 @@
+"""Evaluators of training that draw pictures, for `loop.train`: `task`, `distance` and `novelty`."""
+
+from typing import Any
+
+from ldm_jax.conditions.kinds import SIZES
+from ldm_jax.data.scenes import SceneSource
+from ldm_jax.evaluation import drawn_metrics, scene_metrics
+from ldm_jax.metrics.efficientnet import load_extractor
+from ldm_jax.pipeline import Pipeline
+from ldm_jax.training.evaluators import Drawn
+
+NOVELTY = ("copied", "novelty_p")  # of `drawn_metrics`
+Options = dict[str, Any]
+
+
+def _check_task(task: Any, options: Options) -> None:
+    held_out = _pictures(task.held_out)
+    if not isinstance(held_out, SceneSource):
+        raise ValueError(
+            f"evaluators.task judges drawn scenes, and data.source={task.config.data.source!r}: "
+            "use distance, or data.source='scenes'"
+        )
+    if options["count"] > len(held_out):
+        raise ValueError(
+            f"evaluators.task.count={options['count']}: {len(held_out)} scenes are held out"
+        )
+    if not _needs(task):
+        raise ValueError("evaluators.task: this model is told nothing of a scene; use distance")
+
+
+def _task(task: Any, ema: Any, options: Options) -> dict[str, float]:
+    held_out, count, steps = _pictures(task.held_out), options["count"], options["steps"]
+    return scene_metrics(_pipe(task, ema), held_out, count, task.conditions, steps=steps)[0]
+
+
+def _check_distance(task: Any, options: Options) -> None:
+    del options
+    _check_drawable(task, "distance")
+
+
+def _distance(task: Any, ema: Any, options: Options) -> dict[str, float]:
+    found = _drawn(task, ema, options)
+    return {name: value for name, value in found.items() if name not in NOVELTY}
+
+
+def _check_novelty(task: Any, options: Options) -> None:
+    del options
+    _check_drawable(task, "novelty")
+    if not len(task.held_out):
+        raise ValueError("evaluators.novelty: no data are held out; see data.held_out")
+
+
+def _novelty(task: Any, ema: Any, options: Options) -> dict[str, float]:
+    found = _drawn(task, ema, options, _pictures(task.held_out))
+    return {name: found[name] for name in NOVELTY}
+
+
+DRAWN = {
+    "task": Drawn(_check_task, _task),
+    "distance": Drawn(_check_distance, _distance),
+    "novelty": Drawn(_check_novelty, _novelty),
+}
+
+
+def _check_drawable(task: Any, name: str) -> None:
+    others = sorted(_needs(task) - {"caption", "label"})
+    if others:
+        raise ValueError(
+            f"evaluators.{name} draws from captions, labels or nothing, and this model needs "
+            f"{others[0]} too: use task"
+        )
+    try:
+        load_extractor()
+    except ImportError as error:
+        raise ValueError(f"evaluators.{name}: {error}") from error
+
+
+def _drawn(task: Any, ema: Any, options: Options, held_out: Any = ()) -> dict[str, float]:
+    pipe, source = _pipe(task, ema), _pictures(task.source)
+    return drawn_metrics(pipe, source, options["count"], held_out, steps=options["steps"])[0]
+
+
+def _pipe(task: Any, ema: Any) -> Pipeline:
+    return task.pipelines(ema)[-1]
+
+
+def _pictures(source: Any) -> Any:
+    """The source itself, without its latents."""
+    return getattr(source, "pictures", source)
+
+
+def _needs(task: Any) -> set[str]:
+    return {e for embedder in task.model.embedders for e in embedder.needs} - SIZES.keys()
