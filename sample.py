@@ -4,6 +4,7 @@ import os
 
 from absl import flags
 
+from ldm_jax.conditions.weighted import SYNTAXES
 from ldm_jax.data.text_files import read_text
 from ldm_jax.diffusion.plan import Guidance, Sampling
 from ldm_jax.diffusion.plan import flags as option_flags
@@ -18,6 +19,13 @@ LORA = flags.DEFINE_multi_string(
 )
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", "", "A text file with one prompt a line.")
+SYNTAX = flags.DEFINE_enum(
+    "prompt_syntax",
+    "plain",
+    SYNTAXES,
+    "plain: a prompt is a text, cut at the model's length. a1111: it may have (word:1.2), [word], "
+    "AND and BREAK, and any length.",
+)
 LABEL = flags.DEFINE_multi_string(
     "label", [], "Class to draw, of class-conditional models: its name or number."
 )
@@ -105,6 +113,7 @@ def main():
         weak_pipe=load_drawing(weak, DTYPE.value) if weak else None,
         files={flag.name: _path(flag) for flag in CONDITIONS if flag.value},
         loras=LORA.value,
+        prompt_syntax=SYNTAX.value,
         interpolate=INTERPOLATE.value,
         previews=PREVIEWS.value,
     )

@@ -133,6 +133,7 @@ def draw(
     weak_pipe: Pipeline | None = None,
     files: Mapping[str, str] = MappingProxyType({}),
     loras: Sequence[str] = (),
+    prompt_syntax: str = "plain",
     interpolate: int = 0,
     previews: int = 0,
 ) -> Path:
@@ -145,12 +146,12 @@ def draw(
     `settings` are the flags of `sample.py` by their names: arguments of `Pipeline.__call__`, and
     fields of `Guidance` and `Sampling`; None is the default. `weak_pipe` is the pipeline of
     autoguidance, from the file `weak`. `files` are conditions, by their flags: see
-    `condition_arguments`. `loras` change the model: see `with_loras`. `interpolate` draws this many
-    pictures of one prompt between the noise of the seed and that of the next, and
-    `interpolation.gif`. `previews` adds `previews.png`: the model's predictions at this many steps,
-    a row for each picture.
+    `condition_arguments`. `loras` change the model: see `with_loras`. `prompt_syntax` is one of
+    `Pipeline.with_prompt_syntax`. `interpolate` draws this many pictures of one prompt between the
+    noise of the seed and that of the next, and `interpolation.gif`. `previews` adds `previews.png`:
+    the model's predictions at this many steps, a row for each picture.
     """
-    out, pipe = Path(out), with_loras(pipe, loras)
+    out, pipe = Path(out), with_loras(pipe, loras).with_prompt_syntax(prompt_syntax)
     if settings.get("guidance") is None:
         inverted = edit is not None and edit.source
         settings = settings | {"guidance": 1.0 if inverted else pipe.config["sampling"]["guidance"]}
@@ -192,6 +193,7 @@ def draw(
     about |= {"weak": weak} if weak else {}
     about |= dict(files) | ({"lora": list(loras)} if loras else {})
     about |= {"interpolate": interpolate} if interpolate else {}
+    about |= {"prompt_syntax": prompt_syntax} if prompt_syntax != "plain" else {}
     asked = {"prompts": prompts} | ({"classes": labels} if labels else {})
     names = [" AND ".join(names)] if settings.get("compose") else names
     for i, image in enumerate(images):

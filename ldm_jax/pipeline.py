@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from ldm_jax.conditions.base import Conditioning, embed
+from ldm_jax.conditions.prompts import composed
 from ldm_jax.conditions.requests import (
     check_guidance,
     check_side,
@@ -20,6 +21,7 @@ from ldm_jax.conditions.requests import (
     parts,
     requests,
 )
+from ldm_jax.conditions.weighted import WeightedPrompts, of_one_length, weighting
 from ldm_jax.diffusion.checks import check_finite, check_number, whole
 from ldm_jax.diffusion.editing import skipped_steps
 from ldm_jax.diffusion.noise import example_keys
@@ -154,6 +156,11 @@ class Pipeline:
         embedders = self.model.embedders
         groups = requests(embedders, prompt, labels, n, asked.weights, self.classes)
         count = max((len(values) for values in groups[0].values()), default=n)
+        shares, syntax = None, self.prompt_syntax
+        if syntax != "plain":
+            groups, shares = composed(groups, asked.weights is not None)
+        if shares is not None:
+            asked = dataclasses.replace(asked, weights=(1.0,) * len(groups))
         if asked.weak is None:
             check_guidance(embedders, asked.scale, asked.method)
         else:
@@ -183,13 +190,15 @@ class Pipeline:
             embedders, negative_prompt, conditions, asked.negative, count, side
         )
         negatives = negatives_for(embedders, inputs[0], negatives)
+        *inputs, negatives = of_one_length(embedders, [*inputs, negatives])
         if latents is not None and latents.shape != (count, *shape):
             raise ValueError(f"latents {latents.shape}: expected {(count, *shape)}")
 
         masked = known is not None and known.mask is not None
         run = plan(self.model.diffusion, steps, sampling, asked, strength=strength, masked=masked)
-        each = (inputs, negatives, example_keys(jax.random.key(seed), count), known, latents)
-        weak = asked.weak
+        keys = example_keys(jax.random.key(seed), count)
+        each = (inputs, negatives, keys, known, latents, shares)
+        weak = None if asked.weak is None else asked.weak.with_prompt_syntax(syntax)
         draw = functools.partial(
             generate,
             self.model,
@@ -268,7 +277,22 @@ class Pipeline:
         embedders = self.model.embedders
         entries = {"caption": list(prompts)}
         entries |= other_entries(embedders, None, count, (size, size))
-        return embed(embedders, merged(self._weights), inputs_for(embedders, entries, count))
+        (inputs,) = of_one_length(embedders, [inputs_for(embedders, entries, count)])
+        return embed(embedders, merged(self._weights), inputs)
+
+    @property
+    def prompt_syntax(self) -> str:
+        """How prompts are read, one of `weighted.SYNTAXES`."""
+        weighted = any(isinstance(e, WeightedPrompts) for e in self.model.embedders)
+        return "a1111" if weighted else "plain"
+
+    def with_prompt_syntax(self, syntax: str) -> "Pipeline":
+        """This pipeline, whose prompts are "plain" texts or of "a1111": see `conditions.prompts`.
+
+        Raises ValueError for an unknown syntax, or a model without prompts.
+        """
+        model = dataclasses.replace(self.model, embedders=weighting(self.model.embedders, syntax))
+        return dataclasses.replace(self, model=model)
 
     def with_lora(self, path: str | Path, scale: float = 1.0) -> "Pipeline":
         """This pipeline with a LoRA of kohya's or peft's format, which is kept separately.
