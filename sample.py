@@ -17,6 +17,9 @@ MODEL = flags.DEFINE_string("model", "", "A workdir, model file or folder; empty
 LORA = flags.DEFINE_multi_string(
     "lora", [], "A LoRA file or workdir, with its scale after a colon; may be given several times."
 )
+EMBEDDING = flags.DEFINE_multi_string(
+    "embedding", [], "A textual inversion, PATH or PATH:NAME; may be given several times."
+)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", "", "A text file with one prompt a line.")
 SYNTAX = flags.DEFINE_enum(
@@ -113,6 +116,7 @@ def main():
         weak_pipe=load_drawing(weak, DTYPE.value) if weak else None,
         files={flag.name: _path(flag) for flag in CONDITIONS if flag.value},
         loras=LORA.value,
+        embeddings=EMBEDDING.value,
         prompt_syntax=SYNTAX.value,
         interpolate=INTERPOLATE.value,
         previews=PREVIEWS.value,

@@ -93,6 +93,22 @@ class LatentDiffusion:
         embedders = (embedder.name for embedder in self.embedders if embedder.network is not None)
         return ("unet", *embedders, *logvar)
 
+    def check_weak(self, weak: "LatentDiffusion") -> None:
+        """Raises ValueError for a worse model that cannot guide this one."""
+
+        def about(model):
+            tokens = tuple(getattr(e.network, "added", ()) for e in model.embedders)
+            names = tuple(embedder.name for embedder in model.embedders)
+            of_both = (model.latent_channels, model.diffusion.parameterization, names)
+            return (*of_both, tokens) if any(tokens) else of_both
+
+        own, other = about(self), about(weak)
+        if own != other:
+            raise ValueError(
+                "weak: a model of other latents, parameterization or conditions cannot guide "
+                f"this one: {other} there, {own} here"
+            )
+
     def init(self, key: jax.Array, latent_shape: tuple[int, ...]) -> Params:
         """Fresh parameters of the trainable networks; `latent_shape` is (h, w, c)."""
         unet_key, embed_key = jax.random.split(key)

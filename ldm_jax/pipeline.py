@@ -29,6 +29,7 @@ from ldm_jax.diffusion.plan import Guidance, Sampling, plan
 from ldm_jax.diffusion.samplers import DDIM_INVERSE
 from ldm_jax.first_stage import FirstStage
 from ldm_jax.interop.changes import Lora
+from ldm_jax.interop.embeddings import add_embeddings
 from ldm_jax.interop.lora import read_lora
 from ldm_jax.interop.opening import export
 from ldm_jax.latent_diffusion import Known, LatentDiffusion
@@ -164,7 +165,7 @@ class Pipeline:
         if asked.weak is None:
             check_guidance(embedders, asked.scale, asked.method)
         else:
-            self._check_weak(asked.weak)
+            self.model.check_weak(asked.weak.model)
         alone = asked.weak is not None or self.unet.time_cond_proj_dim is not None
         own = asked.weights is not None or asked.rescale or asked.method != "cfg"
         if alone and (negative_prompt or own):
@@ -306,6 +307,21 @@ class Pipeline:
         lora = jax.device_put(read_lora(path, self.config))
         return dataclasses.replace(self, loras=(*self.loras, (lora, scale)))
 
+    def with_embedding(self, path: str | Path, token: str = "") -> "Pipeline":
+        """This pipeline with the tokens of a textual inversion, for prompts with their names.
+
+        Args:
+          path: a file of diffusers' or AUTOMATIC1111's format, or a workdir.
+          token: a name in place of the file's own.
+
+        Raises:
+          ValueError: the file holds none, one for another model, or a token that exists already.
+        """
+        config, params = add_embeddings(path, self.config, self.params, token)
+        model = LatentDiffusion.from_config(config, self.unet.dtype)
+        made = dataclasses.replace(self, model=model, params=jax.device_put(params), config=config)
+        return made.with_prompt_syntax(self.prompt_syntax)
+
     def with_scales(self, *scales: float) -> "Pipeline":
         """This pipeline with other scales of its LoRAs, one for each."""
         check_finite(scales=scales)
@@ -355,18 +371,6 @@ class Pipeline:
         (height, width), factor = latents.shape[1:3], self.autoencoder.downsampling
         cells = mask.reshape(len(mask), height, factor, width, factor, 1)
         return strength, Known(latents, np.float32(cells.max(axis=(2, 4)) > 0.0)), entries
-
-    def _check_weak(self, weak: "Pipeline") -> None:
-        """Raises ValueError for a pipeline that cannot guide this one."""
-        own, other = (
-            (m.latent_channels, m.diffusion.parameterization, tuple(e.name for e in m.embedders))
-            for m in (self.model, weak.model)
-        )
-        if own != other:
-            raise ValueError(
-                "weak: a model of other latents, parameterization or conditions cannot guide "
-                f"this one: {other} there, {own} here"
-            )
 
     def _tile(self, tile: int | None, shape: tuple[int, int, int]) -> int:
         """The side of a tile in latents; 0 without tiles, or if the picture is not larger."""

@@ -25,6 +25,7 @@ from tokenizers import (
     processors,
 )
 
+from ldm_jax.conditions.added import with_tokens
 from ldm_jax.conditions.pieces import Frame, cut, stack, unsaid
 
 VOCABULARIES = Path(__file__).parents[1] / "data" / "vocabulary"
@@ -364,7 +365,8 @@ def make_tokenizer(
 ) -> WordPiece | BytePair | SentencePiece | FolderTokenizer:
     """The tokenizer of a section `conditioning.<name>` of kind "text" or "clip".
 
-    Its key `tokenizer` chooses one of `TOKENIZERS`; by default BERT's for "text", else CLIP's.
+    Its key `tokenizer` chooses one of `TOKENIZERS`; by default BERT's for "text", else CLIP's. It
+    knows the section's `tokens` as well, see `added`.
 
     Raises:
       ValueError: an unknown `tokenizer`.
@@ -373,4 +375,4 @@ def make_tokenizer(
     if kind not in TOKENIZERS:
         raise ValueError(f"tokenizer={kind!r}: choose one of {', '.join(TOKENIZERS)}")
     padding = {"padding": section.get("padding", "end")} if kind == "byte_pair" else {}
-    return TOKENIZERS[kind](section["vocabulary"], max_length, **padding)
+    return with_tokens(TOKENIZERS[kind](section["vocabulary"], max_length, **padding), section)
