@@ -4,6 +4,7 @@ import os
 
 from absl import flags
 
+from ldm_jax.conditions.weighted import SYNTAXES
 from ldm_jax.data.text_files import read_text
 from ldm_jax.diffusion.plan import Guidance, Sampling
 from ldm_jax.diffusion.plan import flags as option_flags
@@ -16,8 +17,18 @@ MODEL = flags.DEFINE_string("model", "", "A workdir, model file or folder; empty
 LORA = flags.DEFINE_multi_string(
     "lora", [], "A LoRA file or workdir, with its scale after a colon; may be given several times."
 )
+EMBEDDING = flags.DEFINE_multi_string(
+    "embedding", [], "A textual inversion, PATH or PATH:NAME; may be given several times."
+)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", "", "A text file with one prompt a line.")
+SYNTAX = flags.DEFINE_enum(
+    "prompt_syntax",
+    "plain",
+    SYNTAXES,
+    "plain: a prompt is a text, cut at the model's length. a1111: it may have (word:1.2), [word], "
+    "AND and BREAK, and any length.",
+)
 LABEL = flags.DEFINE_multi_string(
     "label", [], "Class to draw, of class-conditional models: its name or number."
 )
@@ -105,6 +116,8 @@ def main():
         weak_pipe=load_drawing(weak, DTYPE.value) if weak else None,
         files={flag.name: _path(flag) for flag in CONDITIONS if flag.value},
         loras=LORA.value,
+        embeddings=EMBEDDING.value,
+        prompt_syntax=SYNTAX.value,
         interpolate=INTERPOLATE.value,
         previews=PREVIEWS.value,
     )

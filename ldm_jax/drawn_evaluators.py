@@ -5,7 +5,7 @@ from typing import Any
 from ldm_jax.conditions.kinds import SIZES
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.evaluation import drawn_metrics, scene_metrics
-from ldm_jax.metrics.efficientnet import load_extractor
+from ldm_jax.metrics.extractors import load_extractor
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.training.evaluators import Drawn
 
@@ -30,7 +30,7 @@ def _check_task(task: Any, options: Options) -> None:
 
 def _task(task: Any, ema: Any, options: Options) -> dict[str, float]:
     held_out, count, steps = _pictures(task.held_out), options["count"], options["steps"]
-    return scene_metrics(_pipe(task, ema), held_out, count, task.conditions, steps=steps)[0]
+    return scene_metrics(_pipe(task, ema), held_out, count, task.conditions, steps=steps).metrics
 
 
 def _check_distance(task: Any, options: Options) -> None:
@@ -77,7 +77,7 @@ def _check_drawable(task: Any, name: str) -> None:
 
 def _drawn(task: Any, ema: Any, options: Options, held_out: Any = ()) -> dict[str, float]:
     pipe, source = _pipe(task, ema), _pictures(task.source)
-    return drawn_metrics(pipe, source, options["count"], held_out, steps=options["steps"])[0]
+    return drawn_metrics(pipe, source, options["count"], held_out, steps=options["steps"]).metrics
 
 
 def _pipe(task: Any, ema: Any) -> Pipeline:

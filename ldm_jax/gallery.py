@@ -55,6 +55,15 @@ def with_loras(pipe: Pipeline, given: Sequence[str]) -> Pipeline:
     return pipe
 
 
+def with_embeddings(pipe: Pipeline, given: Sequence[str]) -> Pipeline:
+    """The pipeline with new tokens, each "PATH" or "PATH:NAME"; see `Pipeline.with_embedding`."""
+    for text in given:
+        head, _, name = text.rpartition(":")
+        whole = not head or Path(text).expanduser().exists()
+        pipe = pipe.with_embedding(text) if whole else pipe.with_embedding(head, name)
+    return pipe
+
+
 @dataclasses.dataclass(frozen=True)
 class Edit:
     """A picture file to change, from the flags of `sample.py`.
@@ -133,6 +142,8 @@ def draw(
     weak_pipe: Pipeline | None = None,
     files: Mapping[str, str] = MappingProxyType({}),
     loras: Sequence[str] = (),
+    embeddings: Sequence[str] = (),
+    prompt_syntax: str = "plain",
     interpolate: int = 0,
     previews: int = 0,
 ) -> Path:
@@ -145,12 +156,15 @@ def draw(
     `settings` are the flags of `sample.py` by their names: arguments of `Pipeline.__call__`, and
     fields of `Guidance` and `Sampling`; None is the default. `weak_pipe` is the pipeline of
     autoguidance, from the file `weak`. `files` are conditions, by their flags: see
-    `condition_arguments`. `loras` change the model: see `with_loras`. `interpolate` draws this many
-    pictures of one prompt between the noise of the seed and that of the next, and
-    `interpolation.gif`. `previews` adds `previews.png`: the model's predictions at this many steps,
-    a row for each picture.
+    `condition_arguments`. `loras` and `embeddings` change the model: see `with_loras` and
+    `with_embeddings`. `prompt_syntax` is one of
+    `Pipeline.with_prompt_syntax`. `interpolate` draws this many pictures of one prompt between the
+    noise of the seed and that of the next, and `interpolation.gif`. `previews` adds `previews.png`:
+    the model's predictions at this many steps, a row for each picture.
     """
-    out, pipe = Path(out), with_loras(pipe, loras)
+    out, pipe = Path(out), with_embeddings(with_loras(pipe, loras), embeddings)
+    pipe = pipe.with_prompt_syntax(prompt_syntax)
+    weak_pipe = None if weak_pipe is None else with_embeddings(weak_pipe, embeddings)
     if settings.get("guidance") is None:
         inverted = edit is not None and edit.source
         settings = settings | {"guidance": 1.0 if inverted else pipe.config["sampling"]["guidance"]}
@@ -191,7 +205,9 @@ def draw(
     about |= {} if edit is None else {"edit": dataclasses.asdict(edit)}
     about |= {"weak": weak} if weak else {}
     about |= dict(files) | ({"lora": list(loras)} if loras else {})
+    about |= {"embedding": list(embeddings)} if embeddings else {}
     about |= {"interpolate": interpolate} if interpolate else {}
+    about |= {"prompt_syntax": prompt_syntax} if prompt_syntax != "plain" else {}
     asked = {"prompts": prompts} | ({"classes": labels} if labels else {})
     names = [" AND ".join(names)] if settings.get("compose") else names
     for i, image in enumerate(images):

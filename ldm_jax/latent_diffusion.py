@@ -93,6 +93,22 @@ class LatentDiffusion:
         embedders = (embedder.name for embedder in self.embedders if embedder.network is not None)
         return ("unet", *embedders, *logvar)
 
+    def check_weak(self, weak: "LatentDiffusion") -> None:
+        """Raises ValueError for a worse model that cannot guide this one."""
+
+        def about(model):
+            tokens = tuple(getattr(e.network, "added", ()) for e in model.embedders)
+            names = tuple(embedder.name for embedder in model.embedders)
+            of_both = (model.latent_channels, model.diffusion.parameterization, names)
+            return (*of_both, tokens) if any(tokens) else of_both
+
+        own, other = about(self), about(weak)
+        if own != other:
+            raise ValueError(
+                "weak: a model of other latents, parameterization or conditions cannot guide "
+                f"this one: {other} there, {own} here"
+            )
+
     def init(self, key: jax.Array, latent_shape: tuple[int, ...]) -> Params:
         """Fresh parameters of the trainable networks; `latent_shape` is (h, w, c)."""
         unet_key, embed_key = jax.random.split(key)
@@ -171,13 +187,19 @@ class LatentDiffusion:
         )
 
     def predict(
-        self, params: Params, conditions: list[Conditioning], null: Conditioning, tile: int = 0
+        self,
+        params: Params,
+        conditions: list[Conditioning],
+        null: Conditioning,
+        tile: int = 0,
+        shares: jax.Array | None = None,
     ) -> Callable[..., Network]:
         """The network with guidance: `predict(guidance)(x, t)`, for any step's guidance.
 
         With `guidance` None only the first condition is evaluated. Projected guidance also takes
         `to_x0`: x0 is the first of the two plus the second times the output. With `tile`, latents
-        with more rows or columns than this are processed in overlapping tiles.
+        with more rows or columns than this are processed in overlapping tiles. `shares` (B, K) are
+        further weights of K conditions, of each picture.
         """
 
         def whole(x, t, condition: Conditioning, **more):
@@ -223,8 +245,11 @@ class LatentDiffusion:
                 def combine(*arguments):
                     return guidance.kept * optimally_scaled(*arguments)
 
+            weights = guidance.weights
+            if shares is not None:
+                weights = weights[:, None] * shares.T
             guided = classifier_free(
-                *(network, conditions, null, guidance.scale, guidance.weights, guidance.rescale),
+                *(network, conditions, null, guidance.scale, weights, guidance.rescale),
                 combine,
             )
             return (
@@ -245,6 +270,7 @@ class LatentDiffusion:
         latent_shape: tuple[int, ...],
         sampler: str = "ddim",
         latents: jax.Array | None = None,
+        shares: jax.Array | None = None,
         tile: int = 0,
         weak: "tuple[LatentDiffusion, Params] | None" = None,
         callback: Any = None,
@@ -257,13 +283,15 @@ class LatentDiffusion:
           run: the tables of the sampler and of guidance, from `plan`.
           known: a picture to start from, and which part of it to keep.
           latents: (B, h, w, c), unit Gaussian, in place of the starting noise drawn from `keys`.
+          shares: (B, K), further weights of the K sets of `inputs`, of each picture.
           tile: latents larger than this side are processed in tiles; 0: never.
           weak: a worse model and its parameters, for the negative side of guidance (autoguidance).
         """
         if latents is None:
             latents = jax.vmap(lambda key: jax.random.normal(key, latent_shape))(keys)
         conditions = [embed(self.embedders, params, each) for each in inputs]
-        predict = self.predict(params, conditions, embed(self.embedders, params, nulls), tile)
+        null = embed(self.embedders, params, nulls)
+        predict = self.predict(params, conditions, null, tile, shares)
         if weak is not None:
             weak_model, weak_params = weak
             weak_condition = embed(weak_model.embedders, weak_params, inputs[0])

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from ldm_jax.conditions.base import Conditioning, embed
+from ldm_jax.conditions.prompts import composed
 from ldm_jax.conditions.requests import (
     check_guidance,
     check_side,
@@ -20,6 +21,7 @@ from ldm_jax.conditions.requests import (
     parts,
     requests,
 )
+from ldm_jax.conditions.weighted import WeightedPrompts, of_one_length, weighting
 from ldm_jax.diffusion.checks import check_finite, check_number, whole
 from ldm_jax.diffusion.editing import skipped_steps
 from ldm_jax.diffusion.noise import example_keys
@@ -27,6 +29,7 @@ from ldm_jax.diffusion.plan import Guidance, Sampling, plan
 from ldm_jax.diffusion.samplers import DDIM_INVERSE
 from ldm_jax.first_stage import FirstStage
 from ldm_jax.interop.changes import Lora
+from ldm_jax.interop.embeddings import add_embeddings
 from ldm_jax.interop.lora import read_lora
 from ldm_jax.interop.opening import export
 from ldm_jax.latent_diffusion import Known, LatentDiffusion
@@ -154,10 +157,15 @@ class Pipeline:
         embedders = self.model.embedders
         groups = requests(embedders, prompt, labels, n, asked.weights, self.classes)
         count = max((len(values) for values in groups[0].values()), default=n)
+        shares, syntax = None, self.prompt_syntax
+        if syntax != "plain":
+            groups, shares = composed(groups, asked.weights is not None)
+        if shares is not None:
+            asked = dataclasses.replace(asked, weights=(1.0,) * len(groups))
         if asked.weak is None:
             check_guidance(embedders, asked.scale, asked.method)
         else:
-            self._check_weak(asked.weak)
+            self.model.check_weak(asked.weak.model)
         alone = asked.weak is not None or self.unet.time_cond_proj_dim is not None
         own = asked.weights is not None or asked.rescale or asked.method != "cfg"
         if alone and (negative_prompt or own):
@@ -183,13 +191,15 @@ class Pipeline:
             embedders, negative_prompt, conditions, asked.negative, count, side
         )
         negatives = negatives_for(embedders, inputs[0], negatives)
+        *inputs, negatives = of_one_length(embedders, [*inputs, negatives])
         if latents is not None and latents.shape != (count, *shape):
             raise ValueError(f"latents {latents.shape}: expected {(count, *shape)}")
 
         masked = known is not None and known.mask is not None
         run = plan(self.model.diffusion, steps, sampling, asked, strength=strength, masked=masked)
-        each = (inputs, negatives, example_keys(jax.random.key(seed), count), known, latents)
-        weak = asked.weak
+        keys = example_keys(jax.random.key(seed), count)
+        each = (inputs, negatives, keys, known, latents, shares)
+        weak = None if asked.weak is None else asked.weak.with_prompt_syntax(syntax)
         draw = functools.partial(
             generate,
             self.model,
@@ -268,7 +278,22 @@ class Pipeline:
         embedders = self.model.embedders
         entries = {"caption": list(prompts)}
         entries |= other_entries(embedders, None, count, (size, size))
-        return embed(embedders, merged(self._weights), inputs_for(embedders, entries, count))
+        (inputs,) = of_one_length(embedders, [inputs_for(embedders, entries, count)])
+        return embed(embedders, merged(self._weights), inputs)
+
+    @property
+    def prompt_syntax(self) -> str:
+        """How prompts are read, one of `weighted.SYNTAXES`."""
+        weighted = any(isinstance(e, WeightedPrompts) for e in self.model.embedders)
+        return "a1111" if weighted else "plain"
+
+    def with_prompt_syntax(self, syntax: str) -> "Pipeline":
+        """This pipeline, whose prompts are "plain" texts or of "a1111": see `conditions.prompts`.
+
+        Raises ValueError for an unknown syntax, or a model without prompts.
+        """
+        model = dataclasses.replace(self.model, embedders=weighting(self.model.embedders, syntax))
+        return dataclasses.replace(self, model=model)
 
     def with_lora(self, path: str | Path, scale: float = 1.0) -> "Pipeline":
         """This pipeline with a LoRA of kohya's or peft's format, which is kept separately.
@@ -281,6 +306,21 @@ class Pipeline:
         check_finite(scale=scale)
         lora = jax.device_put(read_lora(path, self.config))
         return dataclasses.replace(self, loras=(*self.loras, (lora, scale)))
+
+    def with_embedding(self, path: str | Path, token: str = "") -> "Pipeline":
+        """This pipeline with the tokens of a textual inversion, for prompts with their names.
+
+        Args:
+          path: a file of diffusers' or AUTOMATIC1111's format, or a workdir.
+          token: a name in place of the file's own.
+
+        Raises:
+          ValueError: the file holds none, one for another model, or a token that exists already.
+        """
+        config, params = add_embeddings(path, self.config, self.params, token)
+        model = LatentDiffusion.from_config(config, self.unet.dtype)
+        made = dataclasses.replace(self, model=model, params=jax.device_put(params), config=config)
+        return made.with_prompt_syntax(self.prompt_syntax)
 
     def with_scales(self, *scales: float) -> "Pipeline":
         """This pipeline with other scales of its LoRAs, one for each."""
@@ -331,18 +371,6 @@ class Pipeline:
         (height, width), factor = latents.shape[1:3], self.autoencoder.downsampling
         cells = mask.reshape(len(mask), height, factor, width, factor, 1)
         return strength, Known(latents, np.float32(cells.max(axis=(2, 4)) > 0.0)), entries
-
-    def _check_weak(self, weak: "Pipeline") -> None:
-        """Raises ValueError for a pipeline that cannot guide this one."""
-        own, other = (
-            (m.latent_channels, m.diffusion.parameterization, tuple(e.name for e in m.embedders))
-            for m in (self.model, weak.model)
-        )
-        if own != other:
-            raise ValueError(
-                "weak: a model of other latents, parameterization or conditions cannot guide "
-                f"this one: {other} there, {own} here"
-            )
 
     def _tile(self, tile: int | None, shape: tuple[int, int, int]) -> int:
         """The side of a tile in latents; 0 without tiles, or if the picture is not larger."""

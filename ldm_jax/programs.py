@@ -37,6 +37,7 @@ def generate(
     keys: jax.Array,
     known: Known | None,
     latents: jax.Array | None,
+    shares: jax.Array | None = None,
     *,
     run: Run,
     weak: Weights | None,
@@ -45,7 +46,7 @@ def generate(
 ):
     """Pictures (B, H, W, C) in [0, 1], see `LatentDiffusion.generate`."""
     weak = None if weak is None else (weak_model, merged(weak))
-    options = dict(known=known, latents=latents, weak=weak) | static
+    options = dict(known=known, latents=latents, shares=shares, weak=weak) | static
     return model.generate(merged(weights), inputs, negatives, keys, run, **options)
 
 

@@ -34,7 +34,7 @@ def sample_commands():
     found = [
         shlex.split(line, comments=True)[2:] for line in lines if line.startswith("python sam")
     ]
-    own = ("--model", "--lora")  # files that the reader has
+    own = ("--model", "--lora", "--embedding")  # files that the reader has
     return [command for command in found if not any(a.startswith(own) for a in command)]
 
 

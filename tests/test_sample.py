@@ -88,6 +88,7 @@ def test_classes_are_drawn_by_name_or_number(root, home):
         (["--prompt=cat", "--guidance=nan"], "guidance=nan: must be a finite number"),
         (["--prompt=a", "--prompt=b", "--compose=1,inf"], "compose=inf: must be a finite number"),
         (["--prompt=cat", "--guidance_interval=a"], "--guidance_interval=a: give numbers"),
+        (["--prompt=(cat:1..2)", "--prompt_syntax=a1111"], "the weight '1..2' is no number"),
         (["--prompt=cat", "--width=70"], "width=70: this model draws multiples of 8 pixels, such"),
     ],
 )

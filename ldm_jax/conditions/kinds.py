@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ldm_jax.conditions.added import added
 from ldm_jax.conditions.base import Conditioning, Embedder
 from ldm_jax.conditions.tokenizer import (
     BytePair,
@@ -318,12 +319,12 @@ class MaskedImageEmbedder:
 def _text(name: str, section: dict[str, Any], dtype: Any, _: Autoencoder) -> TextEmbedder:
     network = dict(section["network"])
     tokenizer = make_tokenizer(section, network["max_length"])
-    network = TextTransformer(vocab_size=tokenizer.size, dtype=dtype, **network)
+    network = TextTransformer(vocab_size=tokenizer.size, dtype=dtype, **network, **added(section))
     return TextEmbedder(name, network, tokenizer, section["dropout"])
 
 
 def _clip(name: str, section: dict[str, Any], dtype: Any, _: Autoencoder) -> ClipEmbedder:
-    network = CLIPText(**section["network"], dtype=dtype)
+    network = CLIPText(**section["network"], **added(section), dtype=dtype)
     tokenizer = make_tokenizer(section, network.max_length)
     options = {k: section[k] for k in ("context", "pooled", "zero_null") if k in section}
     return ClipEmbedder(name, network, tokenizer, section["dropout"], **options)

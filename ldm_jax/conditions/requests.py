@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from ldm_jax.conditions.base import Embedder
@@ -218,9 +219,11 @@ def inputs_for(embedders: Embedders, batch: dict[str, Any], count: int) -> dict[
         if missing:
             raise ValueError(f"this model needs conditions={{{missing[0]!r}: an array}}")
         raw = embedder.prepare(batch)
-        if len(raw) not in (1, count):
-            raise ValueError(f"{len(raw)} of {embedder.name} for {count} pictures")
-        inputs[embedder.name] = np.repeat(raw, count // len(raw), axis=0)
+        given = len(raw[0] if isinstance(raw, tuple) else raw)  # chunks are two arrays
+        if given not in (1, count):
+            raise ValueError(f"{given} of {embedder.name} for {count} pictures")
+        copies = count // given
+        inputs[embedder.name] = jax.tree.map(lambda v, n=copies: np.repeat(v, n, axis=0), raw)
         for sentence in embedder.cut(batch):
             log.warning(sentence)
     return inputs

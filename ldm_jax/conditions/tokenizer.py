@@ -10,13 +10,13 @@ import functools
 import gzip
 import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import (
     BertWordPieceTokenizer,
-    Encoding,
     Regex,
     Tokenizer,
     models,
@@ -24,6 +24,9 @@ from tokenizers import (
     pre_tokenizers,
     processors,
 )
+
+from ldm_jax.conditions.added import with_tokens
+from ldm_jax.conditions.pieces import Frame, cut, stack, unsaid
 
 VOCABULARIES = Path(__file__).parents[1] / "data" / "vocabulary"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -45,29 +48,6 @@ def find(vocabulary: str, suffix: str) -> Path:
         known = ", ".join(names)
         raise ValueError(f"vocabulary {vocabulary!r}: neither one of {known} nor a file")
     return path
-
-
-def stack(sequences: list[list[int]], max_length: int, padding: int) -> np.ndarray:
-    """Ids int32 (B, max_length); of a longer list, the first ones and the very last."""
-    tokens = np.full((len(sequences), max_length), padding, np.int32)
-    for row, ids in zip(tokens, sequences, strict=True):
-        if len(ids) > max_length:
-            ids = ids[: max_length - 1] + ids[-1:]
-        row[: len(ids)] = ids
-    return tokens
-
-
-def cut(prompt: str, encoding: Encoding, max_length: int) -> str:
-    """The end of the prompt that `stack` leaves out; "" if nothing is left out."""
-    if len(encoding.ids) <= max_length:
-        return ""
-    return prompt[encoding.offsets[max_length - 1][0] :]
-
-
-def unsaid(prompt: str, ids: list[int], offsets: list[tuple[int, int]], unknown: int) -> list[str]:
-    """The words of the prompt whose id is `unknown`, in order."""
-    words = [prompt[slice(*at)] for i, at in zip(ids, offsets, strict=True) if i == unknown]
-    return [word for word in words if word]
 
 
 @functools.cache
@@ -104,6 +84,11 @@ def byte_pair_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def _pieces(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
+
+
 @dataclasses.dataclass(frozen=True)
 class WordPiece:
     """BERT's tokenizer, lower-cased: [CLS] pieces… [SEP], padded with 0 to `max_length`.
@@ -128,6 +113,16 @@ class WordPiece:
         """Tokens int32 (B, max_length). What does not fit is cut: see `overflow`."""
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch(prompts)]
         return stack(ids, self.max_length, padding=0)
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text alone, of any length, without those that a prompt has around it."""
+        return _pieces(self._tokenizer, texts)
+
+    @property
+    def frame(self) -> Frame:
+        """What stands around and after the ids of a prompt."""
+        start, end = (self._tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
+        return Frame((start,), (end,), 0)
 
     def overflow(self, prompt: str) -> str:
         """The end of the prompt that does not fit, as the user wrote it; "" if all does."""
@@ -177,9 +172,18 @@ class BytePair:
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
         """Tokens int32 (B, max_length). What does not fit is cut: see `overflow`."""
-        padding = self.size - 1 if self.padding == "end" else 0
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch(prompts)]
-        return stack(ids, self.max_length, padding)
+        return stack(ids, self.max_length, self.frame.padding)
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `WordPiece.pieces`."""
+        return _pieces(self._tokenizer, texts)
+
+    @property
+    def frame(self) -> Frame:
+        """As `WordPiece.frame`."""
+        end = self.size - 1
+        return Frame((end - 1,), (end,), end if self.padding == "end" else 0)
 
     def overflow(self, prompt: str) -> str:
         """The end of the prompt that does not fit, as the user wrote it; "" if all does."""
@@ -224,13 +228,19 @@ class SentencePiece:
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
         """Tokens int32 (B, max_length). What does not fit is cut: see `overflow`."""
-        named = self._model.piece_to_id("[PAD]")
-        padding = next(
-            i
-            for i in (named, self._model.pad_id(), self._model.eos_id())
-            if i >= 0 and i != self._model.unk_id()
-        )
-        return stack([self._ids(prompt) for prompt in prompts], self.max_length, padding)
+        ids = [self._ids(prompt) for prompt in prompts]
+        return stack(ids, self.max_length, self.frame.padding)
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `WordPiece.pieces`."""
+        return [self._model.encode(text.lower()) for text in texts]
+
+    @property
+    def frame(self) -> Frame:
+        """As `WordPiece.frame`."""
+        end, unknown = self._model.eos_id(), self._model.unk_id()
+        choices = (self._model.piece_to_id("[PAD]"), self._model.pad_id(), end)
+        return Frame((), (end,), next(i for i in choices if i >= 0 and i != unknown))
 
     def overflow(self, prompt: str) -> str:
         """The end of the prompt that does not fit, normalised; "" if all does."""
@@ -296,6 +306,21 @@ class FolderTokenizer:
         limits = dict(padding="max_length", truncation=True, max_length=self.max_length)
         return np.array(self._tokenizer(list(prompts), **limits)["input_ids"], np.int32)
 
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `WordPiece.pieces`."""
+        options = dict(add_special_tokens=False, verbose=False)
+        return [list(self._tokenizer(text, **options)["input_ids"]) for text in texts]
+
+    @property
+    def frame(self) -> Frame:
+        """As `WordPiece.frame`: what the folder's tokenizer puts around a letter."""
+        (alone,), whole = self.pieces(["a"]), list(self._tokenizer("a")["input_ids"])
+        places = (i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
+        if (at := next(places, None)) is None:
+            raise ValueError(f"{self.vocabulary}: its ids of a text depend on what is around it")
+        end = tuple(whole[at + len(alone) :])
+        return Frame(tuple(whole[:at]), end, self._tokenizer.pad_token_id)
+
     def overflow(self, prompt: str) -> str:
         """The part of the prompt that does not fit, as the user wrote it; "" if all does.
 
@@ -340,7 +365,8 @@ def make_tokenizer(
 ) -> WordPiece | BytePair | SentencePiece | FolderTokenizer:
     """The tokenizer of a section `conditioning.<name>` of kind "text" or "clip".
 
-    Its key `tokenizer` chooses one of `TOKENIZERS`; by default BERT's for "text", else CLIP's.
+    Its key `tokenizer` chooses one of `TOKENIZERS`; by default BERT's for "text", else CLIP's. It
+    knows the section's `tokens` as well, see `added`.
 
     Raises:
       ValueError: an unknown `tokenizer`.
@@ -349,4 +375,4 @@ def make_tokenizer(
     if kind not in TOKENIZERS:
         raise ValueError(f"tokenizer={kind!r}: choose one of {', '.join(TOKENIZERS)}")
     padding = {"padding": section.get("padding", "end")} if kind == "byte_pair" else {}
-    return TOKENIZERS[kind](section["vocabulary"], max_length, **padding)
+    return with_tokens(TOKENIZERS[kind](section["vocabulary"], max_length, **padding), section)

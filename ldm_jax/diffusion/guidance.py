@@ -69,19 +69,22 @@ def classifier_free(
     """uncond + scale·Σ_k w_k·(cond_k − uncond) in one batch (Ho & Salimans 2022; LDM's convention).
 
     With one condition, scale 1 is the plain conditional model and 0 the unconditional one. With
-    several it is their conjunction (Liu et al. 2022, eq. 11) with `weights` (K,). `conditions` and
-    `null` are pytrees with a leading batch dimension, stacked here as [null, cond_1, …]. `rescale`
-    φ in [0, 1] moves the result's standard deviation to the conditional one's (`rescaled`).
-    `combine` replaces the formula.
+    several it is their conjunction (Liu et al. 2022, eq. 11) with `weights` (K,), or (K, B) for
+    each picture. `conditions` and `null` are pytrees with a leading batch dimension, stacked here
+    as [null, cond_1, …]. `rescale` φ in [0, 1] moves the result's standard deviation to the
+    conditional one's (`rescaled`). `combine` replaces the formula.
     """
     every = jax.tree.map(lambda *parts: jnp.concatenate(parts), null, *conditions)
-    weights = jnp.ones(len(conditions)) if weights is None else weights
+    weights = jnp.ones(len(conditions)) if weights is None else jnp.asarray(weights)
 
     def guided(x, t):
         copies = len(conditions) + 1
         output = network(jnp.tile(x, (copies, *(1,) * (x.ndim - 1))), jnp.tile(t, copies), every)
         uncond, *conds = jnp.split(output, copies)
-        away = sum(w * (cond - uncond) for w, cond in zip(weights, conds, strict=True))
+        ones = (1,) * (x.ndim - 1)
+        away = sum(
+            w.reshape(-1, *ones) * (cond - uncond) for w, cond in zip(weights, conds, strict=True)
+        )
         return rescaled(combine(uncond, away, scale), uncond + away, rescale)
 
     return guided

@@ -1,4 +1,4 @@
-"""Our own file of a LoRA: factors, and the name of the model that they change, its base.
+"""Our own file of a LoRA or of an embedding: factors or vectors, and the name of their base.
 
 It is written and read as a whole model, `native.save_model`, with the section "base" in its config.
 """
@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ldm_jax.interop import native
 from ldm_jax.interop.changes import merge, separated
 from ldm_jax.interop.layout import Imported
+from ldm_jax.models.tokens import ADDED
 
 SAMPLED = 1024  # values of each kernel that the digest sees
 
@@ -41,7 +42,8 @@ def with_base(
     dtype: Any,
     open_base: Callable[..., Imported],
 ) -> Imported:
-    """The whole model of a file with factors: its base, opened by `open_base`, and the change.
+    """The whole model of a file with factors or vectors of a new token: its base, opened by
+    `open_base`, and the change.
 
     Raises:
       FileNotFoundError: the base is not where it was.
@@ -49,20 +51,27 @@ def with_base(
     """
     config = dict(config)
     base = config.pop("base")
-    place, instead = base["path"], f"draw with another by --model=PATH --lora={path.parent}"
+    rows = [name for name in flatten_dict(factors, sep="/") if f"/{ADDED}" in name]
+    what, flag = ("an embedding", "embedding") if rows else ("a LoRA", "lora")
+    place, instead = base["path"], f"draw with another by --model=PATH --{flag}={path.parent}"
     if place and not os.path.exists(place):
         raise FileNotFoundError(
-            f"{path} holds a LoRA of {place}, which is not there: move it back, or {instead}"
+            f"{path} holds {what} of {place}, which is not there: move it back, or {instead}"
         )
     found = open_base(place, dtype, autoencoder=base["autoencoder"])
-    changes = separated({name: part for name, part in factors.items() if name in found.params})[1]
-    if _digest(found.params, changes) != base["digest"]:
+    own = {name: part for name, part in factors.items() if name in found.params}
+    vectors, changes = separated(own)
+    tables = [f"{name.rpartition('/')[0]}/embedding" for name in rows]
+    if _digest(found.params, [*changes, *tables]) != base["digest"]:
         raise ValueError(
-            f"{path} holds a LoRA of {place or 'the bundled model'}, where another model is now: "
+            f"{path} holds {what} of {place or 'the bundled model'}, where another model is now: "
             f"put the former there, or {instead}"
         )
-    params = jax.tree.map(np.asarray, merge(found.params, changes))
-    return Imported(config, params, f"{found.about}, with a LoRA", found.reports)
+    params = flatten_dict(merge(found.params, changes), sep="/", keep_empty_nodes=True)
+    for name, leaf in flatten_dict(vectors, sep="/").items():
+        params[name] = np.asarray(leaf, jnp.dtype(dtype))
+    params = jax.tree.map(np.asarray, unflatten_dict(params, sep="/"))
+    return Imported(config, params, f"{found.about}, with {what}", found.reports)
 
 
 def _digest(params: dict[str, Any], kernels: Iterable[str]) -> str:

@@ -223,6 +223,12 @@ def export(
         raise ValueError(f"layout={layout!r}: choose one of {', '.join(LAYOUTS)}")
     if config["task"] == "text" and layout != "single_file":
         raise ValueError(f"task='text': layout {layout!r} has no text encoders alone")
+    tokens = [name for section in texts(config).values() for name, _ in section.get("tokens") or ()]
+    if tokens and layout != "single_file":
+        raise ValueError(
+            f"layout={layout!r} has no place for the embedding of {tokens[0]!r}: use "
+            "'single_file', or write the model without it"
+        )
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     LAYOUTS[layout](path, config, params, dtype)

@@ -143,6 +143,7 @@ _STORAGES = {
         Untyped="u1",
     ).items()
 }
+_PARAMETERS = "torch.nn.modules.container.ParameterDict"
 _CALLS: dict[str, Callable] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
@@ -193,7 +194,11 @@ class _Reader(pickle._Unpickler):
         self._new()
 
     def _set_state(self) -> None:
-        self.stack.pop()
+        """The state of an object; of torch's dict of parameters, which is read, its content."""
+        state, made = self.stack.pop(), self.stack[-1]
+        if isinstance(made, Unread) and made.name == _PARAMETERS and isinstance(state, dict):
+            content = state.get("_parameters")
+            self.stack[-1] = content if isinstance(content, dict) else made
 
     dispatch = {
         **pickle._Unpickler.dispatch,
@@ -294,7 +299,8 @@ def _weights(tree: Any) -> dict[str, _Tensor]:
     if isinstance(tree, dict):
         inner = [node for node in tree.values() if has_tensors(node)]
         only = inner[0] if len(inner) == 1 and not has_tensors(tree) else tree
-        tree = tree["state_dict"] if isinstance(tree.get("state_dict"), dict | Unread) else only
+        named = (tree.get(key) for key in ("state_dict", "string_to_param"))
+        tree = next((part for part in named if isinstance(part, dict | Unread)), only)
     if not isinstance(tree, dict):
         what = tree.name if isinstance(tree, Unread) else type(tree).__name__
         raise ValueError(f"holds a {what}, where a dict of tensors was expected")
@@ -307,7 +313,10 @@ def _weights(tree: Any) -> dict[str, _Tensor]:
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Stored]:
-    """The tensors of a torch checkpoint by name: at its top, in "state_dict", or in its only dict.
+    """The tensors of a torch checkpoint by name.
+
+    They are at its top, in "state_dict", in "string_to_param" (textual inversions), or in its only
+    dict.
 
     All other content is ignored. A tensor is read on access: a read-only view with the shape, dtype
     (bfloat16 by ml_dtypes) and memory order of the saved tensor.

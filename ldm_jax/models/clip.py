@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ldm_jax.models.tokens import TokenEmbed
+
 
 def quick_gelu(x: jax.Array) -> jax.Array:
     """x·σ(1.702x), Hendrycks & Gimpel 2016, §2: close to GELU, and used by OpenAI."""
@@ -150,7 +152,8 @@ class CLIPText(nn.Module):
         `text_projection`. None: the end is where the id is highest, as in the originals. Else: it
         is the first token of this id (the first of all if there is none), as in transformers where
         `eos_token_id` is not 2. With CLIP's ids, where the end token 49407 is the highest, both
-        agree, except for tokens that were added later.
+        agree.
+      added: the numbers of vectors of tokens that were added, see `TokenEmbed`; never the end.
 
     An unused one of hidden and pooled, and the blocks that only it needs, cost nothing under jit.
 
@@ -170,6 +173,7 @@ class CLIPText(nn.Module):
     layer: int | str = "last"
     final_norm: bool = True
     eos: int | None = None
+    added: tuple[int, ...] = ()
     epsilon: float = 1e-5
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
@@ -179,13 +183,7 @@ class CLIPText(nn.Module):
         self._check(tokens)
         index = layer_index(self.layer, self.depth)
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        embed = nn.Embed(
-            self.vocab_size,
-            self.width,
-            embedding_init=nn.initializers.normal(0.02),
-            name="token_embedding",
-            **types,
-        )
+        embed = TokenEmbed(self.vocab_size, self.width, self.added, name="token_embedding", **types)
         shape = (self.max_length, self.width)
         init = nn.initializers.normal(0.01)
         positions = self.param("position_embedding", init, shape, self.param_dtype)
@@ -204,7 +202,8 @@ class CLIPText(nn.Module):
             hidden.append(block(hidden[-1]))
 
         norm = layer_norm("final_layer_norm", self.epsilon, **types)
-        ends = jnp.argmax(tokens if self.eos is None else tokens == self.eos, axis=1)
+        own = jnp.where(tokens < self.vocab_size, tokens, -1) if self.added else tokens
+        ends = jnp.argmax(own if self.eos is None else own == self.eos, axis=1)
         pooled = norm(jnp.take_along_axis(hidden[-1], ends[:, None, None], axis=1)[:, 0])
         if self.projection is not None:
             init = nn.initializers.normal(self.width**-0.5)
@@ -227,6 +226,7 @@ class CLIPText(nn.Module):
             raise ValueError(f"{tokens.shape[1]} tokens, but max_length is {self.max_length}")
         if not isinstance(tokens, jax.core.Tracer):
             ids = np.asarray(tokens)
-            wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
+            size = self.vocab_size + sum(self.added)
+            wrong = ids[(ids < 0) | (ids >= size)]
             if wrong.size:
-                raise ValueError(f"token {wrong[0]}, but vocab_size is {self.vocab_size}")
+                raise ValueError(f"token {wrong[0]}, but vocab_size is {size}")

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ldm_jax.models.attention import Attention, FeedForward
+from ldm_jax.models.tokens import TokenEmbed
 
 
 class TextTransformer(nn.Module):
     """Tokens (B, L ≤ max_length), int → (B, L, width): Rombach et al. 2022, §D.3 and §E.2.
 
     Pre-norm blocks with learned absolute positions and no mask: padding is attended to, as in the
-    originals, which always pad to the full length.
+    originals, which always pad to the full length. `added`: see `TokenEmbed`.
     """
 
     vocab_size: int = 30522
@@ -21,6 +22,7 @@ class TextTransformer(nn.Module):
     head_dim: int = 64
     max_length: int = 77
     dropout: float = 0.0
+    added: tuple[int, ...] = ()
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
@@ -34,9 +36,7 @@ class TextTransformer(nn.Module):
         def norm(name):
             return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name, **types)
 
-        embed = nn.Embed(
-            self.vocab_size, self.width, embedding_init=normal, name="token_emb", **types
-        )
+        embed = TokenEmbed(self.vocab_size, self.width, self.added, name="token_emb", **types)
         positions = self.param("pos_emb", normal, (self.max_length, self.width), self.param_dtype)
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
         h = embed(tokens)

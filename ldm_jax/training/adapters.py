@@ -57,11 +57,12 @@ class Options:
 @dataclasses.dataclass(frozen=True)
 class Adapters:
     """The factors of a run: their options, the paths of the kernels they change, and the section
-    "base" of the exported file."""
+    "base" of the exported file; `file` is what `write` is given."""
 
     options: Options
     kernels: tuple[str, ...]
     base: dict[str, Any]
+    file: str = "lora.safetensors"
 
     @property
     def networks(self) -> tuple[str, ...]:

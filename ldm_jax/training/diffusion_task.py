@@ -23,6 +23,7 @@ from ldm_jax.training.accumulation import mean_over_parts
 from ldm_jax.training.adapters import Adapters
 from ldm_jax.training.batches import Prepare, about_data, training_loader
 from ldm_jax.training.evaluators import options_of
+from ldm_jax.training.inversion import Inversion
 from ldm_jax.training.latents import LatentSource, moments, sample_latents
 from ldm_jax.training.state import Params
 from ldm_jax.training.summary import first_pictures, log_summary
@@ -41,8 +42,8 @@ class DiffusionTask:
 
     `embedders` are those of training: `model.embedders` or their replacements. `resolved` is the
     config as plain values, completed by the model that training starts from; it is exported with
-    the model. `frozen` includes the autoencoder's parameters. With `adapters`, their factors train
-    and nothing else.
+    the model. `frozen` includes the autoencoder's parameters. With `adapters`, their factors train,
+    or the vectors of a new token, and nothing else.
     """
 
     config: Any
@@ -54,7 +55,7 @@ class DiffusionTask:
     source: Any
     held_out: Any
     conditions: tuple[Condition, ...]
-    adapters: Adapters | None = None
+    adapters: Adapters | Inversion | None = None
 
     @property
     def ema_networks(self) -> tuple[str, ...]:
@@ -181,8 +182,11 @@ class DiffusionTask:
         """What draws with averaged parameters; with adapters, before it the model without them."""
         config = self.resolved | {"image_size": self.config.data.image_size}
         params, lora = separated(merge(self.frozen, ema))
-        changes = ((),) if self.adapters is None else ((), ((lora, 1.0),))
-        return [Pipeline(self.model, params, config, loras) for loras in changes]
+        drawn = [Pipeline(self.model, params, config, ((lora, 1.0),) if lora else ())]
+        if self.adapters is not None:
+            base = separated(merge(self.frozen, {}))[0]
+            drawn.insert(0, Pipeline(self.model, base, config))
+        return drawn
 
     def export(self, ema):
         about = {name: self.resolved[name] for name in KEPT}

@@ -201,10 +201,10 @@ def _train(
         params = to_host(params)
         if is_first():
             save_model(workdir / f"{name}.safetensors", about, params)
-    if config.get("adapters"):
+    if (adapters := getattr(task, "adapters", None)) is not None:
         factors = to_host(state.ema)
         if is_first():
-            task.adapters.write(workdir / "lora.safetensors", factors, task.resolved)
+            adapters.write(workdir / adapters.file, factors, task.resolved)
     if is_first():
         log.info("Report: %s", write_report(workdir))
     if step == settings.steps and metrics is None:

@@ -16,6 +16,7 @@ from ldm_jax.interop.opening import open_any
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.build import Autoencoder, make_autoencoder
 from ldm_jax.models.remat import check_remat
+from ldm_jax.training import inversion
 from ldm_jax.training.abstract import blank_source, first_stage_shapes
 from ldm_jax.training.adapters import make_adapters, read_options
 from ldm_jax.training.autoencoder_task import DISCRIMINATOR_LOSSES, AutoencoderTask
@@ -49,7 +50,8 @@ def make_task(config: Any, index: Path | None = None, abstract: bool = False) ->
     check_remat("train.remat", config.train.get("remat", ""))
     if config.task not in TASKS:
         raise ValueError(f"task={config.task!r}: choose one of {', '.join(TASKS)}")
-    read_options(config)  # for its checks
+    for read in (read_options, inversion.read_options):
+        read(config)  # for its checks
     return TASKS[config.task](config, index, abstract)
 
 
@@ -104,6 +106,9 @@ def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask
         )
     opened = open_any(config.init_from) if config.init_from else None
     config, resolved = _resolved(config, opened)
+    new_token = inversion.read_options(config)
+    if new_token is not None:
+        resolved = inversion.with_new_token(resolved, new_token)
     conditions = make_conditions(config.data.conditions)
     embedders = make_embedders(resolved["conditioning"])
     check_conditions(conditions, {e.name: e.needs for e in embedders}, config.data.source)
@@ -127,8 +132,9 @@ def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask
     side = config.data.image_size // model.autoencoder.downsampling
     shape = (side, side, model.latent_channels)
     fresh = jax.eval_shape(lambda key: model.init(key, shape), jax.random.key(0))
-    options = read_options(config)
-    loaded, frozen = _start(config, opened, fresh, abstract and options is None)
+    options, paths = read_options(config), (config.init_from, config.first_stage)
+    shapes_alone = abstract and options is None and new_token is None
+    loaded, frozen = _start(config, opened, fresh, shapes_alone)
     params = first_stage_shapes(model) if abstract else jax.device_put(first_stage)
     if not abstract:
         before = merge(loaded, frozen) | {"autoencoder": params}
@@ -138,8 +144,11 @@ def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask
     trains, adapters = split(fresh, config.trainable)[0], None
     if options is not None:
         check_frozen(fresh, loaded)
-        paths = config.init_from, config.first_stage
         adapters, frozen, loaded = make_adapters(options, loaded, resolved, *paths)
+        trains = adapters.networks
+    if new_token is not None:
+        adapters, frozen, loaded = inversion.make_inversion(new_token, loaded, resolved, *paths)
+        check_frozen(fresh, frozen)
         trains = adapters.networks
     if abstract:
         loaded, frozen = jax.eval_shape(lambda: (loaded, frozen))
@@ -150,6 +159,8 @@ def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask
             LatentSource(pictures, make_autoencoder(resolved["autoencoder"]), params, pixels)
             for pictures in (source, held_out)
         )
+    if new_token is not None:  # after latents, for which conditions read pictures
+        conditions += () if abstract else inversion.captions(new_token, source)
     frozen = frozen | {"autoencoder": params}
     parts = (config, resolved, model, embedders, frozen, loaded, source, held_out)
     return DiffusionTask(*parts, conditions, adapters)
