@@ -256,7 +256,8 @@ def test_what_is_drawn_and_compared(monkeypatch):
 
     def measured(*given, **options):
         calls.append((given, options))
-        return {"fd": 1.0, "copied": 0.5, "novelty_p": 0.25}, np.zeros((2, 4, 4, 3), np.uint8)
+        metrics = {"fd": 1.0, "copied": 0.5, "novelty_p": 0.25}
+        return types.SimpleNamespace(metrics=metrics)
 
     monkeypatch.setattr(drawn_evaluators, "scene_metrics", measured)
     monkeypatch.setattr(drawn_evaluators, "drawn_metrics", measured)
