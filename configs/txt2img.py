@@ -34,7 +34,7 @@ def text(vocabulary: str, max_length: int) -> dict:
 
 
 def scenes() -> ml_collections.ConfigDict:
-    sampling = dict(prompts=SCENES, guidance=2.0)
+    sampling = dict(prompts=SCENES, guidance=4.0)
     return common.scenes_diffusion(text("scenes", 24), sampling, context_dim=128)
 
 
