@@ -157,13 +157,14 @@ def draw(
     fields of `Guidance` and `Sampling`; None is the default. `weak_pipe` is the pipeline of
     autoguidance, from the file `weak`. `files` are conditions, by their flags: see
     `condition_arguments`. `loras` and `embeddings` change the model: see `with_loras` and
-    `with_embeddings`. `prompt_syntax` is one of
-    `Pipeline.with_prompt_syntax`. `interpolate` draws this many pictures of one prompt between the
-    noise of the seed and that of the next, and `interpolation.gif`. `previews` adds `previews.png`:
-    the model's predictions at this many steps, a row for each picture.
+    `with_embeddings`. `prompt_syntax` is one of `Pipeline.with_prompt_syntax`. `interpolate` draws
+    this many pictures of one prompt between the noise of the seed and that of the next, and
+    `interpolation.gif`. `previews` adds `previews.png`: the model's predictions at this many steps,
+    a row for each picture.
     """
     out, pipe = Path(out), with_embeddings(with_loras(pipe, loras), embeddings)
-    pipe = pipe.with_prompt_syntax(prompt_syntax)
+    if prompt_syntax != "plain":
+        pipe = pipe.with_prompt_syntax(prompt_syntax)
     weak_pipe = None if weak_pipe is None else with_embeddings(weak_pipe, embeddings)
     if settings.get("guidance") is None:
         inverted = edit is not None and edit.source

@@ -282,7 +282,7 @@ def test_drawn_scenes_are_judged_in_training(tmp_path):
     config.unet.update(model_channels=32, channel_mult=(1,), attention_resolutions=(1,))
     config.data.scenes.update(train_scenes=8, held_out_scenes=8)
     config.optimizer.update(name="adamw", lr=1e-3)
-    config.train.update(steps=2, batch_size=4, log_every=1, preview_every=2, checkpoint_every=2)
+    config.train.update(steps=2, batch_size=8, log_every=1, preview_every=2, checkpoint_every=2)
     config.sampling.steps = 2
     config.evaluators.task.update(every=1, count=2, steps=1)
     found = ldm_jax.train(config, tmp_path)
