@@ -45,9 +45,9 @@ def _distance(task: Any, ema: Any, options: Options) -> dict[str, float]:
 
 def _check_novelty(task: Any, options: Options) -> None:
     del options
-    _check_drawable(task, "novelty")
     if not len(task.held_out):
         raise ValueError("evaluators.novelty: no data are held out; see data.held_out")
+    _check_drawable(task, "novelty")
 
 
 def _novelty(task: Any, ema: Any, options: Options) -> dict[str, float]:
