@@ -7,7 +7,7 @@ from ldm_jax.data.scenes import SceneSource
 from ldm_jax.evaluation import drawn_metrics, scene_metrics
 from ldm_jax.metrics.extractors import load_extractor
 from ldm_jax.pipeline import Pipeline
-from ldm_jax.training.evaluators import Drawn
+from ldm_jax.training.evaluators import DrawnEvaluator
 
 NOVELTY = ("copied", "novelty_p")  # of `drawn_metrics`
 Options = dict[str, Any]
@@ -56,9 +56,9 @@ def _novelty(task: Any, ema: Any, options: Options) -> dict[str, float]:
 
 
 DRAWN = {
-    "task": Drawn(_check_task, _task),
-    "distance": Drawn(_check_distance, _distance),
-    "novelty": Drawn(_check_novelty, _novelty),
+    "task": DrawnEvaluator(_check_task, _task),
+    "distance": DrawnEvaluator(_check_distance, _distance),
+    "novelty": DrawnEvaluator(_check_novelty, _novelty),
 }
 
 

@@ -22,6 +22,7 @@ from ldm_jax.interop.changes import scale_of
 from ldm_jax.interop.lora_writer import LAYOUTS, PREFIXES, layer_names, write_lora
 from ldm_jax.models.layers import uniform_init
 from ldm_jax.models.low_rank import DOWN, MAGNITUDE, SCALE, UP
+from ldm_jax.training.sections import read_section
 from ldm_jax.training.trainable import merge
 
 Params = dict[str, Any]
@@ -97,22 +98,9 @@ def read_options(config: Any) -> Options | None:
 
     Raises ValueError for a value that is not allowed, and beside settings that it excludes.
     """
-    if not config.get("adapters"):
+    options = read_section(config, "adapters", Options)
+    if options is None:
         return None
-    section = dict(config.adapters)
-    known = [field.name for field in dataclasses.fields(Options)]
-    if unknown := sorted(section.keys() - set(known)):
-        raise ValueError(f"adapters has no option {unknown[0]!r}; it has {', '.join(known)}")
-    options = Options(**section)
-    if config.task != "diffusion":
-        raise ValueError(f"adapters change models of task='diffusion', not task={config.task!r}")
-    if not config.init_from:
-        raise ValueError("adapters change a trained model: name it with init_from=PATH")
-    if tuple(config.trainable) != (".*",):
-        raise ValueError(
-            f"trainable={tuple(config.trainable)}: with adapters only their factors train, which "
-            "adapters.targets chooses; leave trainable at its default"
-        )
     if not isinstance(options.rank, int) or isinstance(options.rank, bool) or options.rank < 1:
         raise ValueError(f"adapters.rank={options.rank}: choose a whole number above 0")
     if not (math.isfinite(options.alpha) and options.alpha > 0):

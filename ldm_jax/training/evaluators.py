@@ -28,7 +28,7 @@ Metrics = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class DrawnEvaluator:
     """An evaluator of drawn pictures.
 
     check: `(task, options)`; raises an error for data or options that it cannot use.
@@ -66,7 +66,9 @@ def options_of(config: Any, name: str) -> dict[str, Any]:
     return OPTIONS[name] | dict(config.get("evaluators", {}).get(name, {}))
 
 
-def make_evaluators(config: Any, task: Any, drawn: Mapping[str, Drawn]) -> tuple[Evaluator, ...]:
+def make_evaluators(
+    config: Any, task: Any, drawn: Mapping[str, DrawnEvaluator]
+) -> tuple[Evaluator, ...]:
     """The evaluators of a run, the task's own first; those that never measure are left out.
 
     `drawn` has the evaluators that draw pictures, by name.

@@ -20,6 +20,7 @@ from ldm_jax.interop.adapted import about_base
 from ldm_jax.interop.embeddings import FILE, table_of, with_token, write_embedding
 from ldm_jax.interop.networks import texts
 from ldm_jax.models.tokens import ADDED
+from ldm_jax.training.sections import read_section
 from ldm_jax.training.trainable import merge
 
 Params = dict[str, Any]
@@ -100,24 +101,11 @@ def read_options(config: Any) -> Options | None:
 
     Raises ValueError for a value that is not allowed, and beside settings that it excludes.
     """
-    if not config.get("inversion"):
+    options = read_section(config, "inversion", Options)
+    if options is None:
         return None
-    section = dict(config.inversion)
-    known = [field.name for field in dataclasses.fields(Options)]
-    if unknown := sorted(section.keys() - set(known)):
-        raise ValueError(f"inversion has no option {unknown[0]!r}; it has {', '.join(known)}")
-    options = Options(**section | {"captions": tuple(section.get("captions", Options.captions))})
-    if config.task != "diffusion":
-        raise ValueError(f"inversion is of models of task='diffusion', not task={config.task!r}")
     if config.get("adapters"):
         raise ValueError("inversion and adapters are two trainings: remove one of the two sections")
-    if not config.init_from:
-        raise ValueError("inversion is of a trained model: name it with init_from=PATH")
-    if tuple(config.trainable) != (".*",):
-        raise ValueError(
-            f"trainable={tuple(config.trainable)}: with inversion only the new vectors train; "
-            "leave trainable at its default"
-        )
     if config.get("prior") and config.prior.prompt:
         raise ValueError("inversion changes no other word, and needs no prior.prompt: remove it")
     count = options.vectors

@@ -35,7 +35,7 @@ from ldm_jax.runtime.processes import Together, gather, is_first, together
 from ldm_jax.training.accumulation import check_parts
 from ldm_jax.training.damage import find_damage, stop_if_damaged, stop_if_not_finite
 from ldm_jax.training.ema import more_averages
-from ldm_jax.training.evaluators import HELD_OUT, Drawn, Evaluator, make_evaluators
+from ldm_jax.training.evaluators import HELD_OUT, DrawnEvaluator, Evaluator, make_evaluators
 from ldm_jax.training.optimizer import make_optimizer
 from ldm_jax.training.program import STOP, step_flops, step_program
 from ldm_jax.training.report import write_report
@@ -69,7 +69,7 @@ def train(
     config: Any,
     workdir: str | Path,
     dry_run: bool = False,
-    drawn: Mapping[str, Drawn] | None = None,
+    drawn: Mapping[str, DrawnEvaluator] | None = None,
 ) -> dict[str, float]:
     """Trains `config` in `workdir`, resuming the run there, and returns the final metrics.
 
@@ -130,7 +130,7 @@ def _train(
     config: Any,
     workdir: Path,
     dry_run: bool,
-    drawn: Mapping[str, Drawn],
+    drawn: Mapping[str, DrawnEvaluator],
     stack: contextlib.ExitStack,
     stop: StopRequest,
     processes: Together,

@@ -20,7 +20,6 @@ from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.low_rank import DOWN, MAGNITUDE, SCALE, UP
 from ldm_jax.runtime.logging import read_metrics
 from ldm_jax.training.adapters import Options, make_adapters
-from ldm_jax.training.diffusion_task import DiffusionTask
 from ldm_jax.training.loop import train
 from ldm_jax.training.optimizer import make_optimizer
 from ldm_jax.training.state import init_state
@@ -29,7 +28,6 @@ from ldm_jax.training.trainable import merge
 from tests import tiny_models
 from tests.conftest import ROOT
 from tests.models.published import config_file
-from tests.training.least_squares import Crash
 from tests.training.variants import photographs
 
 MODEL = tiny_models.config(
@@ -184,19 +182,8 @@ def run(base, tmp_path_factory):
 
 
 @pytest.mark.long
-def test_a_run_that_dies_ends_where_an_uninterrupted_one_does(base, run, tmp_path, monkeypatch):
-    whole = DiffusionTask.batches
-
-    def dying(task, start):
-        for step, batch in whole(task, start):
-            if step == 3:
-                raise Crash
-            yield step, batch
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DiffusionTask, "batches", dying)
-        with pytest.raises(Crash):
-            train(lora(base), tmp_path / "run")
+def test_a_run_that_dies_ends_where_an_uninterrupted_one_does(base, run, tmp_path, interrupted):
+    interrupted(lora(base), tmp_path / "run", step=3)
     assert not (tmp_path / "run" / "lora.safetensors").exists()
     train(lora(base), tmp_path / "run")
     for name in ("lora.safetensors", "model.safetensors"):

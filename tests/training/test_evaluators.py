@@ -16,7 +16,7 @@ from ldm_jax.drawn_evaluators import DRAWN
 from ldm_jax.runtime.logging import read_metrics
 from ldm_jax.runtime.mesh import make_mesh
 from ldm_jax.training import loop, validation
-from ldm_jax.training.evaluators import WITH_PREVIEWS, Drawn, make_evaluators
+from ldm_jax.training.evaluators import WITH_PREVIEWS, DrawnEvaluator, make_evaluators
 from ldm_jax.training.loop import train
 from ldm_jax.training.tasks import make_task
 from tests.training.least_squares import Task, model, reports, steps
@@ -67,7 +67,7 @@ def counting(every=0):
         calls.append(options)
         return {"objects": float(len(calls))}
 
-    drawn = {"task": Drawn(lambda *_: None, measure)}
+    drawn = {"task": DrawnEvaluator(lambda *_: None, measure)}
     config = steps(12, **{"train.preview_every": 6, "train.checkpoint_every": 6})
     config.task = "diffusion"
     config.evaluators = {"task": {"every": every, "count": 3}}
@@ -117,7 +117,7 @@ def test_an_evaluator_that_fails_does_not_stop_training(with_data, tmp_path, cap
 
     config, _, _ = counting(every=6)
     with caplog.at_level(logging.WARNING):
-        train(config, tmp_path, drawn={"task": Drawn(lambda *_: None, fail)})
+        train(config, tmp_path, drawn={"task": DrawnEvaluator(lambda *_: None, fail)})
     assert "task could not be measured at step 6: features are not finite" in caplog.text
     assert (tmp_path / "model.safetensors").exists() and not reports(tmp_path, "task")
 

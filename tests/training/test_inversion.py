@@ -15,7 +15,6 @@ from ldm_jax.interop.embeddings import read_embeddings
 from ldm_jax.interop.files import open_state
 from ldm_jax.interop.native import save_model
 from ldm_jax.runtime.logging import read_metrics
-from ldm_jax.training.diffusion_task import DiffusionTask
 from ldm_jax.training.loop import train
 from ldm_jax.training.optimizer import make_optimizer
 from ldm_jax.training.state import init_state
@@ -23,7 +22,6 @@ from ldm_jax.training.tasks import make_task
 from tests import tiny_models
 from tests.conftest import ROOT
 from tests.models.published import config_file
-from tests.training.least_squares import Crash
 from tests.training.variants import photographs
 
 MODEL = tiny_models.config(
@@ -158,19 +156,8 @@ def test_previews_and_metrics_compare_with_the_first_words(trained):
 
 
 @pytest.mark.long
-def test_a_run_that_dies_ends_where_an_uninterrupted_one_does(base, trained, tmp_path, monkeypatch):
-    whole = DiffusionTask.batches
-
-    def dying(task, start):
-        for step, batch in whole(task, start):
-            if step == 3:
-                raise Crash
-            yield step, batch
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DiffusionTask, "batches", dying)
-        with pytest.raises(Crash):
-            train(invert(base), tmp_path / "run")
+def test_a_run_that_dies_ends_where_an_uninterrupted_one_does(base, trained, tmp_path, interrupted):
+    interrupted(invert(base), tmp_path / "run", step=3)
     assert not (tmp_path / "run" / "learned_embeds.safetensors").exists()
     train(invert(base), tmp_path / "run")
     for name in ("learned_embeds.safetensors", "model.safetensors", "a1111/mine.safetensors"):
