@@ -58,6 +58,8 @@ def read_annotations(paths: Sequence[str], pictures: Iterable[str]) -> Annotatio
             matches = {number: find(name) for number, name in files.items()}
             found = {number: match[0] for number, match in matches.items() if len(match) == 1}
             own = {int(entry["id"]): entry["name"] for entry in content.get("categories", ())}
+            if not all("caption" in entry or "bbox" in entry for entry in content["annotations"]):
+                raise ValueError("an annotation has neither a caption nor a bbox")
             for entry in content["annotations"]:
                 picture = found.get(entry["image_id"])
                 if "caption" in entry and picture:

@@ -110,6 +110,7 @@ def test_pictures_that_are_not_there_are_counted(pictures, written, caplog):
         ("{", "x.json: expected COCO's format"),
         ('{"images": [{"id": 1}], "annotations": []}', "KeyError.'file_name'"),
         ('{"images": [], "annotations": [{"image_id": 1, "bbox": [1, 2]}]}', "category_id"),
+        ('{"images": [], "annotations": [{"image_id": 1, "segments_info": []}]}', "neither a capt"),
         (
             '{"images": [], "categories": [{"id": 1, "name": "a"}], '
             '"annotations": [{"image_id": 1, "category_id": 2, "bbox": [0, 0, 1, 1]}]}',

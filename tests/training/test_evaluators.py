@@ -237,6 +237,17 @@ def test_the_validation_loss_of_a_network_that_predicts_nothing(task, shapes):
     np.testing.assert_allclose(found, expected, rtol=0.06)
 
 
+def test_each_timestep_has_noise_of_its_own(task, shapes):
+    """A network that predicts nothing of ε has the error of ε alone, whatever the timestep."""
+    diffusion = dataclasses.replace(task.model.diffusion, parameterization="eps")
+    model = dataclasses.replace(task.model, diffusion=diffusion)
+    zeros = jax.tree.map(lambda p: np.zeros(p.shape, np.float32), shapes)
+    errors = dataclasses.replace(task, model=model)._errors(zeros)
+    np.testing.assert_allclose(errors.mean(), 1.0, rtol=0.02)
+    assert all(len(set(row)) == len(row) for row in errors)
+    assert len(set(errors[:, 0])) == len(errors)
+
+
 def test_the_summary_of_errors():
     """Pairs with means 1 and 3: the standard error of 2 is √2/√2."""
     errors = np.array([[0.0, 2.0] * 4, [2.0, 4.0] * 4])
