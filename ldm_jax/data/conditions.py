@@ -29,10 +29,12 @@ KNOWN = {"scenes": ("segmentation", "boxes")}
 
 
 class Condition(Protocol):
-    """Makes `entries` of an example; reads `picture.SUFFIX` beside it, "" for no file."""
+    """Makes `entries` of an example; reads `picture.SUFFIX` beside it, "" for no file, unless the
+    example has the entry `instead`."""
 
     name: str
     suffix: str
+    instead: str
 
     @property
     def entries(self) -> tuple[str, ...]: ...
@@ -46,6 +48,7 @@ class Named:
 
     name: str
     suffix: ClassVar[str] = ""
+    instead: ClassVar[str] = ""
 
     @property
     def entries(self) -> tuple[str, ...]:
@@ -132,6 +135,7 @@ class Sizes:
     name: str
     aesthetic_score: float = 6.0
     suffix: ClassVar[str] = ""
+    instead: ClassVar[str] = ""
     entries: ClassVar[tuple[str, ...]] = (
         "original_size",
         "crop",
@@ -157,10 +161,11 @@ class Segmentation(Named):
 
     classes: int = 182
     suffix: str = "segmentation.png"
+    instead: ClassVar[str] = "segmentation"
 
     def __call__(self, example, rng):
         del rng
-        if "segmentation" in example:
+        if self.instead in example:
             path, labels = example["name"], example["segmentation"]
         else:
             path, labels = _map_beside(example, self)
@@ -200,21 +205,22 @@ class Boxes(Named):
     """Objects as the tokens of LDM's layout models, int32 (3·objects + 2,).
 
     Beside the picture lies a JSON list of {"category_id": 0 …, "bbox": [left, top, width, height]}
-    in pixels of the file, as COCO has them; scenes have theirs in the entries `categories` and
-    `boxes`. An object is three tokens: its category, the corner above left and the one below right
-    on a 90 × 90 grid over the picture; two more say which part of the file the picture is. Objects
-    outside of the picture or smaller than `min_area` of it are left out; of more than `objects`,
-    the first after shuffling stay. Places without an object hold
-    `tokens` − 1 (taming-transformers' ObjectsBoundingBoxConditionalBuilder).
+    in pixels of the file, as COCO has them; scenes, and folders with `data.annotations`, have
+    theirs in the entries `categories` and `boxes`. An object is three tokens: its category, the
+    corner above left and the one below right on a 90 × 90 grid over the picture; two more say which
+    part of the file the picture is. Objects outside of the picture or smaller than `min_area` of it
+    are left out; of more than `objects`, the first after shuffling stay. Places without an object
+    hold `tokens` − 1 (taming-transformers' ObjectsBoundingBoxConditionalBuilder).
     """
 
     objects: int = 30
     tokens: int = 8192
     min_area: float = 1e-4
     suffix: str = "boxes.json"
+    instead: ClassVar[str] = "categories"
 
     def __call__(self, example, rng):
-        if "categories" in example:
+        if self.instead in example:
             where, categories, boxes = example["name"], example["categories"], example["boxes"]
         else:
             where, categories, boxes = self.read(beside(example, self))
@@ -346,8 +352,11 @@ def check_files(conditions: Sequence[Condition], source: Any) -> None:
       FileNotFoundError: counts the missing files, and names the first.
     """
     for condition in conditions:
-        if not condition.suffix or not len(source) or "path" not in source.describe(0):
-            continue  # it reads no file, or what the source itself knows
+        if not condition.suffix or not len(source):
+            continue
+        described = source.describe(0)
+        if "path" not in described or condition.instead in described:
+            continue  # the source itself knows
         paths = [beside(source.describe(i), condition) for i in range(len(source))]
         missing = [path for path in paths if not path.is_file()]
         if missing:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from configs import layout
 from ldm_jax.data.coco import read_annotations
-from ldm_jax.data.conditions import make_conditions
+from ldm_jax.data.conditions import check_files, make_conditions
 from ldm_jax.data.folder import FolderSource
 from ldm_jax.data.sources import open_source
 from ldm_jax.data.transforms import compose
@@ -83,6 +83,16 @@ def test_boxes_are_tokens_of_a_layout(pictures, files):
     last = sections - 1
     assert above_left == (round(4 / 20 * last), 0)
     assert below_right == (round(12 / 20 * last), last)
+
+
+def test_boxes_of_annotations_need_no_files_beside_the_pictures(pictures, files):
+    conditions = make_conditions(layout.get_config().data.conditions)
+    check_files(conditions, FolderSource(pictures, "all", image_size=16, annotations=files))
+    with pytest.raises(FileNotFoundError, match="3 of 3 pictures have no file .boxes.json beside"):
+        check_files(conditions, FolderSource(pictures, "all", image_size=16))
+    with pytest.raises(FileNotFoundError, match="3 of 3 pictures have no file .boxes.json beside"):
+        captions = FolderSource(pictures, "all", image_size=16, annotations=files[1:])
+        check_files(conditions, captions)
 
 
 def test_a_random_caption(pictures, files):
