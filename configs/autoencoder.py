@@ -5,7 +5,7 @@
 
 Variants, as in --config=configs/autoencoder.py:smoke
 
-    scenes  scenes and emoji in turn, 64 px → 8×8×16 latents (default)
+    scenes  scenes and emoji in turn, 64 px → 8×8×16 latents (default; 45 minutes on two CPU cores)
     emoji   1,697 training emoji alone
     decoder the decoder alone, from --config.init_from=runs/autoencoder: latents stay bit for bit as
             they are, and models trained on them can go on
