@@ -6,7 +6,7 @@
 
 Variants, as in --config=configs/txt2img.py:demo
 
-    scenes  one to four objects of 120 kinds on white, 64 px (default; an hour and a quarter on two CPU cores)
+    scenes  one to four objects of 120 kinds on white, 64 px (default; 75 minutes on two CPU cores)
     demo    one or two objects of 12 kinds, minutes on two CPU cores
     emoji   1,697 single emoji, which the model memorises (an hour and a half)
     smoke   a few steps of a tiny network, for tests
