@@ -7,8 +7,9 @@ Variants, as in --config=configs/autoencoder.py:smoke
 
     scenes  scenes and emoji in turn, 64 px → 8×8×16 latents (default; 45 minutes on two CPU cores)
     emoji   1,697 training emoji alone
-    decoder the decoder alone, from --config.init_from=runs/autoencoder: latents stay bit for bit as
-            they are, and models trained on them can go on
+    decoder the decoder alone, from --config.init_from=runs/autoencoder, on noisy latents, so that
+            it forgives the errors of drawn ones. Latents stay bit for bit as they are, and models
+            trained on them can go on
     vq      a codebook of 1,024 entries in place of KL, not tuned
     smoke   a few steps of a tiny network, for tests
 
@@ -44,6 +45,7 @@ def scenes() -> ml_collections.ConfigDict:
         codebook_weight=1.0,  # of kind "vq"
         revival_weight=0.0,  # the same; draws unused entries of the codebook towards latents
         logvar_init=-6.0,
+        latent_noise=0.0,  # what the decoder reads, in standard deviations of the latents
         lpips="",
         perceptual_weight=1.0,
         disc_start=7500,  # never
@@ -66,6 +68,9 @@ def emoji() -> ml_collections.ConfigDict:
 def decoder() -> ml_collections.ConfigDict:
     config = scenes()
     config.trainable = ("^autoencoder/(decoder|post_quant_conv|conv_out)/", "^discriminator/")
+    config.loss.latent_noise = 0.4
+    config.optimizer.lr = 1e-3
+    config.train.steps = 3000
     return config
 
 

@@ -80,7 +80,8 @@ def train(batch, steps, ema):
 def autoencoder(name, batch, steps, layers, loss):
     """The config of a first stage; without EMA, as the originals."""
     # `logvar_init` is of the posterior. The originals start it at 0; LPIPS needs a file.
-    loss = dict(logvar_init=0.0, lpips="", perceptual_weight=1.0, disc_loss="hinge") | loss
+    defaults = dict(logvar_init=0.0, latent_noise=0.0, lpips="", perceptual_weight=1.0)
+    loss = defaults | dict(disc_loss="hinge") | loss
     return common.start() | dict(
         task="autoencoder",
         data=common.folder(256),

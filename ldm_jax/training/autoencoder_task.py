@@ -56,6 +56,23 @@ def vanilla_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
     return 0.5 * (jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake)))
 
 
+def noisy_latents(latents: jax.Array, level: jax.Array | float, key: jax.Array) -> jax.Array:
+    """Latents (B, h, w, c) with the kind of error that a diffusion model's have.
+
+    The noise of an image has the standard deviation |n|·`level`, n ~ N(0, 1), in units of the
+    standard deviation of the batch's latents. Half of its variance is the same at all positions,
+    as what is drawn is often tinted as a whole. A decoder that is trained on such latents draws
+    what they are near to, and not their errors (Zheng et al. 2025, arXiv 2510.11690, train theirs
+    on independent noise).
+    """
+    size, channels = len(latents), latents.shape[-1]
+    keys = jax.random.split(key, 3)
+    shapes = (size, 1, 1, 1), latents.shape, (size, 1, 1, channels)
+    n, own, common = map(functools.partial(per_example, jax.random.normal), keys, shapes)
+    spread = jax.lax.stop_gradient(jnp.std(latents))
+    return latents + spread * level * jnp.abs(n) * (own + common) / np.sqrt(2.0)
+
+
 DISCRIMINATOR_LOSSES = {"hinge": hinge_loss, "vanilla": vanilla_loss}
 
 
@@ -144,6 +161,8 @@ class AutoencoderTask:
                 z = mean + jnp.exp(0.5 * logvar) * per_example(jax.random.normal, key, mean.shape)
                 kl = jnp.mean(kl_divergence(mean, logvar))
                 cost, metrics = loss_config.kl_weight * kl, {"kl": kl}
+            if loss_config.get("latent_noise"):
+                z = noisy_latents(z, loss_config.latent_noise, jax.random.fold_in(key, 1))
             features = parts(lambda z: model.apply(variables, z, method=model.features))(z)
             return (features, cost), metrics
 

@@ -17,6 +17,7 @@ from ldm_jax.training.autoencoder_task import (
     AutoencoderTask,
     hinge_loss,
     kl_divergence,
+    noisy_latents,
     vanilla_loss,
 )
 from ldm_jax.training.tasks import make_task
@@ -67,6 +68,7 @@ def task(root, request):
     config = smoke(root)
     config.loss.disc_weight = 0.5
     config.loss.kl_weight = 1e-3  # large enough to be seen
+    config.loss.latent_noise = 0.3
     if request.param == "vq":
         config.autoencoder.update(kind="vq", n_embed=64)
     return make_task(config)
@@ -94,17 +96,21 @@ def reference(task: AutoencoderTask, params, batch, key, weight):
     """The whole loss in one expression, with the adversarial weight given."""
     x = to_signed(batch["image"])
 
+    def noisy(z):
+        return noisy_latents(z, task.config.loss.latent_noise, jax.random.fold_in(key, 1))
+
     def loss(autoencoder):
         variables = {"params": autoencoder}
         if isinstance(task.model, VQModel):
             z = task.model.apply(variables, x, method="prequant")
-            cost = x[0].size * task.model.apply(variables, z, method="nearest").loss
-            x_hat = task.model.apply(variables, z * task.model.scale_factor, method="decode")
+            z, cost, *_ = task.model.apply(variables, z, method="nearest")
+            cost *= x[0].size
         else:
             mean, logvar = task.model.apply(variables, x, method="moments")
             z = mean + jnp.exp(0.5 * logvar) * per_example(jax.random.normal, key, mean.shape)
             cost = task.config.loss.kl_weight * jnp.mean(kl_divergence(mean, logvar))
-            x_hat = task.model.apply(variables, z * task.model.scale_factor, method="decode")
+        x_hat = task.model.apply(variables, noisy(z), method="features")
+        x_hat = task.model.apply(variables, x_hat, method="last_layer")
         nll = jnp.sum(jnp.abs(x - x_hat)) / len(x)
         logits = task.discriminator.apply({"params": params["discriminator"]}, x_hat)
         return nll + cost - weight * jnp.mean(logits), x_hat
@@ -121,6 +127,20 @@ def reference(task: AutoencoderTask, params, batch, key, weight):
         "autoencoder": grads,
         "discriminator": jax.grad(discriminator_loss)(params["discriminator"]),
     }
+
+
+def test_noise_of_latents_has_a_level_for_each_image_and_a_common_half():
+    latents = 3.0 * np.random.default_rng(0).standard_normal((2000, 4, 4, 8), np.float32)
+    np.testing.assert_array_equal(noisy_latents(latents, 0.0, jax.random.key(0)), latents)
+    noise = np.asarray(noisy_latents(latents, 0.5, jax.random.key(0)) - latents)
+    assert noise.var() == pytest.approx((3.0 * 0.5) ** 2, rel=0.1)  # as E n² = 1
+    common = noise.mean((1, 2))
+    assert common.var() / noise.var() == pytest.approx(0.5 + 0.5 / 16, rel=0.05)
+    # |n| of each image: half normal, so its mean is √(2/π) and a third is below 0.43.
+    own = noise - noise.mean((1, 2), keepdims=True)
+    levels = np.sqrt(np.square(own).mean((1, 2, 3)) * 2 * 16 / 15) / (3.0 * 0.5)
+    assert levels.mean() == pytest.approx(np.sqrt(2 / np.pi), rel=0.05)
+    assert np.mean(levels < 0.43) == pytest.approx(1 / 3, abs=0.05)
 
 
 @pytest.mark.parametrize("adversarial", [False, True])
