@@ -6,12 +6,13 @@
 Variants, as in --config=configs/class2img.py:smoke
 
     scenes  one object of 120 kinds, anywhere (default)
+    folder  on your own pictures, from nothing
     emoji   all 1,697 training emoji in their nine groups
     smoke   a few steps of a tiny network, for tests
 
 On your own pictures, in a folder for each class:
 
-    --config.data.source=folder --config.data.path=DIR
+    --config=configs/class2img.py:folder --config.data.path=DIR
 
 and, unless they look like emoji, an autoencoder trained on them (configs/autoencoder.py) as
 --config.first_stage=runs/autoencoder. The classes are those of the data; the model knows their
@@ -42,14 +43,19 @@ def emoji() -> ml_collections.ConfigDict:
 
 
 def scenes() -> ml_collections.ConfigDict:
-    config = common.scenes_diffusion(label(), SAMPLING, context_dim=128)
+    config = common.from_bundled(folder(), steps=1200)
+    config.data.source = "scenes"
     config.data.scenes.objects = (1, 1)
     return config
+
+
+def folder() -> ml_collections.ConfigDict:
+    return common.on_folder(common.scenes_diffusion(label(), SAMPLING, context_dim=128))
 
 
 def smoke() -> ml_collections.ConfigDict:
     return common.smoke(emoji())
 
 
-VARIANTS = {"scenes": scenes, "emoji": emoji, "smoke": smoke}
+VARIANTS = {"scenes": scenes, "folder": folder, "emoji": emoji, "smoke": smoke}
 get_config = common.chooser("class2img", VARIANTS)

@@ -12,6 +12,7 @@ import ml_collections
 from ldm_jax.data.scene_options import SceneOptions
 from ldm_jax.diffusion.objective import Objective
 from ldm_jax.diffusion.process import Diffusion
+from ldm_jax.interop.native import BUNDLED
 from ldm_jax.training.evaluators import OPTIONS
 
 SCENE_KINDS = 120  # of object, in the configs that train on scenes
@@ -194,6 +195,22 @@ def scenes_diffusion(
     config.unet.in_channels += concat
     config.data.update(source="scenes", scenes=scenes(**COMPOSED))
     config.train.steps = 9000
+    return config
+
+
+def from_bundled(config: ml_collections.ConfigDict, steps: int) -> ml_collections.ConfigDict:
+    """`config`, whose UNet starts from the bundled model's: it knows what scenes look like, and
+    learns the condition."""
+    config.init_from, config.init_networks = str(BUNDLED), ("unet",)
+    config.data.scenes.train_scenes = 20_000
+    config.optimizer.update(lr=1e-3, warmup=50)
+    config.train.update(steps=steps, ema_decay=0.99, checkpoint_every=200, preview_every=400)
+    return config
+
+
+def on_folder(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """`config`, on a folder of the user."""
+    config.data.source = "folder"
     return config
 
 

@@ -7,11 +7,12 @@
 Variants, as in --config=configs/inpaint.py:smoke
 
     scenes  scenes of 120 kinds of object, LaMa's masks (default)
+    folder  on your own pictures, from nothing
     smoke   a few steps of a tiny network, for tests
 
 On your own pictures, with an autoencoder that was trained on them:
 
-    --config.data.source=folder --config.data.path=DIR --config.first_stage=runs/autoencoder
+    --config=configs/inpaint.py:folder --config.data.path=DIR --config.first_stage=runs/autoencoder
 
 The condition is LDM's (Rombach et al. 2022, §4.5): the latents of the picture whose masked part is
 black, and the mask, concatenated to the noisy latents.
@@ -22,7 +23,7 @@ import ml_collections
 from configs import common
 
 
-def scenes() -> ml_collections.ConfigDict:
+def base() -> ml_collections.ConfigDict:
     masked = dict(
         kind="masked_image",
         channels=16,  # of the latents
@@ -36,9 +37,17 @@ def scenes() -> ml_collections.ConfigDict:
     return config
 
 
+def scenes() -> ml_collections.ConfigDict:
+    return common.from_bundled(base(), steps=1200)
+
+
+def folder() -> ml_collections.ConfigDict:
+    return common.on_folder(base())
+
+
 def smoke() -> ml_collections.ConfigDict:
-    return common.smoke(scenes())
+    return common.smoke(base())
 
 
-VARIANTS = {"scenes": scenes, "smoke": smoke}
+VARIANTS = {"scenes": scenes, "folder": folder, "smoke": smoke}
 get_config = common.chooser("inpaint", VARIANTS)

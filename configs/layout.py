@@ -6,12 +6,13 @@
 Variants, as in --config=configs/layout.py:smoke
 
     scenes  scenes of 120 kinds of object (default)
+    folder  on your own pictures, from nothing
     smoke   a few steps of a tiny network, for tests
 
 On your own pictures, each with `picture.boxes.json` beside it ([{"category_id": 0, "bbox": [left,
 top, width, height]}, …], in pixels, as in COCO), and with an autoencoder that was trained on them:
 
-    --config.data.source=folder --config.data.path=DIR --config.first_stage=runs/autoencoder
+    --config=configs/layout.py:folder --config.data.path=DIR --config.first_stage=runs/autoencoder
 
 Each object is three tokens, its class and two corners; two more tell the crop. A transformer makes
 them the context of the UNet's cross-attention (Rombach et al. 2022, §4.3.1).
@@ -24,7 +25,7 @@ from configs import common
 OBJECTS, TOKENS = 4, 1_090  # 33 × 33 places for a corner, and one token for no object
 
 
-def scenes() -> ml_collections.ConfigDict:
+def base() -> ml_collections.ConfigDict:
     length = 3 * OBJECTS + 2
     boxes = dict(
         kind="array",
@@ -46,9 +47,17 @@ def scenes() -> ml_collections.ConfigDict:
     return config
 
 
+def scenes() -> ml_collections.ConfigDict:
+    return common.from_bundled(base(), steps=1200)
+
+
+def folder() -> ml_collections.ConfigDict:
+    return common.on_folder(base())
+
+
 def smoke() -> ml_collections.ConfigDict:
-    return common.smoke(scenes())
+    return common.smoke(base())
 
 
-VARIANTS = {"scenes": scenes, "smoke": smoke}
+VARIANTS = {"scenes": scenes, "folder": folder, "smoke": smoke}
 get_config = common.chooser("layout", VARIANTS)

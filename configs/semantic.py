@@ -6,12 +6,13 @@
 Variants, as in --config=configs/semantic.py:smoke
 
     scenes  scenes of 120 kinds of object (default)
+    folder  on your own pictures, from nothing
     smoke   a few steps of a tiny network, for tests
 
 On your own pictures, each with a label picture of its size beside it (`picture.segmentation.png`,
 whose values are classes), and with an autoencoder that was trained on them:
 
-    --config.data.source=folder --config.data.path=DIR --config.first_stage=runs/autoencoder
+    --config=configs/semantic.py:folder --config.data.path=DIR --config.first_stage=runs/autoencoder
     --config.data.conditions.segmentation.classes=182
     --config.conditioning.segmentation.shape='(None, None, 182)'
 
@@ -24,7 +25,7 @@ import ml_collections
 from configs import common
 
 
-def scenes() -> ml_collections.ConfigDict:
+def base() -> ml_collections.ConfigDict:
     classes = 1 + common.SCENE_KINDS
     segmentation = dict(
         kind="array",
@@ -38,9 +39,17 @@ def scenes() -> ml_collections.ConfigDict:
     return config
 
 
+def scenes() -> ml_collections.ConfigDict:
+    return common.from_bundled(base(), steps=1200)
+
+
+def folder() -> ml_collections.ConfigDict:
+    return common.on_folder(base())
+
+
 def smoke() -> ml_collections.ConfigDict:
-    return common.smoke(scenes())
+    return common.smoke(base())
 
 
-VARIANTS = {"scenes": scenes, "smoke": smoke}
+VARIANTS = {"scenes": scenes, "folder": folder, "smoke": smoke}
 get_config = common.chooser("semantic", VARIANTS)

@@ -7,11 +7,12 @@ Variants, as in --config=configs/superres.py:smoke
 
     scenes  scenes of 120 kinds of object, shrunk four times, bicubic (default)
     bsrgan, bsrgan_light    the same with BSRGAN's blur, noise and compression
+    folder  on your own pictures, from nothing
     smoke   a few steps of a tiny network, for tests
 
 On your own pictures, with an autoencoder that was trained on them:
 
-    --config.data.source=folder --config.data.path=DIR --config.first_stage=runs/autoencoder
+    --config=configs/superres.py:folder --config.data.path=DIR --config.first_stage=runs/autoencoder
 
 The small picture is concatenated to the noisy latents (Rombach et al. 2022, §4.4): there it has
 their size, here twice that, so each 2 × 2 of its pixels become the channels of one latent.
@@ -24,7 +25,7 @@ import ml_collections
 from configs import common
 
 
-def scenes(degradation: str = "pil_bicubic") -> ml_collections.ConfigDict:
+def base(degradation: str = "pil_bicubic") -> ml_collections.ConfigDict:
     small = dict(
         kind="array",
         output="concat",
@@ -37,10 +38,18 @@ def scenes(degradation: str = "pil_bicubic") -> ml_collections.ConfigDict:
     return config
 
 
+def scenes(degradation: str = "pil_bicubic") -> ml_collections.ConfigDict:
+    return common.from_bundled(base(degradation), steps=1200)
+
+
+def folder() -> ml_collections.ConfigDict:
+    return common.on_folder(base())
+
+
 def smoke() -> ml_collections.ConfigDict:
-    return common.smoke(scenes())
+    return common.smoke(base())
 
 
-VARIANTS = {"scenes": scenes, "smoke": smoke}
+VARIANTS = {"scenes": scenes, "folder": folder, "smoke": smoke}
 VARIANTS |= {name: partial(scenes, name) for name in ("bsrgan", "bsrgan_light")}
 get_config = common.chooser("superres", VARIANTS)

@@ -6,12 +6,13 @@
 Variants, as in --config=configs/unconditional.py:smoke
 
     scenes  scenes of 120 kinds of object (default)
+    folder  on your own pictures, from nothing
     emoji   all 1,697 training emoji
     smoke   a few steps of a tiny network, for tests
 
 On your own pictures:
 
-    --config.data.source=folder --config.data.path=DIR
+    --config=configs/unconditional.py:folder --config.data.path=DIR
 
 and, unless they look like emoji, an autoencoder trained on them (configs/autoencoder.py) as
 --config.first_stage=runs/autoencoder.
@@ -27,12 +28,16 @@ def emoji() -> ml_collections.ConfigDict:
 
 
 def scenes() -> ml_collections.ConfigDict:
-    return common.scenes_diffusion({}, {})
+    return common.from_bundled(common.scenes_diffusion({}, {}), steps=1200)
+
+
+def folder() -> ml_collections.ConfigDict:
+    return common.on_folder(common.scenes_diffusion({}, {}))
 
 
 def smoke() -> ml_collections.ConfigDict:
     return common.smoke(emoji())
 
 
-VARIANTS = {"scenes": scenes, "emoji": emoji, "smoke": smoke}
+VARIANTS = {"scenes": scenes, "folder": folder, "emoji": emoji, "smoke": smoke}
 get_config = common.chooser("unconditional", VARIANTS)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import ldm_jax
 from ldm_jax.evaluation import evaluate
@@ -19,7 +20,8 @@ SHORT = ("published:taesd", "published:sgm-mnist_cond")  # `make long` has the o
 TRACED = ("autoencoder:emoji", "txt2img:emoji", "class2img:emoji", "unconditional:emoji")
 TRACED += ("autoencoder:scenes", "txt2img:scenes", "class2img:scenes", "unconditional:scenes")
 TRACED += ("txt2img:demo", "inpaint:scenes", "superres:scenes", "semantic:scenes", "layout:scenes")
-TRACED += ("superres:bsrgan", "superres:bsrgan_light")
+TRACED += ("superres:bsrgan", "superres:bsrgan_light", "class2img:folder", "unconditional:folder")
+TRACED += ("inpaint:folder", "superres:folder", "semantic:folder", "layout:folder")
 # Trained whole in tests/test_end_to_end.py, or by a smaller variant with the same conditions.
 TRACED += ("autoencoder:smoke", "txt2img:smoke")
 TRACED += tuple(
@@ -113,6 +115,24 @@ def test_variant_by_shape(name, pictures, tmp_path):
         )  # fmt: skip
         assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
         assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("file", "fresh"),
+    [
+        ("class2img", ()),
+        ("layout", ()),
+        # Without a context, attention is of another kind.
+        *((name, ("qkv",)) for name in ("inpaint", "superres", "semantic", "unconditional")),
+    ],
+)
+def test_tasks_of_scenes_start_from_the_bundled_unet(file, fresh):
+    config = config_file(ROOT / "configs" / f"{file}.py").get_config()
+    config.data.scenes.update(train_scenes=8, held_out_scenes=8)
+    task = make_task(config)
+    wanted = flatten_dict(jax.eval_shape(task.init, jax.random.key(0), task.loaded)["unet"])
+    fresh_leaves = wanted.keys() - flatten_dict(task.loaded["unet"]).keys()
+    assert {leaf[-2] for leaf in fresh_leaves} == set(fresh)
 
 
 def test_the_table_of_variants_has_all_of_them():

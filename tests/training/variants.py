@@ -80,6 +80,8 @@ def reduced(config: ml_collections.ConfigDict, pictures: Path, workdir: Path) ->
         config.first_stage = str(path)
         if config.trainable != (".*",):
             config.init_from = str(path)
+    else:
+        config.init_from, config.init_networks = "", ()  # the bundled model is wider
     return config
 
 
