@@ -43,7 +43,7 @@ def emoji() -> ml_collections.ConfigDict:
 
 
 def scenes() -> ml_collections.ConfigDict:
-    config = common.from_bundled(folder(), steps=1200)
+    config = common.from_bundled(folder(), steps=800)
     config.data.source = "scenes"
     config.data.scenes.objects = (1, 1)
     return config
