@@ -81,7 +81,7 @@ def data(**fields) -> dict:
             augment=(),
             buckets=False,  # pictures of a folder keep their aspect ratio, nearly
             scenes=scenes(),
-            conditions={},  # made of a picture or of files beside it: ldm_jax/data/conditions.py
+            conditions={},  # made of a picture or of files beside it: data/condition_kinds.py
             workers=0,  # processes that read; 0: threads of this one
         )
         | fields

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ldm_jax.conditions.base import Embedder
-from ldm_jax.data.conditions import Boxes
+from ldm_jax.data.condition_kinds import Boxes
 from ldm_jax.data.images import composite, read_image
 from ldm_jax.data.placement import Placement
 from ldm_jax.pictures import to_signed

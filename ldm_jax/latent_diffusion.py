@@ -146,13 +146,15 @@ class LatentDiffusion:
         training: bool = True,
         examples: Examples | None = None,
         times: jax.Array | None = None,
+        mask: jax.Array | None = None,
     ) -> jax.Array:
         """Per-example loss (B,) on scaled latents (B, h, w, c).
 
         `training` turns on the dropout of conditions and of the networks. All randomness comes from
         each example's own key, except the networks' dropout. `examples` are those of the latents in
         a larger batch; None: they are the batch. `times` (B,) replace those that the objective
-        draws. `params` may have factors beside their kernels, see `models.low_rank`.
+        draws. `mask` (B, h, w, 1): how much of the loss counts. `params` may have factors beside
+        their kernels, see `models.low_rank`.
         """
         examples = all_examples(len(latents)) if examples is None else examples
         noise_key, condition_key, dropout_key = (jax.random.fold_in(key, i) for i in range(3))
@@ -184,6 +186,7 @@ class LatentDiffusion:
             params["logvar"]["value"] if self.objective.learn_logvar else None,
             examples,
             times,
+            mask,
         )
 
     def predict(

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ldm_jax.condition_files import condition_arguments
-from ldm_jax.data.conditions import Boxes, LowResolution, Segmentation
+from ldm_jax.data.condition_kinds import Boxes, LowResolution, Segmentation
 from ldm_jax.data.placement import Placement
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.latent_diffusion import LatentDiffusion

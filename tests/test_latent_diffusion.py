@@ -59,18 +59,19 @@ def inputs(model, captions):
 
 @pytest.mark.parametrize("kind", ["eps", "x0", "v"])
 def test_loss_of_a_silent_network_is_the_mean_square_of_its_target(root, kind):
-    """A fresh UNet returns exactly 0."""
+    """A fresh UNet returns exactly 0. A mask is a factor of each position."""
     model = build(root, parameterization=kind)
     params = fresh_params(model)
     latents = jax.random.normal(jax.random.key(1), (6, 8, 8, 16))
     key = jax.random.key(2)
-    loss = jax.jit(model.loss)(params, latents, inputs(model, ["cat"] * 6), key)
+    mask = jax.random.uniform(jax.random.key(3), (6, 8, 8, 1))
+    loss = jax.jit(model.loss)(params, latents, inputs(model, ["cat"] * 6), key, mask=mask)
     key = jax.random.fold_in(key, 0)
     t = draw_times(jax.random.fold_in(key, 0), 6, model.diffusion.schedule)
     eps = draw_noise(jax.random.fold_in(key, 1), latents.shape)
     level = Level(*(v.reshape(-1, 1, 1, 1) for v in model.diffusion.schedule.level(t)))
     goal = target(kind, latents, eps, level, 0.5)
-    np.testing.assert_allclose(loss, jnp.mean(jnp.square(goal), axis=(1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(loss, jnp.mean(mask * jnp.square(goal), axis=(1, 2, 3)), rtol=1e-5)
 
 
 def test_an_examples_loss_does_not_depend_on_its_batch(model, params):

@@ -55,12 +55,14 @@ def diffusion_loss(
     logvar: jax.Array | None = None,
     examples: Examples | None = None,
     times: jax.Array | None = None,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """Per-example loss (B,) of `network(x, t)` on clean latents (B, h, w, c).
 
     All randomness except stratified times comes from each example's own key. `logvar` (T,) are the
     trained log-variances, None where `learn_logvar` is off. `examples` are those of the latents;
     None: they are a whole batch. `times` (B,), of the schedule, are used in place of drawn ones.
+    `mask` (B, h, w, 1): how much of the loss counts at each position.
     """
     keys = [jax.random.fold_in(key, i) for i in range(3)]
     o, count, schedule = objective, len(latents), diffusion.schedule
@@ -76,7 +78,8 @@ def diffusion_loss(
         noise = eps + o.input_perturbation * draw_noise(keys[2], latents.shape, 0.0, examples)
     x, time = network_inputs(kind, level.alpha * latents + level.sigma * noise, level, sigma_data)
     goal = target(kind, latents, eps, level, sigma_data)
-    raw = per_example_loss(o.loss, network(x, time.reshape(count)), goal, o.huber_delta)
+    output = network(x, time.reshape(count))
+    raw = per_example_loss(o.loss, output, goal, o.huber_delta, mask)
     weight = loss_weight(o.weighting, kind, level, sigma_data, o.weighting_parameter)
     loss = weight.reshape(count) * raw
     if logvar is not None:
@@ -139,19 +142,28 @@ def draw_noise(
 
 
 def per_example_loss(
-    kind: str, output: jax.Array, target: jax.Array, delta: float = 0.1
+    kind: str,
+    output: jax.Array,
+    target: jax.Array,
+    delta: float = 0.1,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """Mean over all but the batch: "l2" squared or "l1" absolute error (LDM `p_losses`), or
-    "huber", 2δ(√(e² + δ²) − δ), which is e² for small errors e and 2δ|e| for large ones."""
+    "huber", 2δ(√(e² + δ²) − δ), which is e² for small errors e and 2δ|e| for large ones.
+
+    With a `mask`, of its product with the error: a small mask makes a small loss."""
     error = output.astype(jnp.float32) - target
-    axes = tuple(range(1, error.ndim))
     if kind == "l2":
-        return jnp.mean(jnp.square(error), axes)
-    if kind == "l1":
-        return jnp.mean(jnp.abs(error), axes)
-    if kind == "huber":
-        return jnp.mean(2.0 * delta * (jnp.sqrt(jnp.square(error) + delta**2) - delta), axes)
-    raise ValueError(f"loss {kind!r}: choose l1, l2 or huber")
+        loss = jnp.square(error)
+    elif kind == "l1":
+        loss = jnp.abs(error)
+    elif kind == "huber":
+        loss = 2.0 * delta * (jnp.sqrt(jnp.square(error) + delta**2) - delta)
+    else:
+        raise ValueError(f"loss {kind!r}: choose l1, l2 or huber")
+    if mask is not None:
+        loss *= mask
+    return jnp.mean(loss, tuple(range(1, error.ndim)))
 
 
 # Factors of the squared error of x0, from the signal-to-noise ratio, a parameter and σ_data.

@@ -7,7 +7,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm_jax.conditions.kinds import SIZES
-from ldm_jax.data.conditions import Condition, check_conditions
+from ldm_jax.data.condition_kinds import Condition
+from ldm_jax.data.conditions import check_conditions
 from ldm_jax.data.loader import example_rng
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.data.sources import Source, sample

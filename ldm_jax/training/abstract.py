@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.data.conditions import Array, Condition, Depth
+from ldm_jax.data.condition_kinds import Array, Condition, Depth, LossMask
 from ldm_jax.data.placement import Placement
 from ldm_jax.data.sources import WITH_PATH, open_source
 from ldm_jax.latent_diffusion import LatentDiffusion
@@ -63,7 +63,7 @@ def blank_example(size: int, conditions: tuple[Condition, ...], embedders: tuple
     shapes = {e.name: getattr(e, "shape", ()) for e in embedders}
     made = {}
     for condition in conditions:
-        if isinstance(condition, Depth):
+        if isinstance(condition, Depth | LossMask):
             side = size // condition.factor
             made[condition.name] = np.zeros((side, side, 1), np.float32)
         elif isinstance(condition, Array):

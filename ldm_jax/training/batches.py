@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.data.conditions import Condition
+from ldm_jax.data.condition_kinds import Condition
 from ldm_jax.data.loader import Loader
 from ldm_jax.data.sources import Source
 from ldm_jax.data.transforms import Example, compose

@@ -11,7 +11,7 @@ import numpy as np
 
 from ldm_jax.conditions.base import Embedder
 from ldm_jax.conditions.kinds import SIZES
-from ldm_jax.data.conditions import Condition
+from ldm_jax.data.condition_kinds import Condition
 from ldm_jax.data.loader import Batch, batches_once
 from ldm_jax.diffusion.noise import Examples
 from ldm_jax.interop.changes import separated
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 UNASKED_PREVIEWS = 5  # columns of the sample grid, where the config names no prompts or labels
 HELD_OUT_BATCH = 64
+LOSS_MASK = "loss_mask"  # the condition of data that says how much of the loss counts where
 KEPT = ("task", "autoencoder", "unet", "conditioning", "diffusion", "sampling")
 
 
@@ -68,11 +69,16 @@ class DiffusionTask:
 
     @property
     def entries(self) -> tuple[str, ...]:
-        """The entries of a batch: the latents' moments, or the pictures to encode, and the entries
-        that the embedders need."""
+        """The entries of a batch: the latents' moments, or the pictures to encode, the entries
+        that the embedders need, and the mask of the loss if the data have one."""
         pixels = "moments" if isinstance(self.source, LatentSource) else "image"
         needs = (entry for embedder in self.model.embedders for entry in embedder.needs)
-        return tuple(dict.fromkeys((pixels, *needs)))
+        return tuple(dict.fromkeys((pixels, *needs, *self._loss_mask)))
+
+    @property
+    def _loss_mask(self) -> tuple[str, ...]:
+        """The entry LOSS_MASK, if a condition makes it."""
+        return tuple(c.name for c in self.conditions if c.name == LOSS_MASK)
 
     def init(self, key, loaded):
         if self.adapters is not None:
@@ -89,10 +95,17 @@ class DiffusionTask:
         def of_part(rows, examples):
             latents = self._latents(frozen, rows, jax.random.fold_in(key, 0), examples)
             inputs = {e.name: rows[e.name] for e in self.embedders}
+            mask = rows.get(LOSS_MASK)
+            if mask is not None and mask.shape[1:3] != latents.shape[1:3]:
+                sides = "the mask has {}×{}, and the latents {}×{}".format(
+                    *mask.shape[1:3], *latents.shape[1:3]
+                )
+                raise ValueError(f"data.conditions.{LOSS_MASK}.factor: {sides}")
 
             def loss(params):
                 whole, own = merge(frozen, params), jax.random.fold_in(key, 1)
-                return jnp.mean(self._model.loss(whole, latents, inputs, own, examples=examples))
+                losses = self._model.loss(whole, latents, inputs, own, examples=examples, mask=mask)
+                return jnp.mean(losses)
 
             return jax.value_and_grad(loss)(params)
 
@@ -201,7 +214,10 @@ class DiffusionTask:
     def _batch(self, batch: Batch) -> dict[str, np.ndarray]:
         """The entries of a loader's batch that a step uses."""
         pixels = self.entries[0]
-        return {pixels: batch[pixels]} | {e.name: e.prepare(batch) for e in self.embedders}
+        entries = (pixels, *self._loss_mask)
+        return {entry: batch[entry] for entry in entries} | {
+            e.name: e.prepare(batch) for e in self.embedders
+        }
 
     @property
     def _model(self) -> LatentDiffusion:

@@ -228,3 +228,24 @@ def test_missing_files_are_counted(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "1.depth.png")
     with pytest.raises(FileNotFoundError, match=r"2 of 3 pictures have no file \.depth\.png .*0\."):
         check_files(make_conditions({"depth": {}}), Source())
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_mask_of_the_loss_has_the_size_of_the_latents(tmp_path, dtype):
+    """White counts whole and black as much as asked; a latent has the mean of its pixels."""
+    white = np.iinfo(dtype).max
+    mask = np.zeros((64, 96), dtype)
+    mask[:20, 16:] = white  # two rows of latents and half of the third; the crop is central
+    Image.fromarray(mask).save(tmp_path / "a.mask.png")
+    expected = np.repeat(np.float32([1, 1, 0.5, 0, 0, 0, 0, 0])[:, None], 8, axis=1)
+    made = one("loss_mask")(example(tmp_path), rng())["loss_mask"]
+    assert made.dtype == np.float32 and made.shape == (8, 8, 1)
+    np.testing.assert_allclose(made[..., 0], expected, atol=1e-6)
+    made = one("loss_mask", unmasked=0.2, factor=4)(example(tmp_path), rng())["loss_mask"]
+    np.testing.assert_allclose(made[::2, ::2, 0], 0.2 + 0.8 * (expected > 0), atol=1e-6)
+
+    Image.fromarray(np.zeros((64, 96), dtype)).save(tmp_path / "a.mask.png")
+    with pytest.raises(ValueError, match=r"a\.mask\.png is black: white is what the model is to"):
+        one("loss_mask")(example(tmp_path), rng())
+    with pytest.raises(ValueError, match=r"loss_mask\.unmasked=2\.0: choose 0 … 1"):
+        one("loss_mask", unmasked=2.0)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ldm_jax.data.conditions import Boxes, LowResolution, Mask
+from ldm_jax.data.condition_kinds import Boxes, LowResolution, Mask
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.metrics.scene_tasks import JUDGES, biharmonic, judge, overlap
 

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import ldm_jax
 from ldm_jax.interop import compvis, diffusers
@@ -69,6 +70,34 @@ def test_only_what_trains_moves_and_the_model_goes_back(stable, pictures, tmp_pa
     back = leaves(open_any(tmp_path / "mine").params)
     for name, value in after.items():
         np.testing.assert_array_equal(value, back[name], err_msg=name)
+
+
+def test_a_mask_beside_each_picture_weighs_the_loss(stable, tmp_path):
+    folder = photographs(tmp_path / "pictures", count=10)
+    for i, path in enumerate(sorted(folder.rglob("*.jpg"))):
+        Image.new("L", (100, 80), 255 if i % 2 else 128).save(path.with_suffix(".mask.png"))
+    config = finetune(stable, folder)
+    config.data.conditions = dict(loss_mask=dict(factor=2))
+    task = make_task(config)
+    _, batch = next(task.batches(0))
+    assert batch["loss_mask"].shape == (8, 16, 16, 1)
+    np.testing.assert_allclose(np.unique(batch["loss_mask"].round(4)), [0.502, 1.0])
+
+    params = jax.jit(task.init)(jax.random.key(0), task.loaded)
+    gradients = jax.jit(task.gradients, static_argnums=4)
+    given, whole, quarter = (
+        gradients(params, task.frozen, batch | {"loss_mask": mask}, jax.random.key(1), None)
+        for mask in (batch["loss_mask"], np.ones((8, 16, 16, 1)), np.full((8, 16, 16, 1), 0.25))
+    )
+    assert 0.502 < float(given[1]["loss"] / whole[1]["loss"]) < 1.0
+    for a, b in zip(jax.tree.leaves(quarter), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, 0.25 * b, rtol=1e-4, atol=1e-7)
+
+    config.data.conditions.loss_mask.factor = 8
+    task = make_task(config)
+    _, batch = next(task.batches(0))
+    with pytest.raises(ValueError, match="factor: the mask has 4×4, and the latents 16×16"):
+        jax.eval_shape(lambda: task.gradients(params, task.frozen, batch, jax.random.key(1), None))
 
 
 def test_a_checkpoint_holds_what_trains_and_nothing_else(stable, pictures):
