@@ -68,7 +68,7 @@ def emoji() -> ml_collections.ConfigDict:
 def decoder() -> ml_collections.ConfigDict:
     config = scenes()
     config.trainable = ("^autoencoder/(decoder|post_quant_conv|conv_out)/", "^discriminator/")
-    config.loss.latent_noise = 0.4
+    config.loss.latent_noise = 0.2
     config.optimizer.lr = 1e-3
     config.train.steps = 3000
     return config

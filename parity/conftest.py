@@ -12,6 +12,7 @@ import os
 import sys
 import types
 from collections import defaultdict
+from pathlib import Path
 from unittest import mock
 
 # Hundreds of small programs, each run once: compiling them is all the time that the suite takes.
@@ -33,6 +34,11 @@ import torchvision  # noqa: E402, F401  nor must this
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
 torch.set_num_threads(1)
+
+# torch-fidelity installs a package of this name.
+_TESTS = types.ModuleType("tests")
+_TESTS.__path__ = [str(Path(__file__).parents[1] / "tests")]
+sys.modules["tests"] = _TESTS
 
 
 class _LightningModule(torch.nn.Module):
