@@ -1,27 +1,36 @@
 """Draws the pictures of the documentation with the bundled model.
 
-    python -m scripts.draw_docs [runs/lora]
+    python -m scripts.draw_docs              # with the bundled model
+    python -m scripts.draw_docs --lora=runs/lora
+    python -m scripts.draw_docs --tasks=runs
 
 docs/pictures: `shipped.png`, held-out scenes with their captions, in order; `edits.png`, a row for
-each edit of docs/samplers.md; `drawn_by.png`, the same noise through every sampler; with a run of
-configs/lora.py, `adapt.png` of docs/adapt.md.
+each edit of docs/samplers.md; `drawn_by.png`, the same noise through every sampler. With a run of
+configs/lora.py, `adapt.png` of docs/adapt.md; with a folder of runs named after the configs of
+docs/tasks.md, `tasks.png`.
 """
 
-import sys
+import argparse
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
 import ldm_jax
+from ldm_jax.data.conditions import make_conditions
+from ldm_jax.data.loader import example_rng
 from ldm_jax.data.sources import open_source
 from ldm_jax.diffusion.editing import slerp
 from ldm_jax.diffusion.samplers import SAMPLERS
+from ldm_jax.evaluation.drawing import scene_metrics
 from ldm_jax.gallery import Edit
-from ldm_jax.pictures import save_png, to_uint8
+from ldm_jax.pictures import save_png, to_uint8, to_unit
 from ldm_jax.runtime.compile_cache import use_compile_cache
+from ldm_jax.training.batches import Prepare
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 MARGIN, GAP = 176, 4  # of a labelled sheet, in pixels
@@ -33,6 +42,15 @@ PROMPTS = (
     "a dog",
     "a panda and a banana",
 )
+SHOWN = 8  # pictures of each task
+TASKS = {  # the entry that is shown, and its name
+    "class2img": ("label", "a class"),
+    "layout": ("boxes", "boxes"),
+    "semantic": ("segmentation", "classes of pixels"),
+    "inpaint": ("mask", "all but the mask"),
+    "superres": ("low_resolution", "16 × 16 pixels"),
+    "unconditional": ("", ""),
+}
 ADAPTED = (
     "a cat left of a star",
     "three tulips",
@@ -155,10 +173,73 @@ def adapted(pipe: ldm_jax.Pipeline, workdir: str) -> None:
     labelled(rows, PICTURES / "adapt.png")
 
 
+def shown(entry: str, example: dict[str, Any], classes: Sequence[str]) -> np.ndarray:
+    """A picture, uint8 (64, 64, 3), of what a model is told."""
+    image, canvas = example["image"], Image.new("RGB", (64, 64), "white")
+    pen = ImageDraw.Draw(canvas)
+    if entry == "mask":
+        return np.where(example["mask"] > 0, np.uint8(128), image)
+    if entry == "low_resolution":
+        small = Image.fromarray(to_uint8(to_unit(example["low_resolution"])))
+        return np.asarray(small.resize((64, 64), Image.Resampling.NEAREST))
+    if entry == "segmentation":
+        return colours(example["segmentation"])
+    if entry == "label":
+        lines = textwrap.fill(classes[example["label"]], 10)
+        pen.multiline_text((4, 20), lines, "black", ImageFont.load_default(11))
+    if entry == "boxes":
+        for category, box in zip(example["categories"], example["boxes"], strict=True):
+            left, top, width, height = box
+            colour = tuple(int(v) for v in colours(np.array([[category + 1]]))[0, 0])
+            pen.rectangle((left, top, left + width - 1, top + height - 1), outline=colour, width=2)
+            name = textwrap.fill(classes[category], 6, max_lines=2)
+            pen.multiline_text((left + 3, top + 3), name, colour, ImageFont.load_default(8))
+    return np.asarray(canvas)
+
+
+def enlarged(image: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((96, 96), Image.Resampling.BICUBIC))
+
+
+def colours(labels: np.ndarray) -> np.ndarray:
+    """A colour for each class, uint8 (H, W, 3); white for class 0."""
+    hues = np.stack([labels * 67 % 200, labels * 131 % 200, labels * 29 % 200], axis=-1)
+    return np.where(labels[..., None] == 0, 255, hues).astype(np.uint8)
+
+
+def tasks(runs: str) -> None:
+    """For each task, what the model is told of the first held-out scenes, above what it draws."""
+    rows = {}
+    for name, (entry, told) in TASKS.items():
+        pipe = ldm_jax.load(Path(runs) / name)
+        data = pipe.config["data"]
+        source = open_source(ConfigDict(data | {"image_size": 64}), "held_out")
+        if not entry:
+            rows[name] = list(to_uint8(pipe(n=SHOWN, seed=0)))
+            continue
+        conditions = make_conditions(data["conditions"])
+        prepare = Prepare((), conditions)
+        examples = [prepare(source[i], example_rng(0, i)) for i in range(SHOWN)]
+        if entry == "boxes":  # in pixels, not as tokens
+            examples = [source[i] for i in range(SHOWN)]
+        rows[f"{name}:\n{told}"] = [shown(entry, e, source.classes) for e in examples]
+        drawn = scene_metrics(pipe, source, SHOWN, conditions, batch_size=SHOWN)
+        rows[name] = list(drawn.images)
+    sheet = {label: list(map(enlarged, row)) for label, row in rows.items()}
+    labelled(sheet, PICTURES / "tasks.png")
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lora")
+    parser.add_argument("--tasks")
+    asked = parser.parse_args()
     use_compile_cache()
-    pipeline = ldm_jax.load()
-    for draw in (shipped, edits, drawn_by):
-        draw(pipeline)
-    for run in sys.argv[1:]:
-        adapted(pipeline, run)
+    if asked.tasks:
+        tasks(asked.tasks)
+    elif asked.lora:
+        adapted(ldm_jax.load(), asked.lora)
+    else:
+        pipeline = ldm_jax.load()
+        for draw in (shipped, edits, drawn_by):
+            draw(pipeline)
