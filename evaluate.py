@@ -39,6 +39,9 @@ RESIZE = flags.DEFINE_enum("resize", "", ["", *RESIZES], "Empty: the extractor's
 REFERENCE = flags.DEFINE_string(
     "reference", "", "Statistics (.npz) for fd, of python -m ldm_jax.statistics or others'."
 )
+LPIPS = flags.DEFINE_string(
+    "lpips", "", "File of LPIPS, or NETWORK,HEADS; empty: reconstructions without it."
+)
 SWEEP = flags.DEFINE_multi_string(
     "sweep", [], "NAME=VALUES of guidance, steps or sampler: guidance=1:8, steps=10,20; repeatable."
 )
@@ -54,7 +57,7 @@ def main():
         os.path.expanduser(flag.value) for flag in (MODEL, PATH, EXTRACTOR, REFERENCE)
     )
     opened = open_evaluation(
-        model, SOURCE.value, path, COUNT.value, extractor, RESIZE.value, reference
+        model, SOURCE.value, path, COUNT.value, extractor, RESIZE.value, reference, LPIPS.value
     )
     own = dict(guidance=GUIDANCE.value, steps=STEPS.value, seed=SEED.value, sampler=SAMPLER.value)
     out = Path(OUT.value).expanduser() if OUT.value else None

@@ -21,6 +21,7 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 
 from ldm_jax.metrics.distance import frechet_distance, kernel_distance
 from ldm_jax.metrics.extractors import load_extractor
+from ldm_jax.metrics.image import ms_ssim
 from ldm_jax.metrics.lpips import load_lpips
 from ldm_jax.metrics.manifold import inception_score, manifold_metrics
 from ldm_jax.metrics.resizing import ON_DEVICE, clean, cubic_matrix
@@ -254,6 +255,16 @@ def test_lpips(net, tmp_path, agree):
     whole = load_lpips(tmp_path / "whole.pth")
     assert whole.keys() == params.keys()
     assert all(np.array_equal(whole[name], params[name]) for name in params)
+
+
+@pytest.mark.parametrize("side", [192, 256])
+def test_ms_ssim(side, agree):
+    """Of sides that halve without a rest; the package pads others."""
+    package = importlib.import_module("pytorch_msssim")
+    x, y = (pictures(2, s, 256)[:, :192] / np.float32(255) for s in (side, side + 1))
+    y = 0.7 * x + 0.3 * y
+    expected = package.ms_ssim(nchw(x), nchw(y), data_range=1.0, size_average=False).numpy()
+    agree(ms_ssim(x, y), expected)
 
 
 @pytest.mark.parametrize("k", [3, 5])

@@ -81,7 +81,38 @@ def test_reconstruction_quality_of_known_errors():
     quality = reconstruction_quality(lambda x: x / 255.0 - 0.1, Grey())
     # 0.6 − 0.1 = 127.5 / 255 rounds to 128, an error of 25 / 255.
     assert quality["psnr"] == pytest.approx(20 * np.log10(255 / 25), abs=1e-3)
-    assert reconstruction_quality(lambda x: x / 255.0, Few())["ssim"] == pytest.approx(1.0)
+    same = reconstruction_quality(lambda x: x / 255.0, Few())
+    assert same["ssim"] == pytest.approx(1.0) and same["ms_ssim"] == pytest.approx(1.0)
+    assert same.keys() == {"psnr", "ssim", "ms_ssim"}
+
+
+def test_reconstructions_in_features(monkeypatch):
+    """The Fréchet distance of means alone: every picture moves by the same step in one feature."""
+
+    def extract(images):
+        return np.stack([images[:, 0, 0, 0], images[:, 5, 5, 1]], axis=1) / np.float32(255.0)
+
+    class Noise(Few):
+        def __getitem__(self, index):
+            pixels = np.random.default_rng(index).integers(0, 200, (32, 32, 3), np.uint8)
+            return super().__getitem__(index) | {"image": pixels}
+
+    def reconstruct(images):
+        moved = images.copy()
+        moved[:, 0, 0, 0] += 51
+        return moved / 255.0
+
+    rng = np.random.default_rng(0)
+    shapes = {"alex1": (11, 3, 4), "alex2": (5, 4, 4)} | {f"alex{i}": (3, 4, 4) for i in (3, 4, 5)}
+    weights = {f"lin{i}": np.ones(4, np.float32) for i in range(5)}
+    for name, (side, before, after) in shapes.items():
+        kernel = rng.standard_normal((side, side, before, after), np.float32)
+        weights |= {f"{name}/kernel": kernel, f"{name}/bias": np.zeros(4, np.float32)}
+    found = reconstruction_quality(reconstruct, Noise(), weights, extract)
+    assert found["rfd"] == pytest.approx(0.2**2, rel=1e-4)
+    assert found["lpips"] > 0.0
+    exact = reconstruction_quality(lambda x: x / 255.0, Noise(), weights, extract)
+    assert exact["lpips"] == 0.0 and exact["rfd"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_scenes_are_drawn_from_held_out_captions_and_read(monkeypatch):

@@ -15,7 +15,9 @@ from ldm_jax.diffusion.plan import Guidance, Sampling
 from ldm_jax.evaluation.drawing import Drawn, drawn_metrics, needed, real_pictures, scene_metrics
 from ldm_jax.interop.opening import open_any
 from ldm_jax.loading import load
-from ldm_jax.metrics.extractors import load_extractor
+from ldm_jax.metrics.extractors import hash_of, load_extractor
+from ldm_jax.metrics.image import WINDOW, scales_of
+from ldm_jax.metrics.lpips import load_lpips
 from ldm_jax.metrics.reconstruction import reconstruction_quality
 from ldm_jax.metrics.reference import Reference, describe, read_statistics
 from ldm_jax.models.build import make_autoencoder
@@ -100,11 +102,12 @@ def evaluate(
     extractor: str = "",
     resize: str = "",
     reference: str = "",
+    lpips: str = "",
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """Metrics of a model file or workdir ("": the bundled model).
 
-    `psnr` and `ssim` of the autoencoder on held-out pictures of the source. For a model with a UNet
-    also metrics of `count` pictures that it draws (0: none), and these pictures, uint8 (count, H,
+    Those of `reconstruction_quality` of the autoencoder on held-out pictures of the source. For a
+    model with a UNet also metrics of `count` pictures that it draws (0: none), and these pictures, uint8 (count, H,
     W, 3): `scene_metrics` if the source is "scenes" and the model is told anything, else
     `drawn_metrics`. Beside the numbers stand `intervals`, {name: [low, high]}, and `protocol`, what
     they were measured with.
@@ -117,11 +120,11 @@ def evaluate(
       extractor, resize: see `load_extractor`.
       reference: a .npz file that stands for the pictures of the source in the Fréchet distance; see
         `read_statistics`.
+      lpips: a file of LPIPS, or of its network and its heads, with a comma; see `load_lpips`.
     """
     drawing = dict(guidance=guidance, steps=steps, seed=seed, sampler=sampler)
-    return open_evaluation(model, source, path, count, extractor, resize, reference).measure(
-        **drawing
-    )
+    opened = open_evaluation(model, source, path, count, extractor, resize, reference, lpips)
+    return opened.measure(**drawing)
 
 
 def open_evaluation(
@@ -132,6 +135,7 @@ def open_evaluation(
     extractor: str = "",
     resize: str = "",
     reference: str = "",
+    lpips: str = "",
 ) -> Evaluation:
     """What `evaluate` does before it draws. Arguments as there."""
     opened = open_any(model)
@@ -153,20 +157,28 @@ def open_evaluation(
         return to_unit(decoded)
 
     held_out = open_source(data, "held_out")
-    quality = reconstruction_quality(reconstruct, held_out)
+    perceptual = load_lpips(*lpips.split(",")) if lpips else None
+    extract = load_extractor(extractor, resize) if extractor or resize else None
+    quality = reconstruction_quality(reconstruct, held_out, perceptual, extract)
     about = dict(source=chosen["source"], path=path, image_size=size)
     protocol = {
         "version": __version__,
         "model": str(model) or "bundled",
         "reconstruction": about | dict(split="held_out", count=len(held_out)),
     }
+    if size >= WINDOW:
+        protocol["reconstruction"]["ms_ssim_scales"] = scales_of((1, size, size, 3))
+    if lpips:
+        protocol["reconstruction"]["lpips"] = hash_of(lpips.split(",")[0])
+    if extract is not None:
+        protocol["extractor"] = describe(extract)
     if config["task"] != "diffusion" or count == 0:
         return Evaluation(None, None, held_out, quality, protocol, count)
     pipe = load(model)
     opened = Evaluation(pipe, None, held_out, quality, protocol, count)
     scenes = isinstance(held_out, SceneSource) and needed(pipe)
     if extractor or resize or reference or not scenes:
-        extract = load_extractor(extractor, resize)
+        extract = extract or load_extractor()
         protocol["extractor"] = describe(extract)
         stored = read_statistics(reference, extract) if reference else None
         opened = dataclasses.replace(opened, extract=extract, reference=stored)

@@ -8,21 +8,43 @@ import numpy as np
 
 from ldm_jax.data.loader import batches_once
 from ldm_jax.data.sources import Source
-from ldm_jax.metrics.image import psnr, ssim
-from ldm_jax.pictures import to_uint8
+from ldm_jax.metrics.extractors import Extractor
+from ldm_jax.metrics.image import ms_ssim, psnr, ssim
+from ldm_jax.metrics.moments import frechet_of_moments, moments_of
+from ldm_jax.models.lpips import lpips
+from ldm_jax.pictures import to_signed, to_uint8
 
 
 def reconstruction_quality(
-    reconstruct: Callable[[np.ndarray], jax.Array], source: Source
-) -> dict[str, Any]:
-    """{"psnr" [dB], "ssim"}: each the mean over the pictures of `source`.
+    reconstruct: Callable[[np.ndarray], jax.Array],
+    source: Source,
+    perceptual: dict[str, Any] | None = None,
+    extract: Extractor | None = None,
+) -> dict[str, float]:
+    """How near the reconstructions of the pictures of `source` are to them.
+
+    `psnr` [dB], `ssim`, `ms_ssim` and, with parameters of LPIPS, `lpips`: each the mean over the
+    pictures. With an extractor `rfd`, the Fréchet distance of the features of all pictures to those
+    of all reconstructions.
 
     `reconstruct` maps uint8 (32, H, W, 3) to float [0, 1], which is first rounded to 8 bits, as in
     a file.
     """
-    scores: dict[str, list[np.ndarray]] = {"psnr": [], "ssim": []}
+    measures = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
+    if perceptual is not None:
+        measures["lpips"] = lambda x, y: lpips(perceptual, to_signed(x * 255), to_signed(y * 255))
+    compiled = jax.jit(lambda x, y: {name: of(x, y) for name, of in measures.items()})
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in measures}
+    features: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for batch in batches_once(source, 32):
-        x, y = batch["image"] / 255.0, to_uint8(reconstruct(batch["image"])) / 255.0
-        scores["psnr"].append(np.asarray(psnr(x, y))[batch["valid"]])
-        scores["ssim"].append(np.asarray(ssim(x, y))[batch["valid"]])
-    return {name: float(np.mean(np.concatenate(values))) for name, values in scores.items()}
+        drawn, valid = to_uint8(reconstruct(batch["image"])), batch["valid"]
+        found = compiled(np.float32(batch["image"] / 255.0), np.float32(drawn / 255.0))
+        for name, values in found.items():
+            scores[name].append(np.asarray(values)[valid])
+        if extract is not None:
+            for kept, images in zip(features, (batch["image"], drawn), strict=True):
+                kept.append(extract(images[valid]))
+    metrics = {name: float(np.mean(np.concatenate(values))) for name, values in scores.items()}
+    if extract is not None:
+        metrics["rfd"] = frechet_of_moments(*map(moments_of, features))
+    return metrics

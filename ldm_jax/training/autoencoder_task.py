@@ -21,6 +21,7 @@ import numpy as np
 from ldm_jax.data.loader import batches_once
 from ldm_jax.data.sources import sample
 from ldm_jax.diffusion.noise import per_example
+from ldm_jax.metrics.extractors import load_extractor
 from ldm_jax.metrics.reconstruction import reconstruction_quality
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.models.build import Autoencoder, make_autoencoder
@@ -31,6 +32,7 @@ from ldm_jax.pictures import image_grid, to_signed, to_uint8, to_unit
 from ldm_jax.runtime.mesh import spread, to_host
 from ldm_jax.training.accumulation import in_parts
 from ldm_jax.training.batches import Prepare, about_data, training_loader
+from ldm_jax.training.evaluators import options_of
 from ldm_jax.training.precision import compute_type
 from ldm_jax.training.state import Params
 from ldm_jax.training.summary import first_pictures, log_summary
@@ -241,7 +243,13 @@ class AutoencoderTask:
         if not len(self.held_out):
             return {}
         whole = merge(self.frozen, ema)
-        return reconstruction_quality(lambda x: self._drawn(whole, x), self.held_out)
+        wanted = options_of(self.config, "reconstruction")["rfd"]
+        return reconstruction_quality(
+            lambda x: self._drawn(whole, x),
+            self.held_out,
+            self.perceptual,
+            load_extractor() if wanted else None,
+        )
 
     def preview(self, ema):
         """Held-out pictures, each row above its reconstructions."""

@@ -11,12 +11,14 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ldm_jax.metrics.efficientnet import weights_path
+
 log = logging.getLogger(__name__)
 
 WITH_PREVIEWS = -1  # as an interval
 OPTIONS = {
     "validation_loss": dict(every=WITH_PREVIEWS, count=0, batch_size=0),
-    "reconstruction": dict(every=WITH_PREVIEWS),
+    "reconstruction": dict(every=WITH_PREVIEWS, rfd=0),  # 1: EfficientNet-Lite0's features too
     "task": dict(every=0, count=64, steps=20),
     "distance": dict(every=0, count=256, steps=20),
     "novelty": dict(every=0, count=256, steps=20),
@@ -96,6 +98,8 @@ def make_evaluators(
         if name == own:
             if every != WITH_PREVIEWS and not len(task.held_out):
                 raise ValueError(f"evaluators.{name}: no data are held out; see data.held_out")
+            if options.get("rfd"):
+                _check_features(f"{name}.rfd")
             made.append(Evaluator(HELD_OUT, interval, task.evaluate))
             continue
         if config.task != "diffusion" or name in OWN.values():
@@ -114,6 +118,14 @@ def make_evaluators(
     return tuple(made)
 
 
+def _check_features(name: str) -> None:
+    """Checks that the default features can be had, which `name` measures on."""
+    try:
+        weights_path()
+    except ImportError as error:
+        raise ValueError(f"evaluators.{name}: {error}") from error
+
+
 def _bound(measure: Callable, task: Any, options: dict[str, Any]) -> Callable[[Any], Metrics]:
     return lambda ema: measure(task, ema, options)
 
@@ -127,7 +139,7 @@ def _check_name(section: str, name: str, known: Mapping[str, Any]) -> None:
 
 def _check_numbers(name: str, options: dict[str, Any]) -> None:
     drawn = name not in OWN.values()
-    least = {"every": WITH_PREVIEWS, "count": int(drawn), "steps": 1, "batch_size": 0}
+    least = {"every": WITH_PREVIEWS, "count": int(drawn), "steps": 1, "batch_size": 0, "rfd": 0}
     for option, value in options.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least[option]:
             raise ValueError(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ldm_jax
-from configs import txt2img
+from configs import autoencoder, txt2img
 from ldm_jax import drawn_evaluators
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.drawn_evaluators import DRAWN
@@ -183,6 +183,16 @@ def test_evaluators_that_the_data_cannot_feed_are_refused(task, monkeypatch):
     monkeypatch.setattr("ldm_jax.metrics.efficientnet.find_spec", lambda _: None)
     with pytest.raises(ValueError, match="evaluators.distance: the EfficientNet-Lite0 weights are"):
         make_evaluators(config, task, DRAWN)
+
+
+def test_reconstructions_need_features_for_their_distance(monkeypatch):
+    config = autoencoder.get_config("smoke")
+    config.evaluators.reconstruction.rfd = 1
+    of_autoencoder = make_task(config)
+    assert make_evaluators(config, of_autoencoder, {})[0].kind == "held_out"
+    monkeypatch.setattr("ldm_jax.metrics.efficientnet.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="reconstruction.rfd: the EfficientNet-Lite0 weights are"):
+        make_evaluators(config, of_autoencoder, {})
 
 
 def test_a_run_that_is_refused_compiles_nothing(with_data, tmp_path, monkeypatch):
