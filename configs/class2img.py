@@ -45,7 +45,8 @@ def emoji() -> ml_collections.ConfigDict:
 def scenes() -> ml_collections.ConfigDict:
     config = common.from_bundled(folder(), steps=800)
     config.data.source = "scenes"
-    config.data.scenes.objects = (1, 1)
+    # Held out is an object on a ground: on one ground alone, whole classes would be.
+    config.data.scenes.update(objects=(1, 1), grounds=("white", "beige", "light blue"))
     return config
 
 
