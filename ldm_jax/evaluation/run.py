@@ -107,10 +107,10 @@ def evaluate(
     """Metrics of a model file or workdir ("": the bundled model).
 
     Those of `reconstruction_quality` of the autoencoder on held-out pictures of the source. For a
-    model with a UNet also metrics of `count` pictures that it draws (0: none), and these pictures, uint8 (count, H,
-    W, 3): `scene_metrics` if the source is "scenes" and the model is told anything, else
-    `drawn_metrics`. Beside the numbers stand `intervals`, {name: [low, high]}, and `protocol`, what
-    they were measured with.
+    model with a UNet also metrics of `count` pictures that it draws (0: none), and these pictures,
+    uint8 (count, H, W, 3): `scene_metrics` if the source is "scenes" and the model is told
+    anything, else `drawn_metrics`. Beside the numbers stand `intervals`, {name: [low, high]}, and
+    `protocol`, what they were measured with.
 
     Args:
       source: what to compare with; "": the kind of data that the model was trained on.
