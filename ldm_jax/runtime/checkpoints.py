@@ -9,12 +9,14 @@ without it, of an older version or after a crash at that moment, is read without
 import json
 import logging
 import shutil
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from ldm_jax.runtime.processes import gather, is_first
@@ -40,25 +42,74 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_handlers=handlers
         )
+        self._writer: threading.Thread | None = None
+        self._failure: OSError | None = None
 
     def steps(self) -> list[int]:
         """The steps with a checkpoint, complete or damaged, the newest first."""
+        self.wait()
+        return self._steps()
+
+    def _steps(self) -> list[int]:
         return sorted(self._manager.all_steps(), reverse=True)
 
     def latest(self) -> int | None:
         """The newest checkpoint's step, or None."""
         return next(iter(self.steps()), None)
 
-    def save(self, step: int, state: Any, about: dict[str, Any]) -> None:
-        """Writes a pytree of arrays and a JSON-able description beside it.
+    def save(
+        self,
+        step: int,
+        state: Any,
+        about: dict[str, Any],
+        saved: Callable[[], None] = lambda: None,
+        wait: bool = True,
+    ) -> None:
+        """Writes a pytree of arrays and a JSON-able description beside it, and calls `saved`.
+
+        Without `wait` and with one process, it returns when the arrays are copied to the host, and
+        a thread writes them. What it could not write is raised by the next call of a method here,
+        `check` included.
 
         Raises:
           OSError: the disk is full or not writable; names the path, and the intact checkpoint.
         """
+        self.wait()
+        if wait or jax.process_count() > 1:
+            self._write(step, state, about)
+            saved()
+            return
+        held = jax.tree.map(np.array, state)  # the next step overwrites the device's
+
+        def write():
+            try:
+                self._write(step, held, about)
+            except OSError as error:
+                self._failure = error
+            else:
+                saved()
+
+        self._writer = threading.Thread(target=write, name="checkpoint")
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written; raises what could not be."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        self.check()
+
+    def check(self) -> None:
+        """Raises what could not be written, if that is known."""
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _write(self, step: int, state: Any, about: dict[str, Any]) -> None:
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
         )
-        before = self.latest()
+        before = next(iter(self._steps()), None)
         try:
             self._manager.save(step, args=arguments)
             self._manager.wait_until_finished()
@@ -151,7 +202,10 @@ class Checkpoints:
         return self._manager.restore(step, args=arguments).about
 
     def close(self) -> None:
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def _set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint, so that its step can be saved again."""

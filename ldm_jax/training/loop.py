@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import time
@@ -148,7 +149,7 @@ def _train(
     check_config(workdir, config_dict(config), checkpoints)
     newest = checkpoints.latest()
     if newest is not None:
-        stop.saved = f"step {newest} is saved in {workdir}"
+        stop.is_saved(newest, workdir)
     task = _open_task(config, workdir)
     stack.enter_context(jax.set_mesh(mesh))
     networks = tuple(jax.eval_shape(task.init, jax.random.key(0), task.loaded))
@@ -173,7 +174,7 @@ def _train(
         wanted = abstract_like(abstract, shardings)
         start, state = _compute(mesh, checkpoints.restore_newest, wanted, find_damage)
         log.info("Resuming %s at step %d", workdir, start)
-        stop.saved = f"step {start} is saved in {workdir}"
+        stop.is_saved(start, workdir)
     batches = None
     if is_first() and (start < settings.steps or dry_run):
         _compute(mesh, _show_data, task, workdir, start)
@@ -291,6 +292,7 @@ def _train_steps(
 
             if step % settings.log_every == 0 or last:
                 finish()
+                checkpoints.check()
                 values = _mean(pending)
                 stop_if_not_finite(task, state, step, seed, checkpoints)
                 speed = clock.report(len(pending) * settings.batch_size)
@@ -322,8 +324,8 @@ def _train_steps(
                 with clock.paused():
                     stop_if_not_finite(task, state, step, seed, checkpoints)
                     stop_if_damaged(state, step, checkpoints)
-                    checkpoints.save(step, state, about)
-                    stop.saved = f"step {step} is saved in {workdir}"
+                    saved = functools.partial(stop.is_saved, step, workdir)
+                    checkpoints.save(step, state, about, saved, wait=bool(last or stop.agreed))
                     write_snapshot(workdir, step, state.averages)
             if stop.agreed:
                 break

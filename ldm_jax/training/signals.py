@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,10 @@ class StopRequest:
     training: bool = False
     saved: str = "nothing to save"
     release: Callable[[], None] = lambda: None
+
+    def is_saved(self, step: int, workdir: Path) -> None:
+        """Notes that the state after `step` steps is saved in `workdir`."""
+        self.saved = f"step {step} is saved in {workdir}"
 
 
 def signal_number(name: str) -> int:

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +185,34 @@ print("latest", Checkpoints(sys.argv[1]).latest())
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no file size limits here")
+def test_a_checkpoint_is_written_beside_the_next_steps(tmp_path, monkeypatch):
+    """`save` returns with a copy of the arrays in hand; whoever reads waits for the writer."""
+    checkpoints, go, saved = Checkpoints(tmp_path / "checkpoints"), threading.Event(), []
+    write = checkpoints._write
+    monkeypatch.setattr(checkpoints, "_write", lambda *a: go.wait(60) and write(*a))
+    device = jax.device_put(state())
+    checkpoints.save(1, device, {}, lambda: saved.append(1), wait=False)
+    assert not (tmp_path / "checkpoints" / "1").exists() and not saved
+    wanted = jax.tree.map(np.array, device)
+    jax.tree.map(lambda x: x.delete(), device)  # as donation does
+    go.set()
+    assert checkpoints.latest() == 1 and saved == [1]
+    _, back = restored(tmp_path / "checkpoints", wanted)
+    assert_equal(back, wanted)
+
+
+@pytest.mark.parametrize("where", ["check", "save", "close"])
+def test_a_write_that_fails_beside_the_steps_is_raised_by_the_next_call(tmp_path, where):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints._manager.save = None  # calling it raises
+    checkpoints.save(1, state(), {}, pytest.fail, wait=False)
+    checkpoints._writer.join()
+    calls = {"check": (), "save": (2, state(), {}), "close": ()}
+    with pytest.raises(OSError, match="checkpoint of step 1 .*no earlier one exists"):
+        getattr(checkpoints, where)(*calls[where])
+    checkpoints.check()  # it was told once
+
+
 def test_a_write_that_fails_names_the_path_and_leaves_the_last(tmp_path):
     """The real thing, not a mock: the kernel refuses the write as a full disk would."""
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
