@@ -33,9 +33,9 @@ def trained(stage, workdir, axes=None):
             changed.mesh = dict(zip(meshes.AXES, axes, strict=True))
         save = loop.Checkpoints.save
 
-        def look(checkpoints, step, state, about):
+        def look(checkpoints, step, state, *others, **options):
             seen.append({leaf.sharding.spec for leaf in jax.tree.leaves(state.params)})
-            save(checkpoints, step, state, about)
+            save(checkpoints, step, state, *others, **options)
 
         patch.setattr(loop.Checkpoints, "save", look)
         held_out = loop.train(changed, workdir)
@@ -89,11 +89,11 @@ def test_a_run_goes_on_on_other_meshes(use, tmp_path, monkeypatch):
     places = []
     save = loop.Checkpoints.save
 
-    def look(checkpoints, step, state, about):
+    def look(checkpoints, step, state, *others, **options):
         places.append(
             [tuple(state.ema["net"][n]["kernel"].sharding.spec) for n in ("to_q", "to_out")]
         )
-        save(checkpoints, step, state, about)
+        save(checkpoints, step, state, *others, **options)
 
     monkeypatch.setattr(loop.Checkpoints, "save", look)
     for end, axes in ((10, MESHES["tensor"]), (20, MESHES["fsdp"]), (30, MESHES["data"])):
