@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import ldm_jax
 from ldm_jax.diffusion.plan import Sampling
@@ -160,3 +161,56 @@ def test_without_a_condition(opened, alike, monkeypatch):
     mine = ours(latents=noise, steps=STEPS, **SIZE)
     made = theirs(batch_size=1, num_inference_steps=STEPS, output_type="np")
     alike(mine, made.images)
+
+
+def saved_vectors(folder, layout, width, count=2):
+    """A file of a token's vectors, as others write it; and the vectors."""
+    vectors = torch.from_numpy(np.random.default_rng(3).standard_normal((count, width), np.float32))
+    if layout == "diffusers":
+        save_file({"<mine>": vectors}, folder / "learned_embeds.safetensors")
+        return folder / "learned_embeds.safetensors", vectors
+    if layout == "a1111":
+        save_file({"emb_params": vectors}, folder / "mine.safetensors")
+        return folder / "mine.safetensors", vectors
+    token = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "mine"}
+    torch.save(token, folder / "mine.pt")
+    return folder / "mine.pt", vectors
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "a1111", "a1111 pt"])
+def test_textual_inversion(opened, alike, tmp_path, layout):
+    ours, theirs, noise, torch_noise = opened("stable-diffusion-1")
+    path, _ = saved_vectors(tmp_path, layout, theirs.text_encoder.config.hidden_size)
+    theirs.load_textual_inversion(str(path), token="<mine>")
+    prompt = "a <mine> on a table"
+    with_token = ours.with_embedding(path, "<mine>")
+    mine = with_token(prompt, latents=noise, steps=STEPS, guidance=7.5, **SIZE)
+    assert np.abs(mine - ours("a on a table", latents=noise, steps=STEPS, **SIZE)).max() > 2 / 255
+    arguments = dict(num_inference_steps=STEPS, guidance_scale=7.5, latents=torch_noise)
+    alike(mine, theirs(prompt, output_type="np", **arguments, **SIZE).images)
+
+
+def test_textual_inversion_of_both_encoders(opened, alike, tmp_path):
+    ours, theirs, noise, torch_noise = opened("stable-diffusion-xl-base")
+    # With the old value, 2, transformers takes the highest number for the end of the text, and new
+    # tokens have higher ones.
+    theirs.text_encoder_2.text_model.eos_token_id = theirs.tokenizer_2.eos_token_id
+    parts = {
+        "clip_l": (theirs.text_encoder, theirs.tokenizer),
+        "clip_g": (theirs.text_encoder_2, theirs.tokenizer_2),
+    }
+    vectors = {
+        name: saved_vectors(tmp_path, "a1111", encoder.config.hidden_size)[1]
+        for name, (encoder, _) in parts.items()
+    }
+    save_file(vectors, tmp_path / "mine.safetensors")
+    for name, (encoder, tokenizer) in parts.items():
+        theirs.load_textual_inversion(
+            vectors[name], token="<mine>", text_encoder=encoder, tokenizer=tokenizer
+        )
+    prompt = "a <mine> on a table"
+    with_token = ours.with_embedding(tmp_path / "mine.safetensors", "<mine>")
+    mine = with_token(prompt, "", latents=noise, steps=STEPS, guidance=5.0, **SIZE)
+    arguments = dict(num_inference_steps=STEPS, guidance_scale=5.0, latents=torch_noise)
+    arguments["negative_prompt"] = ""
+    alike(mine, theirs(prompt, output_type="np", **arguments, **SIZE).images)
