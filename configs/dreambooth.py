@@ -60,7 +60,7 @@ def scenes() -> ml_collections.ConfigDict:
 def as_lora() -> ml_collections.ConfigDict:
     config = on_scenes(base())
     config.trainable = common.ALL
-    config.adapters = lora.adapters(targets=("^unet/", lora.TEXT))
+    config.adapters = lora.adapters(targets=("^unet/", "^text/"))
     config.optimizer.lr = 2e-3
     return config
 

@@ -150,6 +150,10 @@ def test_a_model_is_measured_on_data_like_its_own(tmp_path):
     with pytest.raises(ValueError, match="there are 3 held-out scenes"):
         evaluate(tmp_path / "model.safetensors", count=4)
     assert evaluate(tmp_path / "model.safetensors", "emoji", count=0)[0] != metrics
+    model.config["data"] = dict(source="scenes", held_out=0.0, scenes=dict(names=("elephant",)))
+    model.save(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"nothing is held out of scenes .data.held_out=0.0 in tr"):
+        evaluate(tmp_path / "model.safetensors")
     model.config["data"] = dict(source="folder")
     model.save(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="of source 'folder': name them with --path"):

@@ -157,6 +157,11 @@ def open_evaluation(
         return to_unit(decoded)
 
     held_out = open_source(data, "held_out")
+    if not len(held_out):
+        raise ValueError(
+            f"nothing is held out of {chosen['source']} (data.held_out={data.get('held_out', 0.0)} "
+            "in training): name other pictures, with --source and --path"
+        )
     perceptual = load_lpips(*lpips.split(",")) if lpips else None
     extract = load_extractor(extractor, resize) if extractor or resize else None
     quality = reconstruction_quality(reconstruct, held_out, perceptual, extract)

@@ -94,6 +94,13 @@ def test_dreambooth_of_published_models(variant, tmp_path):
     assert jax.tree.structure(grads) == jax.tree.structure(params)
 
 
+def test_dreambooth_as_a_lora_of_the_bundled_model():
+    config = dreambooth("lora")
+    config.prior.prompt = ""
+    config.data.scenes.update(train_scenes=4, held_out_scenes=4)
+    assert make_task(config).adapters.networks == ("text", "unet")
+
+
 @pytest.mark.long
 def test_dreambooth_keeps_its_class_in_mind(tmp_path):
     """The bundled model trains on eight pictures and on four of its own."""
