@@ -48,7 +48,7 @@ TASKS = {  # the entry that is shown, and its name
     "layout": ("boxes", "boxes"),
     "semantic": ("segmentation", "classes of pixels"),
     "inpaint": ("mask", "all but the mask"),
-    "superres": ("low_resolution", "16 × 16 pixels"),
+    "superres": ("low_resolution", "16 by 16 pixels"),
     "unconditional": ("", ""),
 }
 ADAPTED = (
@@ -208,9 +208,11 @@ def colours(labels: np.ndarray) -> np.ndarray:
 
 
 def tasks(runs: str) -> None:
-    """For each task, what the model is told of the first held-out scenes, above what it draws."""
+    """For each task with a run, what the model is told of the first held-out scenes, above what it
+    draws."""
     rows = {}
-    for name, (entry, told) in TASKS.items():
+    there = {name: told for name, told in TASKS.items() if (Path(runs) / name).is_dir()}
+    for name, (entry, told) in there.items():
         pipe = ldm_jax.load(Path(runs) / name)
         data = pipe.config["data"]
         source = open_source(ConfigDict(data | {"image_size": 64}), "held_out")

@@ -205,6 +205,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
+            # orbax does not wait for its clean-up, which prints a traceback if Python exits first.
+            getattr(self._manager, "_maybe_await_cleanup_tmp_directory", lambda: None)()
             self._manager.close()
 
     def _set_aside(self, step: int) -> Path:

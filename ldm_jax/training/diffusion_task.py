@@ -78,7 +78,7 @@ class DiffusionTask:
     @property
     def _loss_mask(self) -> tuple[str, ...]:
         """The entry LOSS_MASK, if a condition makes it."""
-        return tuple(c.name for c in self.conditions if c.name == LOSS_MASK)
+        return tuple({LOSS_MASK} & {entry for c in self.conditions for entry in c.entries})
 
     def init(self, key, loaded):
         if self.adapters is not None:

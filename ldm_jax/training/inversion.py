@@ -89,6 +89,8 @@ class Captions:
     """(example, rng) → its caption, one of several with a token. A class, so that it can be sent
     to the processes that read data."""
 
+    entries = ("caption",)
+
     def __init__(self, options: Options):
         self.texts = tuple(text.replace("{}", options.token) for text in options.captions)
 
