@@ -13,8 +13,11 @@ On your own pictures, each with a label picture of its size beside it (`picture.
 whose values are classes), and with an autoencoder that was trained on them:
 
     --config=configs/semantic.py:folder --config.data.path=DIR --config.first_stage=runs/autoencoder
-    --config.data.conditions.segmentation.classes=182
-    --config.conditioning.segmentation.shape='(None, None, 182)'
+
+and with another number of classes than COCO-Stuff's 182, such as ten,
+
+    --config.data.conditions.segmentation.classes=10
+    --config.conditioning.segmentation.shape='(None, None, 10)'
 
 The classes, one-hot, are shrunk to the size of the latents, mixed, and concatenated to them
 (Rombach et al. 2022, §4.3.2).
@@ -24,9 +27,10 @@ import ml_collections
 
 from configs import common
 
+COCO_STUFF = 182  # classes
 
-def base() -> ml_collections.ConfigDict:
-    classes = 1 + common.SCENE_KINDS
+
+def base(classes: int = 1 + common.SCENE_KINDS) -> ml_collections.ConfigDict:
     segmentation = dict(
         kind="array",
         output="concat",
@@ -44,7 +48,7 @@ def scenes() -> ml_collections.ConfigDict:
 
 
 def folder() -> ml_collections.ConfigDict:
-    return common.on_folder(base())
+    return common.on_folder(base(COCO_STUFF))
 
 
 def smoke() -> ml_collections.ConfigDict:
