@@ -112,7 +112,8 @@ def test_reconstructions_in_features(monkeypatch):
     assert found["rfd"] == pytest.approx(0.2**2, rel=1e-4)
     assert found["lpips"] > 0.0
     exact = reconstruction_quality(lambda x: x / 255.0, Noise(), weights, extract)
-    assert exact["lpips"] == 0.0 and exact["rfd"] == pytest.approx(0.0, abs=1e-6)
+    assert exact["lpips"] == pytest.approx(0.0, abs=1e-6)
+    assert exact["rfd"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_scenes_are_drawn_from_held_out_captions_and_read(monkeypatch):

@@ -103,8 +103,8 @@ def reference(task: AutoencoderTask, params, batch, key, weight):
         variables = {"params": autoencoder}
         if isinstance(task.model, VQModel):
             z = task.model.apply(variables, x, method="prequant")
-            z, cost, *_ = task.model.apply(variables, z, method="nearest")
-            cost *= x[0].size
+            quantized = task.model.apply(variables, z, method="nearest")
+            z, cost = quantized.latents, x[0].size * quantized.loss
         else:
             mean, logvar = task.model.apply(variables, x, method="moments")
             z = mean + jnp.exp(0.5 * logvar) * per_example(jax.random.normal, key, mean.shape)
