@@ -122,7 +122,7 @@ def test_a_mesh_trains_as_one_device_does(on_one, tmp_path, stage, mesh):
         np.testing.assert_allclose(measured[name], held_out[name], rtol=1e-3)
     assert exported.keys() == weights.keys()
     for name, value in weights.items():
-        # A bias before a norm has a gradient of rounding errors alone, and Adam makes steps of them.
+        # A bias before a norm has a gradient of rounding errors, and Adam makes steps of them.
         tolerance = 1e-2 if name.endswith("bias") else 1e-3
         np.testing.assert_allclose(exported[name], value, atol=tolerance, err_msg=name)
     assert (tmp_path / "previews" / "0000020.png").exists()
