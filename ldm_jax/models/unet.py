@@ -106,6 +106,9 @@ class UNet(nn.Module):
     sinusoids of the time; None is zeros. Guidance-distilled models use it (Meng et al. 2023; Luo et
     al. 2023) for the embedding of the guidance scale, see `embedders.guidance_embedding`.
 
+    `residuals` are a ControlNet's (see `controlnet.py`): one for each skip, in the order of the way
+    down, and one for the middle; they are added to these before the way up.
+
     `remat` names what blocks keep for the backward pass: see `models/remat.py`.
 
     Raises ValueError for shapes that would fail late, or build another network.
@@ -192,105 +195,23 @@ class UNet(nn.Module):
         *,
         y: jax.Array | None = None,
         timestep_cond: jax.Array | None = None,
+        residuals: tuple[jax.Array, ...] | None = None,
     ) -> jax.Array:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         self._check(x, context, y, timestep_cond)
         widths = level_widths(self.model_channels, self.channel_mult)
-        heads = self._per_level("num_heads")
-        depths = self._per_level("transformer_depth")
         only_cross = self._per_level("disable_self_attentions")
-
-        def resblock(name, features, resize=""):
-            return rematerialised(ResBlock, self.remat, static=(3,))(
-                features,
-                self.groups,
-                self.dropout,
-                self.use_scale_shift_norm,
-                resize,
-                name=name,
-                **types,
-            )
-
-        def attention(name, h, level, cross=False):
-            channels, size = h.shape[-1], self.num_head_channels
-            count = channels // size if size > 0 else heads[level]
-            if count < 1 or channels % (size if size > 0 else count):
+        levels = len(widths)
+        emb = time_and_vector(self, x, t, y, timestep_cond)
+        h, skips = encode(self, x, emb, context, deterministic)
+        if residuals is not None:
+            if len(residuals) != len(skips) + 1:
                 raise ValueError(
-                    f"UNet: {channels} channels do not divide into heads (num_heads="
-                    f"{self.num_heads}, num_head_channels={self.num_head_channels})"
+                    f"UNet takes {len(skips)} + 1 residuals and got {len(residuals)}: they are of "
+                    "a ControlNet of another UNet"
                 )
-            if self.context_dim is None and not self.use_spatial_transformer:
-                block = rematerialised(AttentionBlock, self.remat)
-                return block(count, self.groups, name=name, **types)(h)
-            transformer = SpatialTransformer(
-                count,
-                channels // count,
-                depths[level],
-                self.groups,
-                self.dropout,
-                cross,
-                self.remat,
-                name=name,
-                **types,
-            )
-            return transformer(h, context, deterministic)
-
-        def dense(name, values):
-            width = 4 * self.model_channels
-            return nn.Dense(width, kernel_init=uniform_init, name=name, **types)(values)
-
-        def perceptron(name, values):
-            values = values.astype(self.dtype or x.dtype)
-            return dense(f"{name}_2", nn.silu(dense(f"{name}_0", values)))
-
-        # The time and the other vector inputs. The names are the originals'.
-        time = timestep_embedding(t, self.model_channels)
-        if self.time_cond_proj_dim is not None:
-            if timestep_cond is None:
-                timestep_cond = jnp.zeros((len(x), self.time_cond_proj_dim))
-            project = nn.Dense(
-                self.model_channels,
-                use_bias=False,
-                kernel_init=uniform_init,
-                name="time_embed_cond_proj",
-                **types,
-            )
-            time = time + project(timestep_cond.astype(self.dtype or x.dtype))
-        emb = perceptron("time_embed", time)
-        if self.num_classes == "sequential":
-            emb += perceptron("label_emb_0", y)
-        elif self.num_classes == "timestep":
-            emb += perceptron("label_emb_1", timestep_embedding(y, self.model_channels))
-        elif self.num_classes == "continuous":
-            emb += dense("label_emb", y.astype(emb.dtype))
-        elif self.num_classes is not None:
-            normal = nn.initializers.normal(1.0)
-            shape = (self.num_classes, emb.shape[-1])
-            emb += nn.Embed(*shape, embedding_init=normal, name="label_emb", **types)(y)
-
-        # Down: every block's output is kept as a skip.
-        # The first convolution is as wide as the first level (guided diffusion at 512: half).
-        h = conv(widths[0], name="input_blocks_0_0", **types)(x)
-        skips, levels = [h], len(widths)
-        for level, width in enumerate(widths):
-            attends = 2**level in self.attention_resolutions
-            for _ in range(self.num_res_blocks):
-                name = f"input_blocks_{len(skips)}"
-                h = resblock(f"{name}_0", width)(h, emb, deterministic)
-                if attends:
-                    h = attention(f"{name}_1", h, level, only_cross[level])
-                skips.append(h)
-            if level < levels - 1:
-                name = f"input_blocks_{len(skips)}_0"
-                if self.resblock_updown:
-                    h = resblock(name, h.shape[-1], "down")(h, emb, deterministic)
-                else:
-                    h = conv(h.shape[-1], stride=2, name=name, **types)(h)
-                skips.append(h)
-
-        h = resblock("middle_block_0", h.shape[-1])(h, emb, deterministic)
-        h = attention("middle_block_1", h, levels - 1)
-        h = resblock("middle_block_2", h.shape[-1])(h, emb, deterministic)
+            skips = [skip + more for skip, more in zip(skips, residuals[:-1], strict=True)]
+            h = h + residuals[-1]
 
         # Up: each block takes one skip.
         for level in reversed(range(levels)):
@@ -299,13 +220,14 @@ class UNet(nn.Module):
                 # Numbered by the skips used so far.
                 name = f"output_blocks_{(self.num_res_blocks + 1) * levels - len(skips)}"
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = resblock(f"{name}_0", widths[level])(h, emb, deterministic)
+                h = _resblock(self, f"{name}_0", widths[level])(h, emb, deterministic)
                 if attends:
-                    h = attention(f"{name}_1", h, level, only_cross[level])
+                    cross = only_cross[level]
+                    h = _attention(self, f"{name}_1", h, level, context, deterministic, cross)
                 if level and i == self.num_res_blocks:
                     name = f"{name}_{2 if attends else 1}"
                     if self.resblock_updown:
-                        h = resblock(name, h.shape[-1], "up")(h, emb, deterministic)
+                        h = _resblock(self, name, h.shape[-1], "up")(h, emb, deterministic)
                     else:
                         # Half of an odd side was rounded up.
                         height, width = skips[-1].shape[1:3]
@@ -314,3 +236,141 @@ class UNet(nn.Module):
 
         h = nn.silu(GroupNorm(self.groups, name="out_0", **types)(h))
         return conv(self.out_channels, zero_init=True, name="out_2", **types)(h)
+
+
+# Parts of a UNet that a ControlNet has as well. They make modules within the compact method that
+# calls them; of `unet` they use the fields alone.
+
+
+def _resblock(unet: UNet, name: str, features: int, resize: str = "") -> nn.Module:
+    return rematerialised(ResBlock, unet.remat, static=(3,))(
+        features,
+        unet.groups,
+        unet.dropout,
+        unet.use_scale_shift_norm,
+        resize,
+        name=name,
+        dtype=unet.dtype,
+        param_dtype=unet.param_dtype,
+    )
+
+
+def _attention(
+    unet: UNet,
+    name: str,
+    h: jax.Array,
+    level: int,
+    context: jax.Array | None,
+    deterministic: bool,
+    cross: bool = False,
+) -> jax.Array:
+    types = dict(dtype=unet.dtype, param_dtype=unet.param_dtype)
+    channels, size = h.shape[-1], unet.num_head_channels
+    count = channels // size if size > 0 else unet._per_level("num_heads")[level]
+    if count < 1 or channels % (size if size > 0 else count):
+        raise ValueError(
+            f"UNet: {channels} channels do not divide into heads (num_heads="
+            f"{unet.num_heads}, num_head_channels={unet.num_head_channels})"
+        )
+    if unet.context_dim is None and not unet.use_spatial_transformer:
+        block = rematerialised(AttentionBlock, unet.remat)
+        return block(count, unet.groups, name=name, **types)(h)
+    transformer = SpatialTransformer(
+        count,
+        channels // count,
+        unet._per_level("transformer_depth")[level],
+        unet.groups,
+        unet.dropout,
+        cross,
+        unet.remat,
+        name=name,
+        **types,
+    )
+    return transformer(h, context, deterministic)
+
+
+def time_and_vector(
+    unet: UNet,
+    x: jax.Array,
+    t: jax.Array,
+    y: jax.Array | None,
+    timestep_cond: jax.Array | None,
+) -> jax.Array:
+    """The embedding (B, 4·model_channels) of the time and the other vector inputs of a UNet. The
+    names are the originals'."""
+    types = dict(dtype=unet.dtype, param_dtype=unet.param_dtype)
+
+    def dense(name, values):
+        width = 4 * unet.model_channels
+        return nn.Dense(width, kernel_init=uniform_init, name=name, **types)(values)
+
+    def perceptron(name, values):
+        values = values.astype(unet.dtype or x.dtype)
+        return dense(f"{name}_2", nn.silu(dense(f"{name}_0", values)))
+
+    time = timestep_embedding(t, unet.model_channels)
+    if unet.time_cond_proj_dim is not None:
+        if timestep_cond is None:
+            timestep_cond = jnp.zeros((len(x), unet.time_cond_proj_dim))
+        project = nn.Dense(
+            unet.model_channels,
+            use_bias=False,
+            kernel_init=uniform_init,
+            name="time_embed_cond_proj",
+            **types,
+        )
+        time = time + project(timestep_cond.astype(unet.dtype or x.dtype))
+    emb = perceptron("time_embed", time)
+    if unet.num_classes == "sequential":
+        emb += perceptron("label_emb_0", y)
+    elif unet.num_classes == "timestep":
+        emb += perceptron("label_emb_1", timestep_embedding(y, unet.model_channels))
+    elif unet.num_classes == "continuous":
+        emb += dense("label_emb", y.astype(emb.dtype))
+    elif unet.num_classes is not None:
+        normal = nn.initializers.normal(1.0)
+        shape = (unet.num_classes, emb.shape[-1])
+        emb += nn.Embed(*shape, embedding_init=normal, name="label_emb", **types)(y)
+    return emb
+
+
+def encode(
+    unet: UNet,
+    x: jax.Array,
+    emb: jax.Array,
+    context: jax.Array | None,
+    deterministic: bool = True,
+    hint: jax.Array | None = None,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """The way down and the middle of a UNet: (the middle's output, the skips).
+
+    A ControlNet's `hint` (B, h, w, C) is added after the first convolution.
+    """
+    types = dict(dtype=unet.dtype, param_dtype=unet.param_dtype)
+    widths = level_widths(unet.model_channels, unet.channel_mult)
+    only_cross = unet._per_level("disable_self_attentions")
+    # Down: every block's output is kept as a skip.
+    # The first convolution is as wide as the first level (guided diffusion at 512: half).
+    h = conv(widths[0], name="input_blocks_0_0", **types)(x)
+    h = h if hint is None else h + hint
+    skips, levels = [h], len(widths)
+    for level, width in enumerate(widths):
+        attends = 2**level in unet.attention_resolutions
+        for _ in range(unet.num_res_blocks):
+            name = f"input_blocks_{len(skips)}"
+            h = _resblock(unet, f"{name}_0", width)(h, emb, deterministic)
+            if attends:
+                cross = only_cross[level]
+                h = _attention(unet, f"{name}_1", h, level, context, deterministic, cross)
+            skips.append(h)
+        if level < levels - 1:
+            name = f"input_blocks_{len(skips)}_0"
+            if unet.resblock_updown:
+                h = _resblock(unet, name, h.shape[-1], "down")(h, emb, deterministic)
+            else:
+                h = conv(h.shape[-1], stride=2, name=name, **types)(h)
+            skips.append(h)
+
+    h = _resblock(unet, "middle_block_0", h.shape[-1])(h, emb, deterministic)
+    h = _attention(unet, "middle_block_1", h, levels - 1, context, deterministic)
+    return _resblock(unet, "middle_block_2", h.shape[-1])(h, emb, deterministic), skips
