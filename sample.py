@@ -20,6 +20,12 @@ LORA = flags.DEFINE_multi_string(
 EMBEDDING = flags.DEFINE_multi_string(
     "embedding", [], "A textual inversion, PATH or PATH:NAME; may be given several times."
 )
+CONTROL = flags.DEFINE_multi_string(
+    "control",
+    [],
+    "A ControlNet, and a picture as its hint: PATH:HINT or PATH:HINT:SCALE; may be given several "
+    "times.",
+)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", "", "A text file with one prompt a line.")
 SYNTAX = flags.DEFINE_enum(
@@ -69,6 +75,7 @@ CONDITIONS = (
     flags.DEFINE_string("segmentation", "", "A grey picture: the class of each pixel."),
     flags.DEFINE_string("layout", "", 'JSON: [{"category_id": 0, "bbox": [x, y, w, h]}, …].'),
     flags.DEFINE_string("low_resolution", "", "A small picture to enlarge."),
+    flags.DEFINE_string("hint", "", "A picture, such as edges, of a --model with a ControlNet."),
 )
 SOURCE = flags.DEFINE_string("source", "", "A prompt that describes --image: invert it (DDIM).")
 INTERPOLATE = flags.DEFINE_integer("interpolate", 0, "Pictures between this seed and the next.")
@@ -117,6 +124,7 @@ def main():
         files={flag.name: _path(flag) for flag in CONDITIONS if flag.value},
         loras=LORA.value,
         embeddings=EMBEDDING.value,
+        controls=CONTROL.value,
         prompt_syntax=SYNTAX.value,
         interpolate=INTERPOLATE.value,
         previews=PREVIEWS.value,

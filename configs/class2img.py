@@ -43,7 +43,7 @@ def emoji() -> ml_collections.ConfigDict:
 
 
 def scenes() -> ml_collections.ConfigDict:
-    config = common.from_bundled(folder(), steps=800)
+    config = common.from_bundled(folder(), steps=2400)
     config.data.source = "scenes"
     # Held out is an object on a ground: on one ground alone, whole classes would be.
     config.data.scenes.update(objects=(1, 1), grounds=("white", "beige", "light blue"))

@@ -35,16 +35,16 @@ def base(classes: int = 1 + common.SCENE_KINDS) -> ml_collections.ConfigDict:
         kind="array",
         output="concat",
         shape=(None, None, classes),
-        network=dict(kind="rescaler", n_stages=3, out_channels=16),
+        network=dict(kind="rescaler", n_stages=3, out_channels=64),
         dropout=0.0,
     )
-    config = common.scenes_diffusion({"segmentation": segmentation}, {}, concat=16)
+    config = common.scenes_diffusion({"segmentation": segmentation}, {}, concat=64)
     config.data.conditions = {"segmentation": dict(classes=classes)}
     return config
 
 
 def scenes() -> ml_collections.ConfigDict:
-    return common.from_bundled(base(), steps=800)
+    return common.from_bundled(base(), steps=3000)
 
 
 def folder() -> ml_collections.ConfigDict:

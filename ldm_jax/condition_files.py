@@ -1,7 +1,8 @@
-"""Conditions of a drawing from files: a segmentation, boxes, a small picture."""
+"""Conditions of a drawing from files: a segmentation, boxes, a small picture, a hint."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,31 +16,43 @@ from ldm_jax.pictures import to_signed
 from ldm_jax.pipeline import Pipeline
 
 # Flags of `sample.py` and the entries of a model that they give.
-ENTRIES = {"segmentation": "segmentation", "layout": "boxes", "low_resolution": "low_resolution"}
+ENTRIES = {
+    "segmentation": "segmentation",
+    "layout": "boxes",
+    "low_resolution": "low_resolution",
+    "hint": "control",
+}
 
 
 def condition_arguments(
-    pipe: Pipeline, files: Mapping[str, str], height: int | None, width: int | None
+    pipe: Pipeline,
+    files: Mapping[str, str],
+    height: int | None,
+    width: int | None,
+    hints: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The arguments `conditions`, `height` and `width` for `pipe`, from files by their flag.
+    """The arguments `conditions`, `height` and `width` for `pipe`, from files by their flag, and
+    from the hints of ControlNets by their names.
 
     - segmentation: a grey or palette picture whose values are classes. Its size is that of the
       drawing.
     - layout: a JSON list of {"category_id": 0, "bbox": [left, top, width, height]}, in pixels of
       the drawing.
     - low_resolution: a picture; the drawing is as many times as large as the model enlarges.
+    - hint: a picture, such as edges, of the size of the drawing.
 
     Raises:
       ValueError: the model is not told this, a file is not what it should be, or a size is asked
         for that does not fit it.
     """
-    if not files:
+    given = [(flag, ENTRIES[flag], path) for flag, path in files.items()]
+    given += [("hint", name, path) for name, path in hints.items()]
+    if not given:
         return {}
     embedders = {embedder.name: embedder for embedder in pipe.model.embedders}
     made: dict[str, Any] = {}
     size = (height, width)
-    for flag, path in files.items():
-        name = ENTRIES[flag]
+    for flag, name, path in given:
         if name not in embedders:
             takes = [f"--{f}" for f, entry in ENTRIES.items() if entry in embedders]
             raise ValueError(
@@ -94,4 +107,14 @@ def _low_resolution(path: Path, embedder: Embedder, pipe: Pipeline, size: Size) 
     return to_signed(small)[None], (factor * small.shape[0], factor * small.shape[1])
 
 
-_READ = {"segmentation": _segmentation, "layout": _layout, "low_resolution": _low_resolution}
+def _hint(path: Path, embedder: Embedder, pipe: Pipeline, size: Size) -> Read:
+    hint = composite(read_image(path), (0, 0, 0))
+    return hint[None], hint.shape[:2]
+
+
+_READ = {
+    "segmentation": _segmentation,
+    "layout": _layout,
+    "low_resolution": _low_resolution,
+    "hint": _hint,
+}

@@ -1,4 +1,7 @@
-"""An autoencoder alone: pictures to latents and back. `ldm_jax.load` makes it."""
+"""An autoencoder alone: pictures to latents and back, and the latents that an edit starts from.
+
+`ldm_jax.load` makes it.
+"""
 
 import dataclasses
 import functools
@@ -9,7 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.conditions.base import Embedder
+from ldm_jax.diffusion.editing import skipped_steps
 from ldm_jax.interop.opening import export
+from ldm_jax.latent_diffusion import Known
 from ldm_jax.models.build import Autoencoder
 from ldm_jax.pictures import as_images, to_signed, to_unit
 from ldm_jax.runtime.mesh import to_host
@@ -49,3 +55,38 @@ class FirstStage:
             return jnp.clip(to_unit(images), 0.0, 1.0)
 
         return jax.jit(decode)
+
+
+def starting_point(
+    first_stage: FirstStage,
+    embedders: tuple[Embedder, ...],
+    image: np.ndarray | None,
+    mask: np.ndarray | None,
+    strength: float | None,
+    rows: list[np.ndarray],
+) -> tuple[float | None, Known | None, dict[str, Any]]:
+    """The strength of an edit, or None; the latents to start from; and the entries of a batch made
+    from the picture (B, H, W, C), which is encoded in the parts `rows`.
+
+    Raises ValueError if the picture or its mask (B, H, W, 1) is missing, or for the strength.
+    """
+    entries = {"mask": mask, "image": image}
+    needed = {entry for e in embedders for entry in e.needs} & entries.keys()
+    if needed and (image is None or mask is None):
+        raise ValueError("this model inpaints: give it an image and a mask")
+    if image is None:
+        if mask is not None or strength is not None:
+            raise ValueError("mask and strength need an image to change")
+        return None, None, {}
+    strength = (0.8 if mask is None else 1.0) if strength is None else strength
+    skipped_steps(1, strength)  # for its check, ahead of encoding
+    entries = {entry: entries[entry] for entry in needed}
+    if needed and strength == 1.0:
+        return None, None, entries
+    latents = np.concatenate([first_stage.encode(image[part]) for part in rows])[: len(image)]
+    if needed or mask is None:
+        return strength, Known(latents, None), entries
+    # A latent is redrawn if any of its pixels is; only pixels are blended.
+    (height, width), factor = latents.shape[1:3], first_stage.autoencoder.downsampling
+    cells = mask.reshape(len(mask), height, factor, width, factor, 1)
+    return strength, Known(latents, np.float32(cells.max(axis=(2, 4)) > 0.0)), entries

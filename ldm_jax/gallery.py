@@ -64,6 +64,30 @@ def with_embeddings(pipe: Pipeline, given: Sequence[str]) -> Pipeline:
     return pipe
 
 
+def with_controls(pipe: Pipeline, given: Sequence[str]) -> tuple[Pipeline, dict[str, str]]:
+    """The pipeline with ControlNets, each "PATH:HINT" or "PATH:HINT:SCALE", and the files of their
+    hints by name; see `Pipeline.with_control`.
+
+    Raises ValueError for a ControlNet without a hint.
+    """
+    hints: dict[str, str] = {}
+    for text in given:
+        rest, scale = text, 1.0
+        with contextlib.suppress(ValueError):
+            head, _, tail = text.rpartition(":")
+            rest, scale = head, float(tail)
+        path, _, hint = rest.rpartition(":")
+        if not path or not hint:
+            raise ValueError(
+                f"--control={text}: name the hint, a picture, after a colon: PATH:HINT"
+            )
+        before = {embedder.name for embedder in pipe.model.embedders}
+        pipe = pipe.with_control(path, scale)
+        (name,) = {embedder.name for embedder in pipe.model.embedders} - before
+        hints[name] = str(Path(hint).expanduser())
+    return pipe, hints
+
+
 @dataclasses.dataclass(frozen=True)
 class Edit:
     """A picture file to change, from the flags of `sample.py`.
@@ -143,6 +167,7 @@ def draw(
     files: Mapping[str, str] = MappingProxyType({}),
     loras: Sequence[str] = (),
     embeddings: Sequence[str] = (),
+    controls: Sequence[str] = (),
     prompt_syntax: str = "plain",
     interpolate: int = 0,
     previews: int = 0,
@@ -156,13 +181,14 @@ def draw(
     `settings` are the flags of `sample.py` by their names: arguments of `Pipeline.__call__`, and
     fields of `Guidance` and `Sampling`; None is the default. `weak_pipe` is the pipeline of
     autoguidance, from the file `weak`. `files` are conditions, by their flags: see
-    `condition_arguments`. `loras` and `embeddings` change the model: see `with_loras` and
-    `with_embeddings`. `prompt_syntax` is one of `Pipeline.with_prompt_syntax`. `interpolate` draws
-    this many pictures of one prompt between the noise of the seed and that of the next, and
-    `interpolation.gif`. `previews` adds `previews.png`: the model's predictions at this many steps,
-    a row for each picture.
+    `condition_arguments`. `loras`, `embeddings` and `controls` change the model: see `with_loras`,
+    `with_embeddings` and `with_controls`. `prompt_syntax` is one of `Pipeline.with_prompt_syntax`.
+    `interpolate` draws this many pictures of one prompt between the noise of the seed and that of
+    the next, and `interpolation.gif`. `previews` adds `previews.png`: the model's predictions at
+    this many steps, a row for each picture.
     """
     out, pipe = Path(out), with_embeddings(with_loras(pipe, loras), embeddings)
+    pipe, hints = with_controls(pipe, controls)
     if prompt_syntax != "plain":
         pipe = pipe.with_prompt_syntax(prompt_syntax)
     weak_pipe = None if weak_pipe is None else with_embeddings(weak_pipe, embeddings)
@@ -195,7 +221,7 @@ def draw(
     guidance = from_flags(Guidance, settings | {"weak": weak_pipe})
     apart = flags(Sampling).keys() | flags(Guidance).keys()
     own = {k: v for k, v in settings.items() if v is not None and k not in apart}
-    own |= condition_arguments(pipe, files, settings.get("height"), settings.get("width"))
+    own |= condition_arguments(pipe, files, settings.get("height"), settings.get("width"), hints)
     arguments |= own | {"sampler": sampling, "guidance": guidance}
     with watch:
         made = pipe(prompts or None, **arguments, progress=watch.callback)
@@ -207,6 +233,7 @@ def draw(
     about |= {"weak": weak} if weak else {}
     about |= dict(files) | ({"lora": list(loras)} if loras else {})
     about |= {"embedding": list(embeddings)} if embeddings else {}
+    about |= {"control": list(controls)} if controls else {}
     about |= {"interpolate": interpolate} if interpolate else {}
     about |= {"prompt_syntax": prompt_syntax} if prompt_syntax != "plain" else {}
     asked = {"prompts": prompts} | ({"classes": labels} if labels else {})

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ldm_jax.conditions.base import (
     Conditioning,
@@ -18,6 +19,7 @@ from ldm_jax.conditions.base import (
     drop_conditions,
     embed,
 )
+from ldm_jax.conditions.control import added_residuals
 from ldm_jax.conditions.kinds import make_embedders
 from ldm_jax.diffusion.editing import keep_known, noised, tiled
 from ldm_jax.diffusion.guidance import (
@@ -115,7 +117,7 @@ class LatentDiffusion:
         params = {}
         nulls = {embedder.name: jnp.asarray(embedder.null(1)) for embedder in self.embedders}
         for i, embedder in enumerate(self.embedders):
-            if embedder.network is not None:
+            if embedder.network is not None and not hasattr(embedder, "residuals"):
                 # −1 means "no prompt" for embedders that do not encode the empty prompt.
                 inputs = jnp.maximum(nulls[embedder.name], 0)
                 variables = embedder.network.init(jax.random.fold_in(embed_key, i), inputs)
@@ -130,11 +132,28 @@ class LatentDiffusion:
         x = beside(jnp.zeros((1, *latent_shape)), condition)
         variables = self.unet.init(unet_key, x, jnp.zeros(1), condition.context, y=condition.vector)
         params["unet"] = variables["params"]
+        for i, embedder in enumerate(self.embedders):
+            if hasattr(embedder, "residuals"):
+                own = jax.random.fold_in(embed_key, i)
+                params[embedder.name] = embedder.init(own, params["unet"], x, condition)
         if self.objective.learn_logvar:
             params["logvar"] = {
                 "value": jnp.full(self.diffusion.schedule.timesteps, self.objective.logvar_init)
             }
         return params
+
+    def _output(
+        self, params: Params, x: jax.Array, t: jax.Array, condition: Conditioning, **options: Any
+    ) -> jax.Array:
+        """The UNet's output for x, to which the condition's `concat` is joined, with the residuals
+        of its ControlNets. `options` are of `UNet.__call__`."""
+        x = beside(x, condition)
+        own = {name: options[name] for name in ("deterministic", "rngs") if name in options}
+        residuals = added_residuals(self.embedders, params, x, t, condition, **own)
+        variables, y = {"params": params["unet"]}, condition.vector
+        return self.unet.apply(
+            variables, x, t, condition.context, y=y, residuals=residuals, **options
+        )
 
     @adding_factors()
     def loss(
@@ -167,15 +186,7 @@ class LatentDiffusion:
         rngs = {"dropout": jax.random.fold_in(dropout_key, len(self.embedders))}
 
         def network(x, t):
-            return self.unet.apply(
-                {"params": params["unet"]},
-                beside(x, condition),
-                t,
-                condition.context,
-                y=condition.vector,
-                deterministic=not training,
-                rngs=rngs,
-            )
+            return self._output(params, x, t, condition, deterministic=not training, rngs=rngs)
 
         return diffusion_loss(
             self.objective,
@@ -205,24 +216,25 @@ class LatentDiffusion:
         further weights of K conditions, of each picture.
         """
 
-        def whole(x, t, condition: Conditioning, **more):
-            variables = {"params": params["unet"]}
-            return self.unet.apply(variables, x, t, condition.context, y=condition.vector, **more)
-
         def network(x, t, condition: Conditioning, **more):
-            x = beside(x, condition)
             if not tile:
-                return whole(x, t, condition, **more)
-            condition = condition.replace(concat=None)  # cut into tiles with x
+                return self._output(params, x, t, condition, **more)
+            # Maps are cut into tiles with x.
+            maps = (beside(x, condition), condition.control)
+            leaves, structure = jax.tree.flatten(maps)
+            ends = np.cumsum([leaf.shape[-1] for leaf in leaves])[:-1]
+            rest = condition.replace(concat=None, control={})
 
-            def parts(x):
+            def parts(joined):
                 def repeat(v):
-                    return jnp.tile(v, (len(x) // len(t), *[1] * (v.ndim - 1)))
+                    return jnp.tile(v, (len(joined) // len(t), *[1] * (v.ndim - 1)))
 
-                given, options = jax.tree.map(repeat, (condition, more))
-                return whole(x, repeat(t), given, **options)
+                x, control = structure.unflatten(jnp.split(joined, ends, axis=-1))
+                given, options = jax.tree.map(repeat, (rest, more))
+                given = given.replace(control=control)
+                return self._output(params, x, repeat(t), given, **options)
 
-            return tiled(parts, x, (tile, tile))
+            return tiled(parts, jnp.concatenate(leaves, axis=-1), (tile, tile))
 
         def under(guidance: GuidanceTable | None, to_x0: tuple = ()) -> Network:
             def plain(x, t, **more):

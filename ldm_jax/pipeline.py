@@ -23,16 +23,16 @@ from ldm_jax.conditions.requests import (
 )
 from ldm_jax.conditions.weighted import WeightedPrompts, of_one_length, weighting
 from ldm_jax.diffusion.checks import check_finite, check_number, whole
-from ldm_jax.diffusion.editing import skipped_steps
 from ldm_jax.diffusion.noise import example_keys
 from ldm_jax.diffusion.plan import Guidance, Sampling, plan
 from ldm_jax.diffusion.samplers import DDIM_INVERSE
-from ldm_jax.first_stage import FirstStage
+from ldm_jax.first_stage import FirstStage, starting_point
 from ldm_jax.interop.changes import Lora
+from ldm_jax.interop.control import add_control
 from ldm_jax.interop.embeddings import add_embeddings
 from ldm_jax.interop.lora import read_lora
 from ldm_jax.interop.opening import export
-from ldm_jax.latent_diffusion import Known, LatentDiffusion
+from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.build import Autoencoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.pictures import as_images, as_mask
@@ -183,7 +183,9 @@ class Pipeline:
             height, width = image.shape[1:3]
             mask = None if mask is None else as_mask(mask, (height, width), count)
         shape = self._latent_shape(height, width)
-        strength, known, pictures = self._start(image, mask, strength, rows)
+        strength, known, pictures = starting_point(
+            self.first_stage, embedders, image, mask, strength, rows
+        )
         side = self.autoencoder.downsampling * np.array(shape[:2])
         others = other_entries(embedders, conditions, count, side) | pictures
         inputs = [inputs_for(embedders, group | others, count) for group in groups]
@@ -317,7 +319,26 @@ class Pipeline:
         Raises:
           ValueError: the file holds none, one for another model, or a token that exists already.
         """
-        config, params = add_embeddings(path, self.config, self.params, token)
+        return self._changed(*add_embeddings(path, self.config, self.params, token))
+
+    def with_control(self, path: str | Path, scale: float = 1.0, name: str = "") -> "Pipeline":
+        """This pipeline with a ControlNet, which needs a hint: `conditions={"control": hint}`.
+
+        A hint is a picture of the size of what is drawn, (H, W, 3) or one for each, uint8 or float
+        in [0, 1]. Several ControlNets add up.
+
+        Args:
+          path: a folder of diffusers, a file of the original layout, or a workdir.
+          scale: of its effect; another one compiles nothing.
+          name: of its hint; default: "control", then "control_2", and so on.
+
+        Raises:
+          ValueError: the file holds none, one for another model, or the name is taken.
+        """
+        return self._changed(*add_control(path, self.config, self.params, scale, name))
+
+    def _changed(self, config: dict[str, Any], params: dict[str, Any]) -> "Pipeline":
+        """This pipeline with another config and its parameters."""
         model = LatentDiffusion.from_config(config, self.unet.dtype)
         made = dataclasses.replace(self, model=model, params=jax.device_put(params), config=config)
         return made.with_prompt_syntax(self.prompt_syntax)
@@ -345,32 +366,6 @@ class Pipeline:
           ValueError: an unknown dtype or layout, or a layout that cannot express this model.
         """
         export(path, self.config, self.merged().params, dtype, layout)
-
-    def _start(
-        self, image: Any, mask: Any, strength: float | None, rows: list[np.ndarray]
-    ) -> tuple[float | None, Known | None, dict[str, Any]]:
-        """The strength of the edit, or None; the latents to start from; and the entries of a batch
-        made from the picture, which is encoded in the parts `rows`."""
-        entries = {"mask": mask, "image": image}
-        needed = {entry for e in self.model.embedders for entry in e.needs} & entries.keys()
-        if needed and (image is None or mask is None):
-            raise ValueError("this model inpaints: give it an image and a mask")
-        if image is None:
-            if mask is not None or strength is not None:
-                raise ValueError("mask and strength need an image to change")
-            return None, None, {}
-        strength = (0.8 if mask is None else 1.0) if strength is None else strength
-        skipped_steps(1, strength)  # for its check, ahead of encoding
-        entries = {entry: entries[entry] for entry in needed}
-        if needed and strength == 1.0:
-            return None, None, entries
-        latents = np.concatenate([self.encode(image[part]) for part in rows])[: len(image)]
-        if needed or mask is None:
-            return strength, Known(latents, None), entries
-        # A latent is redrawn if any of its pixels is; only pixels are blended.
-        (height, width), factor = latents.shape[1:3], self.autoencoder.downsampling
-        cells = mask.reshape(len(mask), height, factor, width, factor, 1)
-        return strength, Known(latents, np.float32(cells.max(axis=(2, 4)) > 0.0)), entries
 
     def _tile(self, tile: int | None, shape: tuple[int, int, int]) -> int:
         """The side of a tile in latents; 0 without tiles, or if the picture is not larger."""

@@ -20,11 +20,12 @@ Inputs = dict[str, jax.Array]
 class Conditioning:
     """The UNet's inputs besides x and t: `context` (B, L, D) for cross-attention, `concat`
     (B, h, w, C) joined to x's channels, `vector`, numbers (B, D) or labels (B,), added to the time
-    embedding."""
+    embedding; `control`, by the name of a ControlNet, what it makes of its hint (B, h, w, C)."""
 
     context: jax.Array | None = None
     concat: jax.Array | None = None
     vector: jax.Array | None = None
+    control: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
 class Embedder(Protocol):
@@ -80,7 +81,8 @@ def embed(
         values = [v for part in parts if (v := getattr(part, field)) is not None]
         return jnp.concatenate(values, axis=-1) if len(values) > 1 else next(iter(values), None)
 
-    return Conditioning(joined("context"), joined("concat"), joined("vector"))
+    control = {name: hint for part in parts for name, hint in part.control.items()}
+    return Conditioning(joined("context"), joined("concat"), joined("vector"), control)
 
 
 def drop_conditions(embedders: tuple[Embedder, ...], inputs: Inputs, keys: jax.Array) -> Inputs:

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from ldm_jax.conditions.added import added
 from ldm_jax.conditions.base import Conditioning, Embedder
+from ldm_jax.conditions.control import control
 from ldm_jax.conditions.tokenizer import (
     BytePair,
     FolderTokenizer,
@@ -360,14 +361,9 @@ def _array(name: str, section: dict[str, Any], dtype: Any, _: Autoencoder) -> Ar
 def _masked_image(
     name: str, section: dict[str, Any], dtype: Any, autoencoder: Autoencoder
 ) -> MaskedImageEmbedder:
-    return MaskedImageEmbedder(
-        name,
-        autoencoder,
-        section["mask_first"],
-        section["hole"],
-        tuple(section["mask_range"]),
-        section["dropout"],
-    )
+    values = (section[key] for key in ("mask_first", "hole", "mask_range", "dropout"))
+    first, hole, mask_range, dropout = values
+    return MaskedImageEmbedder(name, autoencoder, first, hole, tuple(mask_range), dropout)
 
 
 EMBEDDERS = {
@@ -377,6 +373,7 @@ EMBEDDERS = {
     "sizes": _sizes,
     "array": _array,
     "masked_image": _masked_image,
+    "control": control,
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from ldm_jax.data.degradations import DEGRADATIONS, degraded
 from ldm_jax.data.masks import RECIPES, draw_mask
@@ -218,6 +219,37 @@ class LossMask(Named):
 
 
 @dataclasses.dataclass(frozen=True)
+class Edges(Named):
+    """The edges of the picture, float32 (H, W, 1) in [0, 1], white on black: the size of the
+    gradient of its brightness, after a Gaussian of `sigma` pixels, times `gain`."""
+
+    sigma: float = 0.7
+    gain: float = 4.0
+
+    def __call__(self, example, rng):
+        del rng
+        grey = np.float32(example["image"]).mean(axis=-1) / 255.0
+        size = ndimage.gaussian_gradient_magnitude(grey, self.sigma, mode="nearest")
+        return {self.name: np.clip(self.gain * size, 0.0, 1.0)[..., None].astype(np.float32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hint(Named):
+    """Another picture, `picture.NAME.png` beside the picture, float32 (H, W, 3) in [0, 1]: edges,
+    depth or a pose, for a ControlNet. Grey ones get three equal channels."""
+
+    @property
+    def suffix(self) -> str:
+        return f"{self.name}.png"
+
+    def __call__(self, example, rng):
+        del rng
+        with Image.open(beside(example, self)) as file:
+            pixels = np.asarray(file.convert("RGB"))
+        return {self.name: np.float32(example["placement"].apply(pixels, smooth=True)) / 255.0}
+
+
+@dataclasses.dataclass(frozen=True)
 class Boxes(Named):
     """Objects as the tokens of LDM's layout models, int32 (3·objects + 2,).
 
@@ -331,5 +363,7 @@ CONDITIONS = {
     "depth": Depth,
     "loss_mask": LossMask,
     "boxes": Boxes,
+    "edges": Edges,
+    "hint": Hint,
     "array": Array,
 }

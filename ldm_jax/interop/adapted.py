@@ -1,4 +1,5 @@
-"""Our own file of a LoRA or of an embedding: factors or vectors, and the name of their base.
+"""Our own file of what changes a model, a LoRA, an embedding or a ControlNet: factors, vectors or a
+network, and the name of their base.
 
 It is written and read as a whole model, `native.save_model`, with the section "base" in its config.
 """
@@ -20,13 +21,14 @@ from ldm_jax.interop.layout import Imported
 from ldm_jax.models.tokens import ADDED
 
 SAMPLED = 1024  # values of each kernel that the digest sees
+UNET_ENDS = ("unet/input_blocks_0_0/kernel", "unet/out_2/kernel")  # of the base of a ControlNet
 
 
 def about_base(
     path: str | os.PathLike, autoencoder: str, params: dict[str, Any], kernels: Iterable[str]
 ) -> dict[str, Any]:
     """The section "base": the absolute paths of a model and of an autoencoder in place of its own
-    ("" if it is its own), and a digest of the kernels that are changed."""
+    ("" if it is its own), and a digest of the kernels that are changed, or of `UNET_ENDS`."""
     bundled = os.path.realpath(path) == os.path.realpath(native.BUNDLED)
     return dict(
         path="" if bundled else os.path.abspath(os.path.expanduser(path)),
@@ -42,8 +44,8 @@ def with_base(
     dtype: Any,
     open_base: Callable[..., Imported],
 ) -> Imported:
-    """The whole model of a file with factors or vectors of a new token: its base, opened by
-    `open_base`, and the change.
+    """The whole model of a file with factors, vectors of a new token or a further network: its
+    base, opened by `open_base`, and the change.
 
     Raises:
       FileNotFoundError: the base is not where it was.
@@ -52,8 +54,13 @@ def with_base(
     config = dict(config)
     base = config.pop("base")
     rows = [name for name in flatten_dict(factors, sep="/") if f"/{ADDED}" in name]
-    what, flag = ("an embedding", "embedding") if rows else ("a LoRA", "lora")
-    place, instead = base["path"], f"draw with another by --model=PATH --{flag}={path.parent}"
+    kind = "control" if "control" in factors else "embedding" if rows else "lora"
+    what, use = {
+        "control": ("a ControlNet", f"--control={path.parent}:HINT"),
+        "embedding": ("an embedding", f"--embedding={path.parent}"),
+        "lora": ("a LoRA", f"--lora={path.parent}"),
+    }[kind]
+    place, instead = base["path"], f"draw with another by --model=PATH {use}"
     if place and not os.path.exists(place):
         raise FileNotFoundError(
             f"{path} holds {what} of {place}, which is not there: move it back, or {instead}"
@@ -62,7 +69,9 @@ def with_base(
     own = {name: part for name, part in factors.items() if name in found.params}
     vectors, changes = separated(own)
     tables = [f"{name.rpartition('/')[0]}/embedding" for name in rows]
-    if _digest(found.params, [*changes, *tables]) != base["digest"]:
+    more = {name: factors[name] for name in ("control",) if name in factors}
+    more = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.dtype(dtype)), more)
+    if _digest(found.params, [*changes, *tables, *(UNET_ENDS if more else ())]) != base["digest"]:
         raise ValueError(
             f"{path} holds {what} of {place or 'the bundled model'}, where another model is now: "
             f"put the former there, or {instead}"
@@ -70,7 +79,7 @@ def with_base(
     params = flatten_dict(merge(found.params, changes), sep="/", keep_empty_nodes=True)
     for name, leaf in flatten_dict(vectors, sep="/").items():
         params[name] = np.asarray(leaf, jnp.dtype(dtype))
-    params = jax.tree.map(np.asarray, unflatten_dict(params, sep="/"))
+    params = jax.tree.map(np.asarray, unflatten_dict(params, sep="/") | more)
     return Imported(config, params, f"{found.about}, with {what}", found.reports)
 
 

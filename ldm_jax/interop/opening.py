@@ -229,6 +229,13 @@ def export(
             f"layout={layout!r} has no place for the embedding of {tokens[0]!r}: use "
             "'single_file', or write the model without it"
         )
+    sections = config.get("conditioning", {}).items()
+    controls = [name for name, section in sections if section["kind"] == "control"]
+    if controls and layout != "single_file":
+        raise ValueError(
+            f"layout={layout!r} has no place for the ControlNet {controls[0]!r}: use "
+            "'single_file', or write the model without it"
+        )
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     LAYOUTS[layout](path, config, params, dtype)

@@ -62,7 +62,15 @@ class SpatialRescaler(nn.Module):
         if self.out_channels is None:
             return x
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        mapper = conv(self.out_channels, 1, use_bias=self.use_bias, name="channel_mapper", **types)
+        # A one-hot class gets a code of unit variance, as large as the latents it is beside.
+        mapper = conv(
+            self.out_channels,
+            1,
+            use_bias=self.use_bias,
+            kernel_init=nn.initializers.normal(1.0),
+            name="channel_mapper",
+            **types,
+        )
         return mapper(x)
 
 

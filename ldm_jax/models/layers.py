@@ -5,7 +5,7 @@ parameters; normalisation statistics are always float32.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,7 @@ def conv(
     stride: int = 1,
     padding: int | tuple | None = None,
     zero_init: bool = False,
+    kernel_init: Callable = uniform_init,
     **options,
 ) -> nn.Conv:
     """A square 2-D convolution, zero-padded to keep its size; biases start at zero."""
@@ -70,7 +71,7 @@ def conv(
         (kernel, kernel),
         strides=stride,
         padding=kernel // 2 if padding is None else padding,
-        kernel_init=nn.initializers.zeros if zero_init else uniform_init,
+        kernel_init=nn.initializers.zeros if zero_init else kernel_init,
         **options,
     )
 

@@ -22,6 +22,7 @@ from ldm_jax.training import validation
 from ldm_jax.training.accumulation import mean_over_parts
 from ldm_jax.training.adapters import Adapters
 from ldm_jax.training.batches import Prepare, about_data, training_loader
+from ldm_jax.training.control import Control
 from ldm_jax.training.evaluators import options_of
 from ldm_jax.training.inversion import Inversion
 from ldm_jax.training.latents import LatentSource, moments, sample_latents
@@ -44,7 +45,7 @@ class DiffusionTask:
     `embedders` are those of training: `model.embedders` or their replacements. `resolved` is the
     config as plain values, completed by the model that training starts from; it is exported with
     the model. `frozen` includes the autoencoder's parameters. With `adapters`, their factors train,
-    or the vectors of a new token, and nothing else.
+    or the vectors of a new token, or a ControlNet, and nothing else.
     """
 
     config: Any
@@ -56,7 +57,7 @@ class DiffusionTask:
     source: Any
     held_out: Any
     conditions: tuple[Condition, ...]
-    adapters: Adapters | Inversion | None = None
+    adapters: Adapters | Inversion | Control | None = None
 
     @property
     def ema_networks(self) -> tuple[str, ...]:

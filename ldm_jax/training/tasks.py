@@ -16,7 +16,7 @@ from ldm_jax.interop.opening import open_any
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.build import Autoencoder, make_autoencoder
 from ldm_jax.models.remat import check_remat
-from ldm_jax.training import inversion
+from ldm_jax.training import control, inversion
 from ldm_jax.training.abstract import blank_source, first_stage_shapes
 from ldm_jax.training.adapters import make_adapters, read_options
 from ldm_jax.training.autoencoder_task import DISCRIMINATOR_LOSSES, AutoencoderTask
@@ -50,7 +50,7 @@ def make_task(config: Any, index: Path | None = None, abstract: bool = False) ->
     check_remat("train.remat", config.train.get("remat", ""))
     if config.task not in TASKS:
         raise ValueError(f"task={config.task!r}: choose one of {', '.join(TASKS)}")
-    for read in (read_options, inversion.read_options):
+    for read in (read_options, inversion.read_options, control.read_options):
         read(config)  # for its checks
     return TASKS[config.task](config, index, abstract)
 
@@ -109,6 +109,10 @@ def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask
     new_token = inversion.read_options(config)
     if new_token is not None:
         resolved = inversion.with_new_token(resolved, new_token)
+    hints = control.read_options(config)
+    if hints is not None:
+        own = resolved.get("autoencoder") or opened.config["autoencoder"]
+        resolved, given = control.with_control(resolved, own, hints)
     conditions = make_conditions(config.data.conditions)
     embedders = make_embedders(resolved["conditioning"])
     check_conditions(conditions, {e.name: e.needs for e in embedders}, config.data.source)
@@ -133,7 +137,7 @@ def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask
     shape = (side, side, model.latent_channels)
     fresh = jax.eval_shape(lambda key: model.init(key, shape), jax.random.key(0))
     options, paths = read_options(config), (config.init_from, config.first_stage)
-    shapes_alone = abstract and options is None and new_token is None
+    shapes_alone = abstract and options is None and new_token is None and hints is None
     loaded, frozen = _start(config, opened, fresh, shapes_alone)
     params = first_stage_shapes(model) if abstract else jax.device_put(first_stage)
     if not abstract:
@@ -149,6 +153,13 @@ def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask
     if new_token is not None:
         adapters, frozen, loaded = inversion.make_inversion(new_token, loaded, resolved, *paths)
         check_frozen(fresh, frozen)
+        trains = adapters.networks
+    if hints is not None:
+        frozen = {name: part for name, part in loaded.items() if name != control.NAME}
+        check_frozen({name: part for name, part in fresh.items() if name != control.NAME}, frozen)
+        section = resolved["conditioning"][control.NAME]["network"]
+        made = (section, lambda key: model.init(key, shape)[control.NAME], given, frozen)
+        adapters, loaded = control.make_control(*made, *paths)
         trains = adapters.networks
     if abstract:
         loaded, frozen = jax.eval_shape(lambda: (loaded, frozen))

@@ -1,0 +1,239 @@
+"""ControlNet: what trains, where it starts and resumes, what is written, and what is refused."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from PIL import Image
+
+import ldm_jax
+from ldm_jax.interop.files import open_state
+from ldm_jax.interop.native import save_model
+from ldm_jax.runtime.logging import read_metrics
+from ldm_jax.training.loop import train
+from ldm_jax.training.optimizer import make_optimizer
+from ldm_jax.training.state import init_state
+from ldm_jax.training.tasks import make_task
+from tests import tiny_models
+from tests.conftest import ROOT
+from tests.models.published import config_file
+from tests.training.variants import photographs
+
+MODELS = {
+    "sd15": tiny_models.config(
+        tiny_models.STABLE["conditioning"],
+        channel_mult=[1, 2],
+        attention_resolutions=[1],
+        context_dim=16,
+    ),
+    "sdxl": tiny_models.XL,
+}
+PARAMS = {name: tiny_models.random_params(model, scale=0.3) for name, model in MODELS.items()}
+CLOSED = ("zero_convs", "middle_block_out", "input_hint_block/block_6/")  # 0 at first
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name, model in MODELS.items():
+        save_model(folder / f"{name}.safetensors", model, PARAMS[name])
+    return folder
+
+
+def control(bases, variant="smoke", **options):
+    config = config_file(ROOT / "configs" / "controlnet.py").get_config(variant)
+    config.init_from = str(
+        bases / ("sdxl.safetensors" if variant == "sdxl" else "sd15.safetensors")
+    )
+    config.control.update(options)
+    config.data.update(source="emoji", image_size=16, classes=("food & drink",), held_out=0.1)
+    config.data.scenes = {}
+    config.optimizer.update(lr=0.01, warmup=0)
+    config.train.update(ema_decay=0.5)
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(bases, tmp_path_factory):
+    """A run of four steps, uninterrupted."""
+    workdir = tmp_path_factory.mktemp("control") / "run"
+    train(control(bases), workdir)
+    return workdir
+
+
+def hint(seed=0, side=16):
+    return np.random.default_rng(seed).uniform(size=(side, side, 3)).astype(np.float32)
+
+
+def test_it_starts_as_a_copy_without_effect_and_trains_alone(bases):
+    config = control(bases)
+    task = make_task(config)
+    optimizer = make_optimizer(config.optimizer, 4, task.adapters.networks)
+    state = init_state(task, optimizer, 0, task.loaded)
+    unet = flatten_dict(PARAMS["sd15"]["unet"], sep="/")
+    flat = flatten_dict(state.params["control"], sep="/")
+    assert state.params.keys() == state.ema.keys() == {"control"}
+    copied = [path for path in flat if path in unet]
+    for path in copied:
+        np.testing.assert_array_equal(flat[path], unet[path], err_msg=path)
+    assert len(copied) > 40 and not any("output" in path for path in flat)
+    for path, leaf in flat.items():
+        if path.startswith(CLOSED):
+            assert not leaf.any(), path
+    batch = next(task.batches(0))[1]
+    assert batch["control"].shape == (8, 16, 16, 3) and np.ptp(batch["control"]) > 0.5
+    gradients = functools.partial(task.gradients, phase=None)
+    grads, _ = jax.eval_shape(gradients, state.params, task.frozen, batch, jax.random.key(0))
+    assert grads.keys() == {"control"}
+    base, changed = task.pipelines(state.ema)
+    drawn = [
+        pipe("kiwi", conditions={"control": hint()}, steps=2, guidance=2.0)
+        for pipe in (base, changed)
+    ]
+    plain = ldm_jax.load(config.init_from)("kiwi", steps=2, guidance=2.0)
+    for picture in drawn:
+        np.testing.assert_array_equal(picture, plain)
+
+
+def test_what_was_trained_is_drawn_from_every_file(bases, trained):
+    first, *_, last = [m for m in read_metrics(trained) if m["kind"] == "held_out"]
+    assert last["loss"] != last["loss_of_base"] and np.isfinite(last["loss"])
+    state = open_state(trained / "model.safetensors")
+    assert {name.partition("/")[0] for name in state} == {"control"}
+    base = ldm_jax.load(bases / "sd15.safetensors")
+    asked = dict(conditions={"control": hint()}, steps=2, guidance=2.0)
+    whole = ldm_jax.load(trained)("kiwi", **asked)
+    np.testing.assert_array_equal(base.with_control(trained)("kiwi", **asked), whole)
+    plain = base("kiwi", steps=2, guidance=2.0)
+    assert np.abs(whole - plain).max() > 1e-4
+    closed = base.with_control(trained, scale=0.0)("kiwi", **asked)
+    np.testing.assert_array_equal(closed, plain)
+    other = base.with_control(trained)("kiwi", **asked | {"conditions": {"control": hint(1)}})
+    assert np.abs(whole - other).max() > 1e-5
+
+
+def test_a_stopped_run_resumes_to_the_same_bit(bases, trained, tmp_path):
+    config = control(bases)
+    config.train.steps = 2
+    train(config, tmp_path)
+    config.train.steps = 4
+    train(config, tmp_path)
+    ours, theirs = (open_state(run / "controlnet.safetensors") for run in (tmp_path, trained))
+    assert list(ours) == list(theirs)
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_it_goes_on_from_a_controlnet(bases, trained):
+    task = make_task(control(bases, init_from=str(trained)))
+    started = flatten_dict(task.loaded["control"], sep="/")
+    for name, leaf in open_state(trained / "controlnet.safetensors").items():
+        np.testing.assert_array_equal(started[name], leaf, err_msg=name)
+
+
+def test_two_add_up_and_one_of_half_a_scale_is_half(bases, trained):
+    """Zero convolutions are linear: half twice is the whole."""
+    base = ldm_jax.load(bases / "sd15.safetensors")
+    half = base.with_control(trained, 0.5).with_control(trained, 0.5)
+    asked = dict(steps=2, guidance=2.0)
+    twice = half("kiwi", conditions={"control": hint(), "control_2": hint()}, **asked)
+    once = base.with_control(trained)("kiwi", conditions={"control": hint()}, **asked)
+    np.testing.assert_allclose(twice, once, atol=2e-6)
+
+
+def test_tiles_take_their_part_of_the_hint(bases, trained):
+    """Another hint on the right changes nothing that the first tile alone covers."""
+    pipe = ldm_jax.load(bases / "sd15.safetensors").with_control(trained)
+    wide = np.concatenate([hint(), hint()], axis=1)
+    size = dict(height=16, width=32)
+    tiled = pipe("kiwi", conditions={"control": wide}, steps=1, tile=16, **size)
+    other = np.concatenate([hint(), hint(3)], axis=1)
+    changed = pipe("kiwi", conditions={"control": other}, steps=1, tile=16, **size)
+    difference = np.abs(changed - tiled).max(axis=(0, 1, 3))
+    assert difference[-4:].max() > 1e-6
+    np.testing.assert_allclose(difference[:4], 0.0, atol=1e-6)  # of the first tile alone
+
+
+def test_variants_on_a_folder_with_hints(bases, tmp_path):
+    pictures = photographs(tmp_path / "pictures", 4)
+    for path in pictures.rglob("*.jpg"):
+        Image.fromarray(np.uint8(255 * hint())).resize((100, 80)).save(
+            path.with_suffix(".control.png")
+        )
+    for variant in ("sd15", "sdxl"):
+        config = control(bases, variant)
+        config.data.update(source="folder", path=str(pictures), held_out=0.0, classes=())
+        task = make_task(config)
+        batch = next(task.batches(0))[1]
+        assert batch["control"].shape[1:] == (16, 16, 3)
+        shapes = jax.eval_shape(lambda key, t=task: t.init(key, t.loaded), jax.random.key(0))
+        assert shapes.keys() == {"control"}
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(adapters=dict(rank=4)), "control and adapters are two trainings"),
+    (dict(init_from=""), r"control: for a trained model; name it with init_from=PATH"),
+    (dict(trainable=("^unet",)), "with the section control nothing else trains"),
+    (dict(control=dict(width=3)), "control has no option 'width'; it has hint_in, hint_channels"),
+    (dict(control=dict(hint_in=0)), "control.hint_in=0: choose a number above 0"),
+    (dict(control=dict(hint_channels=(8, 8, 8))), r"shrinks pictures 2 times, so give 2 widths"),
+    (dict(data=dict(conditions={})), r"needs the entry 'control' of each picture, and nothing"),
+])  # fmt: skip
+def test_settings_that_are_refused(bases, change, message):
+    config = control(bases)
+    with config.unlocked():
+        config.update(change)
+        if "data" in change:
+            config.data.conditions = {}
+    with pytest.raises(ValueError, match=message):
+        make_task(config)
+
+
+@pytest.mark.parametrize("hints, message", [
+    (None, r"needs conditions=\{'control': an array\}"),
+    (np.zeros((8, 16, 3)), "a hint of 8 × 16 pixels for a picture of 16 × 16"),
+    (np.zeros((16, 16, 4)), r"the hint 'control' has the shape \(16, 16, 4\)"),
+    (np.full((16, 16, 3), 7.0), "the hint 'control' has numbers outside of 0 … 1"),
+    (np.full((16, 16, 3), np.nan), "the hint 'control' has numbers outside of 0 … 1"),
+    (np.zeros((3, 16, 16, 3)), "3 of control for 1 pictures"),
+])  # fmt: skip
+def test_hints_that_are_refused(bases, trained, hints, message):
+    pipe = ldm_jax.load(trained)
+    given = None if hints is None else {"control": hints}
+    with pytest.raises(ValueError, match=message):
+        pipe("kiwi", conditions=given, steps=2)
+
+
+def test_hints_of_any_form(trained):
+    (embedder,) = (e for e in ldm_jax.load(trained).model.embedders if e.name == "control")
+    grey = np.uint8(255 * hint()[..., 0])
+    for given in (grey, grey[..., None], np.repeat(grey[..., None], 3, -1), grey[None, ..., None]):
+        made = embedder.prepare({"control": given})
+        assert made.shape == (1, 16, 16, 3) and made.dtype == np.float32
+        np.testing.assert_allclose(made[0, ..., 1], grey / 255.0, rtol=1e-6)
+
+
+def test_other_layouts_have_no_place_for_it(trained, tmp_path):
+    pipe = ldm_jax.load(trained)
+    for layout in ("compvis", "diffusers"):
+        with pytest.raises(ValueError, match="no place for the ControlNet 'control'"):
+            pipe.save(tmp_path / "x", layout=layout)
+    pipe.save(tmp_path / "x.safetensors")
+    asked = dict(conditions={"control": hint()}, steps=2)
+    again = ldm_jax.load(tmp_path / "x.safetensors")
+    np.testing.assert_array_equal(again("kiwi", **asked), pipe("kiwi", **asked))
+    assert jnp.issubdtype(jax.tree.leaves(again.params["control"])[0].dtype, np.floating)
+
+
+def test_a_base_that_has_changed(bases, trained, tmp_path):
+    held = (bases / "sd15.safetensors").read_bytes()
+    try:
+        other = tiny_models.random_params(MODELS["sd15"], seed=1)
+        save_model(bases / "sd15.safetensors", MODELS["sd15"], other)
+        with pytest.raises(ValueError, match="holds a ControlNet of .*where another model is now"):
+            ldm_jax.load(trained)
+    finally:
+        (bases / "sd15.safetensors").write_bytes(held)
