@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ldm_jax.interop import names
 from ldm_jax.models.build import AUTOENCODERS, make_autoencoder, tuples
 from ldm_jax.models.clip import CLIPText
+from ldm_jax.models.controlnet import ControlNet
 from ldm_jax.models.embedders import ClassEmbedder, Patches, SpatialRescaler
 from ldm_jax.models.text import TextTransformer
 from ldm_jax.models.unet import UNet
@@ -130,6 +131,13 @@ def _autoencoder(**fields: Any) -> tuple[nn.Module, list, dict]:
     return module, [_floats(1, side, side, module.in_channels)], {}
 
 
+def _control(unet: dict[str, Any], **fields: Any) -> tuple[nn.Module, list, dict]:
+    inner, inputs, named = _unet(**tuples(unet))
+    module = ControlNet(inner, **fields)
+    side = module.factor * inputs[0].shape[1]
+    return module, inputs, named | {"hint": _floats(1, side, side, module.hint_in)}
+
+
 def _rescaler(in_channels: int = 0, kind: str = "", **fields: Any) -> tuple[nn.Module, list, dict]:
     module = SpatialRescaler(**fields)
     if module.out_channels is not None and not in_channels:
@@ -154,6 +162,7 @@ def _integers(*shape: int) -> jax.ShapeDtypeStruct:
 # Network → function of its fields to the module, its inputs and those with names.
 _BUILD: dict[str, Callable[..., tuple[nn.Module, list, dict]]] = {
     "unet": _unet,
+    "control": _control,
     "autoencoder": _autoencoder,
     "clip": lambda **fields: (CLIPText(**fields), [_integers(1, 1)], {}),
     "bert": lambda kind="", **fields: (TextTransformer(**fields), [_integers(1, 1)], {}),
@@ -272,6 +281,7 @@ def slots(
     vector: str = "add_embedding",
     new_attention_order: bool = False,
     learn_sigma: bool = False,
+    leaves: dict[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Slot]:
     """The slot of each leaf of a network in a layout, by our leaf path ("a/b/kernel").
 
@@ -286,6 +296,7 @@ def slots(
         the original's `use_new_attention_order` (of attention without a context).
       learn_sigma: whether a UNet of CompVis' layout has as many further outputs for its variance
         (guided-diffusion's `learn_sigma`), which are not read.
+      leaves: paths and shapes, if not all: those that a ControlNet has of its UNet.
 
     Raises ValueError for an unknown network, layout or kind, or fields that fit no module.
     """
@@ -309,7 +320,8 @@ def slots(
         code = "diffusers_bert" if (network, layout) == ("bert", "diffusers") else network
         return _slot(path, shape, names.name_of(code, path))
 
-    return {path: slot(path, shape) for path, shape in shapes(network, fields).items()}
+    leaves = leaves or shapes(network, fields)
+    return {path: slot(path, shape) for path, shape in leaves.items()}
 
 
 def read_params(

@@ -40,6 +40,7 @@ _UNET: Rules = (
     (r"^(output_blocks\.\d+\.\d)\.(?=weight|bias)", r"\1.conv."),
     (r"^time_embed_cond_proj\.", "time_embed.cond_proj."),
 )
+_CONTROL: Rules = (*_UNET, (r"^input_hint_block\.block\.", "input_hint_block."))
 _AUTOENCODER: Rules = (
     (r"^conv_out\.", "decoder.conv_out."),
     (r"\bmid_", "mid."),
@@ -95,10 +96,12 @@ _OPEN_CLIP: Rules = (
     (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
     (r"\.self_attn\.[qkv]_proj\.", ".attn.in_proj_"),
 )
-# By code: CompVis' (with LDM's text transformer, "bert"), TAESD's ("tiny"), transformers'
-# CLIPTextModel, OpenCLIP's text tower, diffusers' AutoencoderTiny and LDMBertModel.
+# By code: CompVis' (with ControlNet's, "control", and LDM's text transformer, "bert"), TAESD's
+# ("tiny"), transformers' CLIPTextModel, OpenCLIP's text tower, diffusers' AutoencoderTiny and
+# LDMBertModel.
 CODES: dict[str, Rules] = {
     "unet": _UNET,
+    "control": _CONTROL,
     "autoencoder": _AUTOENCODER,
     "bert": _BERT,
     "class": (),
@@ -183,6 +186,25 @@ def diffusers_unet_name(
         (r"^middle_block\.2\.", "mid_block.resnets.1."),
         *_RESNET,
         *(_ATTENTION if plain_attention else ()),
+    )
+    return _apply(rules, name)
+
+
+def diffusers_control_name(name: str, widths: int) -> str:
+    """diffusers' name of a tensor that a ControlNet has and a UNet has not, from the original's.
+
+    `widths` is the number of `hint_channels`.
+    """
+
+    def hint(match: re.Match) -> str:
+        i = int(match[1]) // 2
+        part = {0: "conv_in", 2 * widths - 1: "conv_out"}.get(i, f"blocks.{i - 1}")
+        return f"controlnet_cond_embedding.{part}."
+
+    rules: Rules = (
+        (r"^input_hint_block\.(\d+)\.", hint),
+        (r"^zero_convs\.(\d+)\.0\.", r"controlnet_down_blocks.\1."),
+        (r"^middle_block_out\.0\.", "controlnet_mid_block."),
     )
     return _apply(rules, name)
 

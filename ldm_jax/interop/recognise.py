@@ -43,7 +43,8 @@ BUFFERS = (
 # Names that identify other kinds of files, in the order of the checks.
 OTHERS = {
     r"lora_|.*[._]lora": "a LoRA: it changes a model, see interop.lora",
-    r"control_model\.": "a ControlNet, which is not supported",
+    r"control_model\.|controlnet_|input_hint_block\.": "a ControlNet: it is drawn with beside a "
+    "model, --control=PATH:HINT",
     r"(model\.diffusion_model\.)?(joint_blocks|double_blocks|single_blocks|blocks)\.": "a "
     "diffusion transformer, where UNets are supported",
     r"(down_blocks|mid_block|up_blocks|conv_in|time_embedding)\.": "one network of a diffusers "
@@ -371,7 +372,7 @@ def recognise(state: State) -> Recognised:
                 raise ValueError(lacking)
             return _unet_alone(state, UNET)
         return _whole_model(state)
-    if "input_blocks.0.0.weight" in state:
+    if "input_blocks.0.0.weight" in state and "input_hint_block.0.weight" not in state:
         return _unet_alone(state, "")
     for name in state:
         place = name.removesuffix("encoder.conv_in.weight")

@@ -2,7 +2,8 @@
 
 Besides the fields of our UNet, the tables read and write `BESIDE`: `sample_size`, of latents;
 `vector`, the module of the UNet's vector (see `layout.slots`); and `addition_time_embed_dim`, the
-dimension of the embedding of each number of SDXL's size conditioning.
+dimension of the embedding of each number of SDXL's size conditioning. A ControlNet's JSON is that
+of its UNet's way down, and of the hint's embedding.
 """
 
 from functools import partial
@@ -256,6 +257,47 @@ UNETS = {
         Row("", "attn_norm_num_groups", None, _NORMS),
     ),
 }
+# A ControlNet has the keys of its UNet that are in `_DOWN`, of the same meanings and defaults.
+CONTROL = "ControlNetModel"
+_HINT: Table = (
+    *checked(global_pool_conditions=False),
+    Row("hint_in", "conditioning_channels", 3),
+    Row("hint_channels", "conditioning_embedding_out_channels", [16, 32, 96, 256]),
+    Row("bgr", "controlnet_conditioning_channel_order", "rgb", choice({"rgb": False, "bgr": True})),
+)
+_DOWN = (
+    *("in_channels", "flip_sin_to_cos", "freq_shift", "down_block_types", "mid_block_type"),
+    *("only_cross_attention", "block_out_channels", "layers_per_block", "downsample_padding"),
+    *("mid_block_scale_factor", "act_fn", "norm_num_groups", "norm_eps", "cross_attention_dim"),
+    *("transformer_layers_per_block", "attention_head_dim", "use_linear_projection"),
+    *("resnet_time_scale_shift", *EMBEDDED, *_SIZES),
+)
+
+
+def control_from(content: Json) -> Fields:
+    """The section of a ControlNet: the fields of its module, with those of its UNet in `unet`.
+
+    Raises ValueError for another class than `CONTROL`, or a value that our network cannot express.
+    """
+    if content.class_name != CONTROL:
+        raise content.error("_class_name", content.class_name, repr(CONTROL))
+    if isinstance(down := content.left.get("down_block_types"), list):
+        content.left["up_block_types"] = _up([*map(str, down)])  # of its UNet
+    unet, section = read_fields(content, UNETS["UNet2DConditionModel"]), read_fields(content, _HINT)
+    content.done()
+    return section | dict(unet={name: v for name, v in unet.items() if name not in BESIDE})
+
+
+def control_to(section: Fields, **beside: Any) -> Fields:
+    """The JSON of a ControlNet; `beside`: `BESIDE`. Raises ValueError as `unet_to`."""
+    unet = UNet(**tuples(section["unet"]))
+    if unet.context_dim is None or unet.time_cond_proj_dim is not None:
+        field = "context_dim=None" if unet.context_dim is None else "time_cond_proj_dim"
+        raise ValueError(f"unet.{field}: no ControlNet of diffusers has this")
+    about = dict(_class_name=CONTROL, _diffusers_version=VERSION)
+    down = write_fields(UNETS["UNet2DConditionModel"], vars(unet) | beside)
+    down = {key: value for key, value in down.items() if key in _DOWN}
+    return write_fields(_HINT, section, **about, **down)
 
 
 def unet_from(content: Json) -> tuple[Fields, Fields]:
