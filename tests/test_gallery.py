@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 import ldm_jax
 from ldm_jax.data.sources import EmojiSource
-from ldm_jax.gallery import Edit, draw, load_drawing, with_loras
+from ldm_jax.gallery import Edit, draw, load_drawing, with_controls, with_loras
 from ldm_jax.pictures import centre, fit_picture, fitted_size, to_uint8
 
 SETTINGS = dict(n=1, steps=4, seed=3, guidance=None, compose=None, height=None, width=None)
@@ -56,6 +57,35 @@ def test_a_lora_and_its_scale(given, expected):
             return Pipe([*self, added])
 
     assert with_loras(Pipe(), [given, "x:2"]) == [expected, ("x", 2.0)]
+
+
+class Controlled:
+    """Stands for a pipeline: remembers what was added."""
+
+    def __init__(self, *added):
+        self.added, self.model = added, self
+        self.embedders = [SimpleNamespace(name=f"control_{i}") for i in range(len(added))]
+
+    def with_control(self, *given):
+        return Controlled(*self.added, given)
+
+
+@pytest.mark.parametrize("given, added, hint", [
+    ("net.pth:edges.png", ("net.pth", 1.0), "edges.png"),
+    ("runs/a:dir/edges.png:0.5", ("runs/a", 0.5), "dir/edges.png"),
+    ("a:b:c.png", ("a:b", 1.0), "c.png"),
+    ("a:b.png:-1", ("a", -1.0), "b.png"),
+])  # fmt: skip
+def test_a_controlnet_its_hint_and_its_scale(given, added, hint):
+    pipe, hints = with_controls(Controlled(), [given, "x:y.png:2"])
+    assert pipe.added == (added, ("x", 2.0))
+    assert hints == {"control_0": hint, "control_1": "y.png"}
+
+
+@pytest.mark.parametrize("given", ["net.pth", "net.pth:", ":edges.png", "net.pth:0.5"])
+def test_a_controlnet_without_a_hint(given):
+    with pytest.raises(ValueError, match=f"--control={given}: name the hint, a picture, after a c"):
+        with_controls(Controlled(), [given])
 
 
 def test_previews_show_the_way_to_the_picture(pipe, tmp_path):

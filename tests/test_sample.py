@@ -83,6 +83,14 @@ def test_classes_are_drawn_by_name_or_number(root, home):
         (["--model=~/autoencoder.safetensors", "--prompt=cat"], "holds an autoencoder alone"),
         (["--weak=~/autoencoder.safetensors", "--prompt=cat"], "holds an autoencoder alone"),
         (["--lora=~/flowers.safetensors:0.5", "--prompt=cat"], "flowers.safetensors holds no LoRA"),
+        (
+            ["--control=~/flowers.safetensors:~/x.png"],
+            "holds no ControlNet, but a model",
+        ),
+        (
+            ["--prompt=cat", "--hint=~/x.png"],
+            "--hint: this model is not told control",
+        ),
         (["--prompts_file=~/latin.txt"], "latin.txt is not UTF-8: byte 3"),
         (["--prompts_file=~/empty.txt"], "empty.txt holds no prompt: write one a line"),
         (["--prompt=cat", "--guidance=nan"], "guidance=nan: must be a finite number"),

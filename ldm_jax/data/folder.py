@@ -35,7 +35,7 @@ _ALL_EXTENSIONS = frozenset(EXTENSIONS + FOREIGN)
 # Formats without which an installed Pillow may have been built.
 CODECS = {"avif": "avif", "webp": "webp", "jp2": "jpg_2000", "j2k": "jpg_2000", "jpx": "jpg_2000"}
 # `picture.depth.png` is a condition of `picture.jpg`, not a picture of the folder.
-ABOUT_ANOTHER = (".depth", ".mask", ".segmentation")
+ABOUT_ANOTHER = (".control", ".depth", ".mask", ".segmentation")
 NOT_THERE = "annotations of pictures that are not there"
 MAX_LOST = 3  # number of captions named for each reason
 
@@ -54,7 +54,8 @@ class FolderSource:
       the shape of `bucket_shapes` whose aspect ratio is nearest;
     - bytes of a name that are not UTF-8 are written `\\xe9` in `name` and `classes`; a class with
       such a name gives no caption. `path` is the name in the file system;
-    - `picture.depth.png`, `.mask.png` and `.segmentation.png` beside `picture.*` are conditions.
+    - `picture.depth.png`, `.mask.png`, `.segmentation.png` and `.control.png`, a hint, beside
+      `picture.*` are conditions.
 
     Opening reads the header of each file that is new or changed since the index was made, in
     threads. A file that is not a picture or is too small (short side under `min_size`, by default

@@ -7,6 +7,7 @@ the names `control_model.*`, which may contain the model as well. Only the first
 shape determines; it is then as in the model.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -14,6 +15,9 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
+import numpy as np
 
 from ldm_jax.interop import names
 from ldm_jax.interop.diffusers.components import Json, dump, load
@@ -346,3 +350,39 @@ def write_control(
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def add_control(
+    path: str | os.PathLike,
+    config: dict[str, Any],
+    params: dict[str, Any],
+    scale: float = 1.0,
+    name: str = "",
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config, parameters) of a model with the ControlNet of a file; see `read_control`.
+
+    Args:
+      scale: of its effect: its last layers are linear, so theirs is multiplied.
+      name: of its condition; default: "control", then "control_2", and so on.
+
+    Raises ValueError as `read_control`, for a name that is taken, and for no finite scale.
+    """
+    if not np.isfinite(scale):
+        raise ValueError(f"scale={scale}: choose a finite number")
+    sections = config["conditioning"]
+    if not name:
+        names = ("control" if i == 1 else f"control_{i}" for i in itertools.count(1))
+        name = next(name for name in names if name not in sections)
+    if name in sections or name in params:
+        raise ValueError(f"{path}: the model already has a condition {name!r}; choose another name")
+    dtype = jax.tree.leaves(params["unet"])[0].dtype
+    network, own = read_control(path, config, dtype)
+    last = ("zero_convs", "middle_block_out")
+    own = {
+        layer: jax.tree.map(lambda leaf: leaf * leaf.dtype.type(scale), leaves)
+        if layer.startswith(last)
+        else leaves
+        for layer, leaves in own.items()
+    }
+    section = dict(kind="control", dropout=0.0, network=network)
+    return config | {"conditioning": sections | {name: section}}, params | {name: own}

@@ -135,6 +135,35 @@ def test_depth_is_stretched_to_the_size_of_the_latents(tmp_path, dtype):
     assert (one("depth")(example(tmp_path), rng())["depth"] == 0).all()
 
 
+def test_edges_are_white_where_the_brightness_jumps():
+    """Closed form: the gradient of a step after a Gaussian is that Gaussian."""
+    image = np.zeros((16, 32, 3), np.uint8)
+    image[:, 16:] = 255
+    sigma = 1.5
+    made = one("control", kind="edges", sigma=sigma, gain=1.0)({"image": image}, rng())["control"]
+    x = np.arange(32) - 15.5
+    expected = np.exp(-(x**2) / (2 * sigma**2)) / (sigma * np.sqrt(2 * np.pi))
+    assert made.shape == (16, 32, 1) and made.dtype == np.float32
+    np.testing.assert_allclose(made[8, :, 0], expected, atol=6e-3)
+    assert one("control", kind="edges", gain=100.0)({"image": image}, rng())["control"].max() == 1.0
+
+
+def test_a_hint_lies_beside_the_picture_and_moves_with_it(tmp_path):
+    hint = np.zeros((64, 96, 3), np.uint8)
+    hint[:, :48, 0] = 255
+    Image.fromarray(hint).save(tmp_path / "a.control.png")
+    there = example(tmp_path)
+    made = one("control", kind="hint")(there, rng())["control"]
+    assert made.shape == (64, 64, 3) and made.dtype == np.float32
+    assert (made[:, :28, 0] == 1).all() and (made[:, 36:, 0] == 0).all() and not made[..., 1].any()
+    mirrored = there | {"placement": there["placement"].flipped()}
+    other = one("control", kind="hint")(mirrored, rng())["control"]
+    np.testing.assert_allclose(other, made[:, ::-1], atol=1e-2)
+    Image.fromarray(hint[..., 0]).save(tmp_path / "a.control.png")
+    grey = one("control", kind="hint")(there, rng())["control"]
+    np.testing.assert_array_equal(grey, made[..., :1].repeat(3, axis=-1))
+
+
 def boxes(tmp_path, objects):
     (tmp_path / "a.boxes.json").write_text(json.dumps(objects))
 

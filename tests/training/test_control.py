@@ -51,7 +51,7 @@ def control(bases, variant="smoke", **options):
     config.control.update(options)
     config.data.update(source="emoji", image_size=16, classes=("food & drink",), held_out=0.1)
     config.data.scenes = {}
-    config.optimizer.update(lr=0.01, warmup=0)
+    config.optimizer.update(lr=0.01, warmup=0, schedule="constant")
     config.train.update(ema_decay=0.5)
     return config
 
@@ -99,7 +99,7 @@ def test_it_starts_as_a_copy_without_effect_and_trains_alone(bases):
 
 
 def test_what_was_trained_is_drawn_from_every_file(bases, trained):
-    first, *_, last = [m for m in read_metrics(trained) if m["kind"] == "held_out"]
+    *_, last = [m for m in read_metrics(trained) if m["kind"] == "held_out"]
     assert last["loss"] != last["loss_of_base"] and np.isfinite(last["loss"])
     state = open_state(trained / "model.safetensors")
     assert {name.partition("/")[0] for name in state} == {"control"}
@@ -115,6 +115,7 @@ def test_what_was_trained_is_drawn_from_every_file(bases, trained):
     assert np.abs(whole - other).max() > 1e-5
 
 
+@pytest.mark.long
 def test_a_stopped_run_resumes_to_the_same_bit(bases, trained, tmp_path):
     config = control(bases)
     config.train.steps = 2
@@ -131,7 +132,8 @@ def test_it_goes_on_from_a_controlnet(bases, trained):
     task = make_task(control(bases, init_from=str(trained)))
     started = flatten_dict(task.loaded["control"], sep="/")
     for name, leaf in open_state(trained / "controlnet.safetensors").items():
-        np.testing.assert_array_equal(started[name], leaf, err_msg=name)
+        path = name.removeprefix("control/")
+        np.testing.assert_array_equal(started[path], leaf, err_msg=name)
 
 
 def test_two_add_up_and_one_of_half_a_scale_is_half(bases, trained):
@@ -153,13 +155,13 @@ def test_tiles_take_their_part_of_the_hint(bases, trained):
     other = np.concatenate([hint(), hint(3)], axis=1)
     changed = pipe("kiwi", conditions={"control": other}, steps=1, tile=16, **size)
     difference = np.abs(changed - tiled).max(axis=(0, 1, 3))
-    assert difference[-4:].max() > 1e-6
-    np.testing.assert_allclose(difference[:4], 0.0, atol=1e-6)  # of the first tile alone
+    assert difference[-4:].max() > 1e-4
+    np.testing.assert_allclose(difference[:4], 0.0, atol=1e-5)  # of the first tile alone
 
 
 def test_variants_on_a_folder_with_hints(bases, tmp_path):
     pictures = photographs(tmp_path / "pictures", 4)
-    for path in pictures.rglob("*.jpg"):
+    for path in list(pictures.rglob("*.jpg")):
         Image.fromarray(np.uint8(255 * hint())).resize((100, 80)).save(
             path.with_suffix(".control.png")
         )
@@ -197,7 +199,7 @@ def test_settings_that_are_refused(bases, change, message):
     (np.zeros((8, 16, 3)), "a hint of 8 × 16 pixels for a picture of 16 × 16"),
     (np.zeros((16, 16, 4)), r"the hint 'control' has the shape \(16, 16, 4\)"),
     (np.full((16, 16, 3), 7.0), "the hint 'control' has numbers outside of 0 … 1"),
-    (np.full((16, 16, 3), np.nan), "the hint 'control' has numbers outside of 0 … 1"),
+    (np.full((16, 16, 3), np.nan), "control=nan: must be a finite number"),
     (np.zeros((3, 16, 16, 3)), "3 of control for 1 pictures"),
 ])  # fmt: skip
 def test_hints_that_are_refused(bases, trained, hints, message):
