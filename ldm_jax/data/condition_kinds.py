@@ -220,17 +220,14 @@ class LossMask(Named):
 
 @dataclasses.dataclass(frozen=True)
 class Edges(Named):
-    """The edges of the picture, float32 (H, W, 1) in [0, 1], white on black: the size of the
-    gradient of its brightness, after a Gaussian of `sigma` pixels, times `gain`."""
+    """The `edges` of the picture, a hint for a ControlNet, float32 (H, W, 1) in [0, 1]."""
 
     sigma: float = 0.7
     gain: float = 4.0
 
     def __call__(self, example, rng):
         del rng
-        grey = np.float32(example["image"]).mean(axis=-1) / 255.0
-        size = ndimage.gaussian_gradient_magnitude(grey, self.sigma, mode="nearest")
-        return {self.name: np.clip(self.gain * size, 0.0, 1.0)[..., None].astype(np.float32)}
+        return {self.name: edges(example["image"], self.sigma, self.gain)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +319,14 @@ class Array(Named):
             raise ValueError(f"{path} is no array of numbers: {error}") from error
         whole = np.issubdtype(array.dtype, np.integer)
         return {self.name: array.astype(np.int32 if whole else np.float32)}
+
+
+def edges(image: np.ndarray, sigma: float = 0.7, gain: float = 4.0) -> np.ndarray:
+    """The edges of a picture, uint8 (H, W, 3) → float32 (H, W, 1) in [0, 1], white on black: the
+    size of the gradient of its brightness, after a Gaussian of `sigma` pixels, times `gain`."""
+    grey = np.float32(image).mean(axis=-1) / 255.0
+    size = ndimage.gaussian_gradient_magnitude(grey, sigma, mode="nearest")
+    return np.clip(gain * size, 0.0, 1.0)[..., None].astype(np.float32)
 
 
 def beside(example: Example, condition: Condition) -> Path:

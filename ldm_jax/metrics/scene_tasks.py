@@ -8,6 +8,7 @@ from PIL import Image
 from scipy import sparse
 from scipy.sparse.linalg import spsolve
 
+from ldm_jax.data.condition_kinds import edges
 from ldm_jax.data.scene_drawing import stamp
 from ldm_jax.data.scenes import Scene, SceneSource
 from ldm_jax.metrics.intervals import Interval, bootstrap, mean_interval, wilson
@@ -34,7 +35,8 @@ def judge(
       pixels that are known, and `biharmonic_psnr`, of the smoothest surface through them;
       `known_error`, the largest change of a known pixel, in 8-bit steps;
     - low_resolution: `agreement` [dB], the PSNR of the pictures, shrunk again, beside what the
-      model was told; `drawn_psnr` of the pictures, and `bicubic_psnr` of that, enlarged.
+      model was told; `drawn_psnr` of the pictures, and `bicubic_psnr` of that, enlarged;
+    - control, of edges: `edge_correlation` of a picture's edges with those it was to follow.
 
     Args:
       images: uint8 (N, H, W, 3).
@@ -191,6 +193,21 @@ def _low_resolution(images, examples, scenes, source):
     }
 
 
+def _control(images, examples, scenes, source):
+    hints = [example["control"] for example in examples]
+    if hints[0].shape[-1] != 1:
+        return {}  # another kind of hint
+    drawn = map(edges, images)
+    return {"edge_correlation": np.array(list(map(_correlation, drawn, hints)))}
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's; 0 if one of them is the same everywhere."""
+    a, b = a - a.mean(), b - b.mean()
+    size = np.sqrt(np.sum(a * a) * np.sum(b * b))
+    return float(np.sum(a * b) / size) if size > 0 else 0.0
+
+
 def _resized(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(tuple(size), Image.Resampling.BICUBIC))
 
@@ -208,4 +225,5 @@ JUDGES: dict[str, Callable[..., dict[str, Any]]] = {
     "segmentation": _segmentation,
     "mask": _mask,
     "low_resolution": _low_resolution,
+    "control": _control,
 }

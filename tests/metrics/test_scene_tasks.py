@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ldm_jax.data.condition_kinds import Boxes, LowResolution, Mask
+from ldm_jax.data.condition_kinds import Boxes, Edges, LowResolution, Mask
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.metrics.scene_tasks import JUDGES, biharmonic, judge, overlap
 
@@ -20,6 +20,7 @@ def scenes():
     for example in examples:
         example |= Mask("mask", whole=0.0)(example, rng)
         example |= LowResolution("low_resolution")(example, rng)
+        example |= Edges("control")(example, rng)
         example |= Boxes("boxes", objects=4, tokens=1090)(example, rng)  # tokens, not boxes
     images = np.stack([example["image"] for example in examples])
     return images, examples, [source.scene(i) for i in range(COUNT)], source
@@ -40,6 +41,15 @@ def test_the_scenes_themselves(scenes):
     assert mask["biharmonic_psnr"] > mask["mean_colour_psnr"]
     small = judged(scenes, "low_resolution")
     assert small["agreement"] == small["drawn_psnr"] == 60.0 and 15.0 < small["bicubic_psnr"] < 30.0
+
+
+def test_edges(scenes):
+    assert judged(scenes, "control")["edge_correlation"] == pytest.approx(1.0)
+    moved = judged(scenes, "control", np.roll(scenes[0], 12, axis=2))["edge_correlation"]
+    assert -0.2 < moved < 0.5
+    assert judged(scenes, "control", np.zeros_like(scenes[0])) == {"edge_correlation": 0.0}
+    examples = [dict(control=np.ones((64, 64, 3)))] * COUNT  # hints that are no edges
+    assert judge(scenes[0], {"control"}, examples, *scenes[2:]) == {}
 
 
 def test_other_scenes(scenes):
