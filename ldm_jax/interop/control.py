@@ -119,8 +119,8 @@ def _check_base(
         )
     if there.channels != here.channels:
         raise ValueError(
-            f"{path} is for a model whose skips have {_runs(there.channels)} channels"
-            f"{_such(there)}, and this one's have {_runs(here.channels)}"
+            f"{path} is for a model whose way down has {_runs(there.channels)} channels"
+            f"{_such(there)}, and this one's has {_runs(here.channels)}"
         )
     if there.places not in (None, here.places):
         raise ValueError(

@@ -231,8 +231,8 @@ def test_attention_at_a_size_of_heads(tmp_path):
 
 OTHER_BASES = [
     (dict(context_dim=24), "is for a model with context_dim=24, and this one has 16"),
-    (dict(channel_mult=[1, 3]), r"whose skips have 3 × 16, 48 channels, .* have 3 × 16, 32$"),
-    (dict(num_res_blocks=2), r"whose skips have 4 × 16, 2 × 32 channels, and"),
+    (dict(channel_mult=[1, 3]), r"whose way down has 3 × 16, 48 channels, .* has 3 × 16, 32$"),
+    (dict(num_res_blocks=2), r"whose way down has 4 × 16, 2 × 32 channels, and"),
     (dict(channel_mult=[1, 2, 2], attention_resolutions=[1, 2, 4]), r"3 × 16, 3 × 32 channels"),
 ]
 
@@ -265,7 +265,7 @@ def test_the_published_model_is_named(tmp_path):
     with pytest.raises(ValueError, match=message):
         read_control(tmp_path, STABLE)
     edit(tmp_path / "config.json", cross_attention_dim=16)
-    with pytest.raises(ValueError, match=r"skips have 4 × 320, 3 × 640, 5 × 1280 channels, and"):
+    with pytest.raises(ValueError, match=r"way down has 4 × 320, 3 × 640, 5 × 1280 channels, and"):
         read_control(tmp_path, STABLE)
 
 
