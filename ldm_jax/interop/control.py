@@ -253,7 +253,7 @@ def _sources(path: Path, config: dict[str, Any]) -> tuple[Tensors, str, str, dic
         _check_base(path, described[TASK], config)
         return state, "native", PREFIXES["native"], described[TASK]
     layout, prefix = _recognised(path, state)
-    if re.search(r"[_-]shuffle\b", path.stem):
+    if re.search(r"(^|[_-])shuffle([_.-]|$)", path.stem):
         raise ValueError(
             f"{path} is, by its name, the ControlNet of shuffled pictures, whose outputs are "
             "averaged over the picture: that is not supported"
