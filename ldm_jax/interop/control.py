@@ -123,8 +123,8 @@ def _check_base(
         )
     if there.channels != here.channels:
         raise ValueError(
-            f"{path} is for a model whose skips have {_runs(there.channels)} channels"
-            f"{_such(there)}, and this one's have {_runs(here.channels)}"
+            f"{path} is for a model whose way down has {_runs(there.channels)} channels"
+            f"{_such(there)}, and this one's has {_runs(here.channels)}"
         )
     if there.places not in (None, here.places):
         raise ValueError(
@@ -257,7 +257,7 @@ def _sources(path: Path, config: dict[str, Any]) -> tuple[Tensors, str, str, dic
         _check_base(path, described[TASK], config)
         return state, "native", PREFIXES["native"], described[TASK]
     layout, prefix = _recognised(path, state)
-    if re.search(r"[_-]shuffle\b", path.stem):
+    if re.search(r"(^|[_-])shuffle([_.-]|$)", path.stem):
         raise ValueError(
             f"{path} is, by its name, the ControlNet of shuffled pictures, whose outputs are "
             "averaged over the picture: that is not supported"

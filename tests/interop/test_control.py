@@ -125,6 +125,8 @@ def test_the_order_of_colours(tmp_path):
         write_control(tmp_path / layout, section, params, layout)
         found = read_control(tmp_path / layout, STABLE)[0]
         assert (found["bgr"], found["hint_in"]) == (True, 4)
+    about = json.loads((tmp_path / "diffusers" / "config.json").read_text())
+    assert about["controlnet_conditioning_channel_order"] == "bgr"
     with pytest.raises(ValueError, match="layout='compvis' has no place for bgr=True"):
         write_control(tmp_path / "compvis", section, params, "compvis")
     with pytest.raises(ValueError, match="layout='peft': choose one of native, diffusers, compv"):
@@ -147,6 +149,14 @@ def test_inpainting_controls_the_latents_alone(layout, tmp_path):
         same(read, params)
     with pytest.raises(ValueError, match="takes latents of 9 channels, and this model's have 4"):
         read_control(path, STABLE)
+
+
+def test_outputs_are_the_models(tmp_path):
+    """diffusers' JSON does not have them."""
+    config = dict(unet=STABLE["unet"] | dict(in_channels=3, out_channels=3))
+    for layout in PREFIXES:
+        found = read_control(written(tmp_path / layout, layout, config), config)[0]
+        assert found["unet"]["out_channels"] == 3
 
 
 def test_a_run_beside_other_files(tmp_path):
@@ -231,8 +241,8 @@ def test_attention_at_a_size_of_heads(tmp_path):
 
 OTHER_BASES = [
     (dict(context_dim=24), "is for a model with context_dim=24, and this one has 16"),
-    (dict(channel_mult=[1, 3]), r"whose skips have 3 × 16, 48 channels, .* have 3 × 16, 32$"),
-    (dict(num_res_blocks=2), r"whose skips have 4 × 16, 2 × 32 channels, and"),
+    (dict(channel_mult=[1, 3]), r"whose way down has 3 × 16, 48 channels, .* has 3 × 16, 32$"),
+    (dict(num_res_blocks=2), r"whose way down has 4 × 16, 2 × 32 channels, and"),
     (dict(channel_mult=[1, 2, 2], attention_resolutions=[1, 2, 4]), r"3 × 16, 3 × 32 channels"),
 ]
 
@@ -265,7 +275,7 @@ def test_the_published_model_is_named(tmp_path):
     with pytest.raises(ValueError, match=message):
         read_control(tmp_path, STABLE)
     edit(tmp_path / "config.json", cross_attention_dim=16)
-    with pytest.raises(ValueError, match=r"skips have 4 × 320, 3 × 640, 5 × 1280 channels, and"):
+    with pytest.raises(ValueError, match=r"way down has 4 × 320, 3 × 640, 5 × 1280 channels, and"):
         read_control(tmp_path, STABLE)
 
 
@@ -318,9 +328,12 @@ def test_relatives_are_told_from_whole_files(tmp_path):
 
 
 def test_shuffle_by_its_name(tmp_path):
-    path = written(tmp_path).rename(tmp_path / "control_v11e_sd15_shuffle.pth")
-    with pytest.raises(ValueError, match="averaged over the picture: that is not supported"):
-        read_control(path, STABLE)
+    path = written(tmp_path)
+    for name in ("control_v11e_sd15_shuffle.pth", "control_v11e_sd15_shuffle_fp16.safetensors"):
+        path = path.rename(tmp_path / name)
+        with pytest.raises(ValueError, match="averaged over the picture: that is not supported"):
+            read_control(path, STABLE)
+    read_control(path.rename(tmp_path / "my_shuffled.safetensors"), STABLE)
 
 
 def test_our_file_of_a_model(tmp_path):
