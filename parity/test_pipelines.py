@@ -214,3 +214,43 @@ def test_textual_inversion_of_both_encoders(opened, alike, tmp_path):
     arguments = dict(num_inference_steps=STEPS, guidance_scale=5.0, latents=torch_noise)
     arguments["negative_prompt"] = ""
     alike(mine, theirs(prompt, output_type="np", **arguments, **SIZE).images)
+
+
+def saved_controlnet(theirs, path, seed):
+    """A ControlNet of a pipeline's UNet whose convolutions that start at zero are random."""
+    torch.manual_seed(seed)
+    widths = (8, 16, 16, 16)[: theirs.vae_scale_factor.bit_length()]
+    net = diffusers.ControlNetModel.from_unet(
+        theirs.unet, conditioning_embedding_out_channels=widths
+    )
+    for leaf in net.parameters():
+        if not leaf.any():
+            torch.nn.init.normal_(leaf, std=0.3)
+    net.save_pretrained(path)
+    return net.eval()
+
+
+@pytest.mark.parametrize("name, cls", [
+    ("stable-diffusion-1", diffusers.StableDiffusionControlNetPipeline),
+    ("stable-diffusion-xl-base", diffusers.StableDiffusionXLControlNetPipeline),
+])  # fmt: skip
+def test_two_controlnets_with_scales(opened, alike, tmp_path, name, cls):
+    ours, theirs, noise, torch_noise = opened(name)
+    scales, mine, nets = (0.8, -0.5), ours, []
+    for i, scale in enumerate(scales):
+        nets.append(saved_controlnet(theirs, tmp_path / f"net{i}", i))
+        mine = mine.with_control(tmp_path / f"net{i}", scale)
+    hints = [PICTURE, np.float32(PICTURE[::-1] > 0.5)]
+    made = mine(
+        *(PROMPT, NEGATIVE),
+        conditions={"control": hints[0], "control_2": hints[1]},
+        **dict(latents=noise, steps=STEPS, guidance=5.0, **SIZE),
+    )
+    plain = ours(PROMPT, NEGATIVE, latents=noise, steps=STEPS, guidance=5.0, **SIZE)
+    assert np.abs(made - plain).max() > 8 / 255
+    controlled = cls(**theirs.components, controlnet=nets)
+    controlled.set_progress_bar_config(disable=True)
+    arguments = dict(num_inference_steps=STEPS, guidance_scale=5.0, latents=torch_noise)
+    arguments |= dict(negative_prompt=NEGATIVE, controlnet_conditioning_scale=list(scales))
+    images = [torch.from_numpy(hint.transpose(2, 0, 1)[None].copy()) for hint in hints]
+    alike(made, controlled(PROMPT, image=images, output_type="np", **arguments, **SIZE).images)
