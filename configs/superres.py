@@ -39,7 +39,7 @@ def base(degradation: str = "pil_bicubic") -> ml_collections.ConfigDict:
 
 
 def scenes(degradation: str = "pil_bicubic") -> ml_collections.ConfigDict:
-    return common.from_bundled(base(degradation), steps=3000)
+    return common.from_bundled(base(degradation), steps=2500)
 
 
 def folder() -> ml_collections.ConfigDict:

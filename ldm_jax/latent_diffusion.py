@@ -142,7 +142,7 @@ class LatentDiffusion:
             }
         return params
 
-    def _output(
+    def output(
         self, params: Params, x: jax.Array, t: jax.Array, condition: Conditioning, **options: Any
     ) -> jax.Array:
         """The UNet's output for x, to which the condition's `concat` is joined, with the residuals
@@ -186,7 +186,7 @@ class LatentDiffusion:
         rngs = {"dropout": jax.random.fold_in(dropout_key, len(self.embedders))}
 
         def network(x, t):
-            return self._output(params, x, t, condition, deterministic=not training, rngs=rngs)
+            return self.output(params, x, t, condition, deterministic=not training, rngs=rngs)
 
         return diffusion_loss(
             self.objective,
@@ -218,7 +218,7 @@ class LatentDiffusion:
 
         def network(x, t, condition: Conditioning, **more):
             if not tile:
-                return self._output(params, x, t, condition, **more)
+                return self.output(params, x, t, condition, **more)
             # Maps are cut into tiles with x.
             maps = (beside(x, condition), condition.control)
             leaves, structure = jax.tree.flatten(maps)
@@ -232,7 +232,7 @@ class LatentDiffusion:
                 x, control = structure.unflatten(jnp.split(joined, ends, axis=-1))
                 given, options = jax.tree.map(repeat, (rest, more))
                 given = given.replace(control=control)
-                return self._output(params, x, repeat(t), given, **options)
+                return self.output(params, x, repeat(t), given, **options)
 
             return tiled(parts, jnp.concatenate(leaves, axis=-1), (tile, tile))
 

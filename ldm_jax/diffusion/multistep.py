@@ -116,11 +116,17 @@ def euler(
 def lcm(schedule: Schedule, grid: Grid) -> Table:
     """Latent consistency models (Luo et al. 2023, algorithm 3): to x0, then fresh noise."""
     here, after = grid
-    scaled = here.t * LCM_TIME_SCALE
-    total = scaled**2 + LCM_SIGMA_DATA**2
-    skip, out = LCM_SIGMA_DATA**2 / total, scaled / np.sqrt(total)
+    skip, out = consistency_coefficients(here.t)
     a, b = after.alpha * skip, after.alpha * out
     return {"level": here, "x": a, "b": b[:, None], "noise": after.sigma}
+
+
+def consistency_coefficients(t):
+    """(c_skip, c_out) of f(x_t) = c_skip·x_t + c_out·x0 at timesteps `t`: at 0 f is the identity
+    (Luo et al. 2023, eq. 9, with the time scale of their code)."""
+    scaled = t * LCM_TIME_SCALE
+    total = scaled**2 + LCM_SIGMA_DATA**2
+    return LCM_SIGMA_DATA**2 / total, scaled / total**0.5
 
 
 def dpmpp_2m(schedule: Schedule, grid: Grid) -> Table:

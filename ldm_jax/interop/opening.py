@@ -27,6 +27,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 ALONE = {
     "unet": "a UNet alone: add autoencoder=PATH and, if it takes a context, text=PATH",
     "text": "a text encoder alone: it can be the text=PATH of a model",
+    "control": "a ControlNet: it is drawn with beside a model, --control=PATH:HINT",
 }
 
 

@@ -101,7 +101,9 @@ class Patches(nn.Module):
         )
         x = x.swapaxes(2, 3).reshape(batch, height // self.size, width // self.size, -1)
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        return conv(self.out_channels, 1, name="mapper", **types)(x)
+        # Pixels in [−1, 1] vary by half a unit or less, and become as large as latents.
+        init = nn.initializers.orthogonal(2.0)
+        return conv(self.out_channels, 1, kernel_init=init, name="mapper", **types)(x)
 
 
 def guidance_embedding(guidance: jax.Array, dim: int = 256) -> jax.Array:

@@ -20,12 +20,12 @@ from ldm_jax.pictures import image_grid, to_uint8
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.training import validation
 from ldm_jax.training.accumulation import mean_over_parts
-from ldm_jax.training.adapters import Adapters
 from ldm_jax.training.batches import Prepare, about_data, training_loader
-from ldm_jax.training.control import Control
+from ldm_jax.training.distillation import TEACHER, Distillation
+from ldm_jax.training.distillation import Options as Distill
 from ldm_jax.training.evaluators import options_of
-from ldm_jax.training.inversion import Inversion
 from ldm_jax.training.latents import LatentSource, moments, sample_latents
+from ldm_jax.training.methods import Adapters
 from ldm_jax.training.state import Params
 from ldm_jax.training.summary import first_pictures, log_summary
 from ldm_jax.training.trainable import merge, split
@@ -45,7 +45,8 @@ class DiffusionTask:
     `embedders` are those of training: `model.embedders` or their replacements. `resolved` is the
     config as plain values, completed by the model that training starts from; it is exported with
     the model. `frozen` includes the autoencoder's parameters. With `adapters`, their factors train,
-    or the vectors of a new token, or a ControlNet, and nothing else.
+    or the vectors of a new token, or a ControlNet, and nothing else. With `distill`, the UNet of
+    `model` or its factors learn from the one in `frozen`.
     """
 
     config: Any
@@ -57,7 +58,8 @@ class DiffusionTask:
     source: Any
     held_out: Any
     conditions: tuple[Condition, ...]
-    adapters: Adapters | Inversion | Control | None = None
+    adapters: Adapters | None = None
+    distill: Distill | None = None
 
     @property
     def ema_networks(self) -> tuple[str, ...]:
@@ -105,7 +107,9 @@ class DiffusionTask:
 
             def loss(params):
                 whole, own = merge(frozen, params), jax.random.fold_in(key, 1)
-                losses = self._model.loss(whole, latents, inputs, own, examples=examples, mask=mask)
+                losses = self._objective.loss(
+                    whole, latents, inputs, own, examples=examples, mask=mask
+                )
                 return jnp.mean(losses)
 
             return jax.value_and_grad(loss)(params)
@@ -195,10 +199,10 @@ class DiffusionTask:
     def pipelines(self, ema: Params) -> list[Pipeline]:
         """What draws with averaged parameters; with adapters, before it the model without them."""
         config = self.resolved | {"image_size": self.config.data.image_size}
-        params, lora = separated(merge(self.frozen, ema))
+        params, lora = separated(self._whole(ema))
         drawn = [Pipeline(self.model, params, config, ((lora, 1.0),) if lora else ())]
         if self.adapters is not None:
-            base = separated(merge(self.frozen, {}))[0]
+            base = separated(self._whole({}))[0]
             drawn.insert(0, Pipeline(self.model, base, config))
         return drawn
 
@@ -210,7 +214,12 @@ class DiffusionTask:
             about["classes"] = list(self.source.classes)
         if self.adapters is not None:
             return about | {"base": self.adapters.base}, merge(self.adapters.scales(), ema)
-        return about, merge(self.frozen, ema)
+        return about, self._whole(ema)
+
+    def _whole(self, ema: Params) -> Params:
+        """The parameters of the model."""
+        params = merge(self.frozen, ema)
+        return {name: part for name, part in params.items() if name != TEACHER}
 
     def _batch(self, batch: Batch) -> dict[str, np.ndarray]:
         """The entries of a loader's batch that a step uses."""
@@ -219,6 +228,11 @@ class DiffusionTask:
         return {entry: batch[entry] for entry in entries} | {
             e.name: e.prepare(batch) for e in self.embedders
         }
+
+    @property
+    def _objective(self) -> LatentDiffusion | Distillation:
+        """What has the loss."""
+        return self._model if self.distill is None else Distillation(self._model, self.distill)
 
     @property
     def _model(self) -> LatentDiffusion:
@@ -244,4 +258,4 @@ class DiffusionTask:
 
     @functools.cached_property
     def _losses(self):
-        return validation.losses_at(self._model, self._latents, merge)
+        return validation.losses_at(self._model, self._latents, merge, self.distill)

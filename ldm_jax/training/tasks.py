@@ -16,13 +16,13 @@ from ldm_jax.interop.opening import open_any
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.build import Autoencoder, make_autoencoder
 from ldm_jax.models.remat import check_remat
-from ldm_jax.training import control, inversion
+from ldm_jax.training import inversion
 from ldm_jax.training.abstract import blank_source, first_stage_shapes
-from ldm_jax.training.adapters import make_adapters, read_options
 from ldm_jax.training.autoencoder_task import DISCRIMINATOR_LOSSES, AutoencoderTask
 from ldm_jax.training.diffusion_task import DiffusionTask
 from ldm_jax.training.initialise import check_frozen, loaded_parameters
 from ldm_jax.training.latents import IN_MEMORY, LATENTS, LatentSource
+from ldm_jax.training.methods import begin, changed_config, read_methods
 from ldm_jax.training.precision import compute_type
 from ldm_jax.training.prior import with_prior
 from ldm_jax.training.state import Params, Task
@@ -50,8 +50,7 @@ def make_task(config: Any, index: Path | None = None, abstract: bool = False) ->
     check_remat("train.remat", config.train.get("remat", ""))
     if config.task not in TASKS:
         raise ValueError(f"task={config.task!r}: choose one of {', '.join(TASKS)}")
-    for read in (read_options, inversion.read_options, control.read_options):
-        read(config)  # for its checks
+    read_methods(config)  # for its checks
     return TASKS[config.task](config, index, abstract)
 
 
@@ -106,13 +105,9 @@ def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask
         )
     opened = open_any(config.init_from) if config.init_from else None
     config, resolved = _resolved(config, opened)
-    new_token = inversion.read_options(config)
-    if new_token is not None:
-        resolved = inversion.with_new_token(resolved, new_token)
-    hints = control.read_options(config)
-    if hints is not None:
-        own = resolved.get("autoencoder") or opened.config["autoencoder"]
-        resolved, given = control.with_control(resolved, own, hints)
+    methods = read_methods(config)
+    config.trainable = methods.trainable or config.trainable
+    resolved, given = changed_config(methods, resolved, opened)
     conditions = make_conditions(config.data.conditions)
     embedders = make_embedders(resolved["conditioning"])
     check_conditions(conditions, {e.name: e.needs for e in embedders}, config.data.source)
@@ -135,32 +130,21 @@ def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask
     _check_pixels(config, source, model.autoencoder)
     side = config.data.image_size // model.autoencoder.downsampling
     shape = (side, side, model.latent_channels)
-    fresh = jax.eval_shape(lambda key: model.init(key, shape), jax.random.key(0))
-    options, paths = read_options(config), (config.init_from, config.first_stage)
-    shapes_alone = abstract and options is None and new_token is None and hints is None
-    loaded, frozen = _start(config, opened, fresh, shapes_alone)
+
+    def init(key):
+        return model.init(key, shape)
+
+    fresh = jax.eval_shape(init, jax.random.key(0))
+    loaded, frozen = _start(config, opened, fresh, abstract and not methods)
     params = first_stage_shapes(model) if abstract else jax.device_put(first_stage)
     if not abstract:
         before = merge(loaded, frozen) | {"autoencoder": params}
         described = resolved | {"image_size": config.data.image_size}
         folder = None if index is None else index.with_name("prior")
         source = with_prior(source, config, model, before, described, folder)
-    trains, adapters = split(fresh, config.trainable)[0], None
-    if options is not None:
-        check_frozen(fresh, loaded)
-        adapters, frozen, loaded = make_adapters(options, loaded, resolved, *paths)
-        trains = adapters.networks
-    if new_token is not None:
-        adapters, frozen, loaded = inversion.make_inversion(new_token, loaded, resolved, *paths)
-        check_frozen(fresh, frozen)
-        trains = adapters.networks
-    if hints is not None:
-        frozen = {name: part for name, part in loaded.items() if name != control.NAME}
-        check_frozen({name: part for name, part in fresh.items() if name != control.NAME}, frozen)
-        section = resolved["conditioning"][control.NAME]["network"]
-        made = (section, lambda key: model.init(key, shape)[control.NAME], given, frozen)
-        adapters, loaded = control.make_control(*made, *paths)
-        trains = adapters.networks
+    paths = (config.init_from, config.first_stage)
+    adapters, frozen, loaded = begin(methods, resolved, init, loaded, frozen, given, paths)
+    trains = adapters.networks if adapters else split(fresh, config.trainable)[0]
     if abstract:
         loaded, frozen = jax.eval_shape(lambda: (loaded, frozen))
     embedders = with_states(model.embedders, config.text_states, frozen, trains)
@@ -170,11 +154,11 @@ def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask
             LatentSource(pictures, make_autoencoder(resolved["autoencoder"]), params, pixels)
             for pictures in (source, held_out)
         )
-    if new_token is not None:  # after latents, for which conditions read pictures
-        conditions += () if abstract else inversion.captions(new_token, source)
+    if methods.inversion and not abstract:  # after latents, for which conditions read pictures
+        conditions += inversion.captions(methods.inversion, source)
     frozen = frozen | {"autoencoder": params}
     parts = (config, resolved, model, embedders, frozen, loaded, source, held_out)
-    return DiffusionTask(*parts, conditions, adapters)
+    return DiffusionTask(*parts, conditions, adapters, methods.distill)
 
 
 def _sources(config: Any, index: Path | None, abstract: bool) -> tuple[Any, Any]:

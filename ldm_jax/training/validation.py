@@ -18,20 +18,28 @@ from ldm_jax.diffusion.noise import Examples
 from ldm_jax.diffusion.objective import Objective
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.runtime.mesh import spread, to_host
+from ldm_jax.training.distillation import Distillation, Options
 
 TIMES = tuple(i / 8 for i in range(8))  # of the schedule's range, 0 the least noise
 
 Losses = Callable[[Any, Any, Any, jax.Array, jax.Array], jax.Array]
 
 
-def losses_at(model: LatentDiffusion, latents: Callable, merged: Callable) -> Losses:
+def losses_at(
+    model: LatentDiffusion,
+    latents: Callable,
+    merged: Callable,
+    distill: Options | None = None,
+) -> Losses:
     """The compiled function (frozen, ema, batch, index, number) → (B,): the errors of the pairs
     `index` (B,) at `TIMES[number]`.
 
     `latents(frozen, batch, key, examples)` gives the scaled latents of a batch, and
     `merged(frozen, ema)` all parameters. All noise depends on a pair's index and `number` alone.
+    With `distill` they are the losses of a student.
     """
     plain = dataclasses.replace(model, objective=Objective())
+    objective = plain if distill is None else Distillation(plain, distill)
 
     @jax.jit
     def losses(frozen, ema, batch, index, number):
@@ -39,14 +47,14 @@ def losses_at(model: LatentDiffusion, latents: Callable, merged: Callable) -> Lo
         key = jax.random.fold_in(jax.random.key(0), number)
         clean = latents(frozen, batch, jax.random.fold_in(key, 0), examples)
         u = jnp.asarray(TIMES, jnp.float32)[number]
-        return plain.loss(
+        return objective.loss(
             merged(frozen, ema),
             clean,
-            {embedder.name: batch[embedder.name] for embedder in plain.embedders},
+            {embedder.name: batch[embedder.name] for embedder in model.embedders},
             jax.random.fold_in(key, 1),
             training=False,
             examples=examples,
-            times=plain.diffusion.schedule.time(jnp.broadcast_to(u, index.shape)),
+            times=model.diffusion.schedule.time(jnp.broadcast_to(u, index.shape)),
         )
 
     return losses
