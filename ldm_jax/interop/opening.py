@@ -8,8 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from ldm_jax.interop import compvis, diffusers, native
 from ldm_jax.interop.adapted import with_base
+from ldm_jax.interop.control import write_control
 from ldm_jax.interop.files import Tensors, open_shards, open_state
 from ldm_jax.interop.layout import Imported
 from ldm_jax.interop.networks import texts
@@ -211,7 +216,7 @@ def export(
     dtype: str = "float32",
     layout: str = "single_file",
 ) -> None:
-    """Writes a model, whole or not at all; folders above `path` are made.
+    """Writes a model or a ControlNet, whole or not at all; folders above `path` are made.
 
     `dtype` is one of DTYPES; `layout` is "single_file" (ours, with the config), "compvis" or
     "diffusers" (a folder).
@@ -222,6 +227,11 @@ def export(
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: choose one of {', '.join(LAYOUTS)}")
+    if config["task"] == "control":
+        params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.dtype(dtype)), params["control"])
+        layout = "native" if layout == "single_file" else layout
+        write_control(path, config["control"], params, layout)
+        return
     if config["task"] == "text" and layout != "single_file":
         raise ValueError(f"task='text': layout {layout!r} has no text encoders alone")
     tokens = [name for section in texts(config).values() for name, _ in section.get("tokens") or ()]

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 import ldm_jax
+from ldm_jax.convert import convert
 from ldm_jax.interop.files import open_state
 from ldm_jax.interop.native import save_model
 from ldm_jax.runtime.logging import read_metrics
@@ -126,6 +127,23 @@ def test_a_stopped_run_resumes_to_the_same_bit(bases, trained, tmp_path):
     assert list(ours) == list(theirs)
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_other_software_gets_it_by_convert(bases, trained, tmp_path, capsys):
+    file = trained / "controlnet.safetensors"
+    base = ldm_jax.load(bases / "sd15.safetensors")
+    asked = dict(conditions={"control": hint()}, steps=2)
+    whole = base.with_control(trained)("kiwi", **asked)
+    for layout, name in (("diffusers", "folder"), ("compvis", "x.safetensors")):
+        convert(str(file), str(tmp_path / name), layout)
+        assert "control: " in capsys.readouterr().out
+        made = base.with_control(tmp_path / name)
+        np.testing.assert_array_equal(made("kiwi", **asked), whole)
+    assert (tmp_path / "folder" / "diffusion_pytorch_model.safetensors").is_file()
+    with pytest.raises(
+        ValueError, match="a ControlNet: it is drawn with beside a model"
+    ):
+        ldm_jax.load(file)
 
 
 def test_it_goes_on_from_a_controlnet(bases, trained):
