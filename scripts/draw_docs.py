@@ -2,12 +2,13 @@
 
     python -m scripts.draw_docs              # with the bundled model
     python -m scripts.draw_docs --lora=runs/lora
+    python -m scripts.draw_docs --control=runs/edges
     python -m scripts.draw_docs --tasks=runs
 
 docs/pictures: `shipped.png`, held-out scenes with their captions, in order; `edits.png`, a row for
 each edit of docs/samplers.md; `drawn_by.png`, the same noise through every sampler. With a run of
-configs/lora.py, `adapt.png` of docs/adapt.md; with a folder of runs named after the configs of
-docs/tasks.md, `tasks.png`.
+configs/lora.py, `adapt.png` of docs/adapt.md, with one of configs/controlnet.py, `control.png`;
+with a folder of runs named after the configs of docs/tasks.md, `tasks.png`.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
 import ldm_jax
+from ldm_jax.data.condition_kinds import edges
 from ldm_jax.data.conditions import make_conditions
 from ldm_jax.data.loader import example_rng
 from ldm_jax.data.sources import open_source
@@ -173,6 +175,23 @@ def adapted(pipe: ldm_jax.Pipeline, workdir: str) -> None:
     labelled(rows, PICTURES / "adapt.png")
 
 
+def controlled(pipe: ldm_jax.Pipeline, workdir: str) -> None:
+    """Edges of the first held-out scenes, and what the captions give without and with them."""
+    data = ldm_jax.load(workdir).config["data"] | {"image_size": 64}
+    source = open_source(ConfigDict(data), "held_out")
+    examples = [source[i] for i in range(SHOWN)]
+    captions = [example["caption"] for example in examples]
+    hints = np.stack([edges(example["image"]) for example in examples])
+    with_edges = pipe.with_control(workdir)(captions, conditions={"control": hints}, seed=0)
+    rows = {
+        "the hint": list(to_uint8(np.repeat(hints, 3, axis=-1))),
+        "the caption alone": list(to_uint8(pipe(captions, seed=0))),
+        "--control=runs/edges:\nedges.png": list(to_uint8(with_edges)),
+    }
+    sheet = {label: list(map(enlarged, row)) for label, row in rows.items()}
+    labelled(sheet, PICTURES / "control.png")
+
+
 def shown(entry: str, example: dict[str, Any], classes: Sequence[str]) -> np.ndarray:
     """A picture, uint8 (64, 64, 3), of what a model is told."""
     image, canvas = example["image"], Image.new("RGB", (64, 64), "white")
@@ -234,6 +253,7 @@ def tasks(runs: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--lora")
+    parser.add_argument("--control")
     parser.add_argument("--tasks")
     asked = parser.parse_args()
     use_compile_cache()
@@ -241,6 +261,8 @@ if __name__ == "__main__":
         tasks(asked.tasks)
     elif asked.lora:
         adapted(ldm_jax.load(), asked.lora)
+    elif asked.control:
+        controlled(ldm_jax.load(), asked.control)
     else:
         pipeline = ldm_jax.load()
         for draw in (shipped, edits, drawn_by):

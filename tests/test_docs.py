@@ -12,8 +12,10 @@ from PIL import Image
 
 import ldm_jax
 from ldm_jax.data.sources import EmojiSource
+from ldm_jax.interop.control import write_control
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.pipeline import Pipeline
+from ldm_jax.training import control
 from scripts.write_docs import SAMPLERS, with_options
 from tests import tiny_models
 
@@ -34,7 +36,7 @@ def sample_commands():
     found = [
         shlex.split(line, comments=True)[2:] for line in lines if line.startswith("python sam")
     ]
-    own = ("--model", "--lora", "--embedding")  # files that the reader has
+    own = ("--model", "--lora", "--embedding", "--control")  # files that the reader has
     return [command for command in found if not any(a.startswith(own) for a in command)]
 
 
@@ -58,6 +60,14 @@ def test_a_command_draws(command, tmp_path):
         assert grid.size[0] >= 64
 
 
+def a_controlnet(config, path):
+    """Writes a ControlNet of random numbers for the model of a config."""
+    changed, _ = control.with_control(config, config["autoencoder"], control.Options())
+    own = {"conditioning": {"control": changed["conditioning"]["control"]}}
+    params = tiny_models.random_params(own)["control"]
+    write_control(path, own["conditioning"]["control"]["network"], params)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("page, text", blocks("python"), ids=lambda v: getattr(v, "name", ""))
 def test_a_snippet_runs(page, text, tmp_path, monkeypatch):
@@ -66,6 +76,9 @@ def test_a_snippet_runs(page, text, tmp_path, monkeypatch):
     model, params = LatentDiffusion.from_config(config), tiny_models.random_params(config)
     tiny, load, draw = Pipeline(model, params, config), ldm_jax.load, Pipeline.__call__
     monkeypatch.chdir(tmp_path)
+    Image.fromarray(EmojiSource("train")[700]["image"]).save("photo.png")
+    if "with_control" in text:
+        a_controlnet(load().config, tmp_path / "runs" / "edges" / "controlnet.safetensors")
     monkeypatch.setattr(ldm_jax, "load", lambda path="", **_: tiny if path else load())
     monkeypatch.setattr(Pipeline, "with_lora", lambda pipe, path, scale=1.0: pipe)
     monkeypatch.setattr(Pipeline, "__call__", lambda *a, **k: draw(*a, **k | {"steps": 2}))

@@ -140,9 +140,7 @@ def test_other_software_gets_it_by_convert(bases, trained, tmp_path, capsys):
         made = base.with_control(tmp_path / name)
         np.testing.assert_array_equal(made("kiwi", **asked), whole)
     assert (tmp_path / "folder" / "diffusion_pytorch_model.safetensors").is_file()
-    with pytest.raises(
-        ValueError, match="a ControlNet: it is drawn with beside a model"
-    ):
+    with pytest.raises(ValueError, match="a ControlNet: it is drawn with beside a model"):
         ldm_jax.load(file)
 
 
