@@ -46,7 +46,7 @@ def convert(
     """
     found = read_any(source, dtype, ema, **options)
     print(f"{source}: {found.about}")
-    for network, params in found.params.items():
+    for network, params in ((name, part) for name, part in found.params.items() if part):
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         print(f"{network}: {count:,} parameters in {len(jax.tree.leaves(params))} tensors")
     wrong = 0

@@ -58,6 +58,18 @@ def control(bases, variant="smoke", **options):
 
 
 @pytest.fixture(scope="module")
+def run(bases, tmp_path_factory):
+    """The files of a run, of a ControlNet of random numbers; nothing is compiled."""
+    workdir, task = tmp_path_factory.mktemp("control"), make_task(control(bases))
+    section = task.resolved["conditioning"]["control"]
+    moved = tiny_models.random_params({"conditioning": {"control": section}}, seed=2, scale=0.3)
+    about, params = task.export(moved)
+    save_model(workdir / "model.safetensors", about, params)
+    task.adapters.write(workdir / task.adapters.file, moved, task.resolved)
+    return workdir
+
+
+@pytest.fixture(scope="module")
 def trained(bases, tmp_path_factory):
     """A run of four steps, uninterrupted."""
     workdir = tmp_path_factory.mktemp("control") / "run"
@@ -99,21 +111,19 @@ def test_it_starts_as_a_copy_without_effect_and_trains_alone(bases):
         np.testing.assert_array_equal(picture, plain)
 
 
-def test_what_was_trained_is_drawn_from_every_file(bases, trained):
-    *_, last = [m for m in read_metrics(trained) if m["kind"] == "held_out"]
-    assert last["loss"] != last["loss_of_base"] and np.isfinite(last["loss"])
-    state = open_state(trained / "model.safetensors")
+def test_every_file_draws_the_same(bases, run):
+    state = open_state(run / "model.safetensors")
     assert {name.partition("/")[0] for name in state} == {"control"}
     base = ldm_jax.load(bases / "sd15.safetensors")
     asked = dict(conditions={"control": hint()}, steps=2, guidance=2.0)
-    whole = ldm_jax.load(trained)("kiwi", **asked)
-    np.testing.assert_array_equal(base.with_control(trained)("kiwi", **asked), whole)
+    whole = ldm_jax.load(run)("kiwi", **asked)
+    np.testing.assert_array_equal(base.with_control(run)("kiwi", **asked), whole)
     plain = base("kiwi", steps=2, guidance=2.0)
-    assert np.abs(whole - plain).max() > 1e-4
-    closed = base.with_control(trained, scale=0.0)("kiwi", **asked)
+    assert np.abs(whole - plain).max() > 1e-2
+    closed = base.with_control(run, scale=0.0)("kiwi", **asked)
     np.testing.assert_array_equal(closed, plain)
-    other = base.with_control(trained)("kiwi", **asked | {"conditions": {"control": hint(1)}})
-    assert np.abs(whole - other).max() > 1e-5
+    other = base.with_control(run)("kiwi", **asked | {"conditions": {"control": hint(1)}})
+    assert np.abs(whole - other).max() > 1e-3
 
 
 @pytest.mark.long
@@ -123,17 +133,19 @@ def test_a_stopped_run_resumes_to_the_same_bit(bases, trained, tmp_path):
     train(config, tmp_path)
     config.train.steps = 4
     train(config, tmp_path)
-    ours, theirs = (open_state(run / "controlnet.safetensors") for run in (tmp_path, trained))
+    ours, theirs = (open_state(where / "controlnet.safetensors") for where in (tmp_path, trained))
     assert list(ours) == list(theirs)
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    *_, last = [m for m in read_metrics(trained) if m["kind"] == "held_out"]
+    assert last["loss"] != last["loss_of_base"] and np.isfinite(last["loss"])
 
 
-def test_other_software_gets_it_by_convert(bases, trained, tmp_path, capsys):
-    file = trained / "controlnet.safetensors"
+def test_other_software_gets_it_by_convert(bases, run, tmp_path, capsys):
+    file = run / "controlnet.safetensors"
     base = ldm_jax.load(bases / "sd15.safetensors")
     asked = dict(conditions={"control": hint()}, steps=2)
-    whole = base.with_control(trained)("kiwi", **asked)
+    whole = base.with_control(run)("kiwi", **asked)
     for layout, name in (("diffusers", "folder"), ("compvis", "x.safetensors")):
         convert(str(file), str(tmp_path / name), layout)
         assert "control: " in capsys.readouterr().out
@@ -144,35 +156,34 @@ def test_other_software_gets_it_by_convert(bases, trained, tmp_path, capsys):
         ldm_jax.load(file)
 
 
-def test_it_goes_on_from_a_controlnet(bases, trained):
-    task = make_task(control(bases, init_from=str(trained)))
+def test_it_goes_on_from_a_controlnet(bases, run):
+    task = make_task(control(bases, init_from=str(run)))
     started = flatten_dict(task.loaded["control"], sep="/")
-    for name, leaf in open_state(trained / "controlnet.safetensors").items():
+    for name, leaf in open_state(run / "controlnet.safetensors").items():
         path = name.removeprefix("control/")
         np.testing.assert_array_equal(started[path], leaf, err_msg=name)
 
 
-def test_two_add_up_and_one_of_half_a_scale_is_half(bases, trained):
+def test_two_add_up_and_one_of_half_a_scale_is_half(bases, run):
     """Zero convolutions are linear: half twice is the whole."""
     base = ldm_jax.load(bases / "sd15.safetensors")
-    half = base.with_control(trained, 0.5).with_control(trained, 0.5)
+    half = base.with_control(run, 0.5).with_control(run, 0.5)
     asked = dict(steps=2, guidance=2.0)
     twice = half("kiwi", conditions={"control": hint(), "control_2": hint()}, **asked)
-    once = base.with_control(trained)("kiwi", conditions={"control": hint()}, **asked)
-    np.testing.assert_allclose(twice, once, atol=2e-6)
+    once = base.with_control(run)("kiwi", conditions={"control": hint()}, **asked)
+    np.testing.assert_allclose(twice, once, atol=1e-5)
 
 
-def test_tiles_take_their_part_of_the_hint(bases, trained):
-    """Another hint on the right changes nothing that the first tile alone covers."""
-    pipe = ldm_jax.load(bases / "sd15.safetensors").with_control(trained)
+def test_tiles_take_their_part_of_the_hint(bases, run):
+    """Another hint on the right reaches the left edge through the decoder alone."""
+    pipe = ldm_jax.load(bases / "sd15.safetensors").with_control(run)
     wide = np.concatenate([hint(), hint()], axis=1)
     size = dict(height=16, width=32)
     tiled = pipe("kiwi", conditions={"control": wide}, steps=1, tile=16, **size)
     other = np.concatenate([hint(), hint(3)], axis=1)
     changed = pipe("kiwi", conditions={"control": other}, steps=1, tile=16, **size)
     difference = np.abs(changed - tiled).max(axis=(0, 1, 3))
-    assert difference[-4:].max() > 1e-4
-    np.testing.assert_allclose(difference[:4], 0.0, atol=1e-5)  # of the first tile alone
+    assert difference[:4].max() < 0.03 * difference[-4:].max()
 
 
 def test_variants_on_a_folder_with_hints(bases, tmp_path):
@@ -218,15 +229,15 @@ def test_settings_that_are_refused(bases, change, message):
     (np.full((16, 16, 3), np.nan), "control=nan: must be a finite number"),
     (np.zeros((3, 16, 16, 3)), "3 of control for 1 pictures"),
 ])  # fmt: skip
-def test_hints_that_are_refused(bases, trained, hints, message):
-    pipe = ldm_jax.load(trained)
+def test_hints_that_are_refused(bases, run, hints, message):
+    pipe = ldm_jax.load(run)
     given = None if hints is None else {"control": hints}
     with pytest.raises(ValueError, match=message):
         pipe("kiwi", conditions=given, steps=2)
 
 
-def test_hints_of_any_form(trained):
-    (embedder,) = (e for e in ldm_jax.load(trained).model.embedders if e.name == "control")
+def test_hints_of_any_form(run):
+    (embedder,) = (e for e in ldm_jax.load(run).model.embedders if e.name == "control")
     grey = np.uint8(255 * hint()[..., 0])
     for given in (grey, grey[..., None], np.repeat(grey[..., None], 3, -1), grey[None, ..., None]):
         made = embedder.prepare({"control": given})
@@ -234,8 +245,8 @@ def test_hints_of_any_form(trained):
         np.testing.assert_allclose(made[0, ..., 1], grey / 255.0, rtol=1e-6)
 
 
-def test_other_layouts_have_no_place_for_it(trained, tmp_path):
-    pipe = ldm_jax.load(trained)
+def test_other_layouts_have_no_place_for_it(run, tmp_path):
+    pipe = ldm_jax.load(run)
     for layout in ("compvis", "diffusers"):
         with pytest.raises(ValueError, match="no place for the ControlNet 'control'"):
             pipe.save(tmp_path / "x", layout=layout)
@@ -246,12 +257,12 @@ def test_other_layouts_have_no_place_for_it(trained, tmp_path):
     assert jnp.issubdtype(jax.tree.leaves(again.params["control"])[0].dtype, np.floating)
 
 
-def test_a_base_that_has_changed(bases, trained, tmp_path):
+def test_a_base_that_has_changed(bases, run, tmp_path):
     held = (bases / "sd15.safetensors").read_bytes()
     try:
         other = tiny_models.random_params(MODELS["sd15"], seed=1)
         save_model(bases / "sd15.safetensors", MODELS["sd15"], other)
         with pytest.raises(ValueError, match="holds a ControlNet of .*where another model is now"):
-            ldm_jax.load(trained)
+            ldm_jax.load(run)
     finally:
         (bases / "sd15.safetensors").write_bytes(held)

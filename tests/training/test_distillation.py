@@ -49,9 +49,11 @@ def distill(base, variant="smoke", **options):
 
 
 @pytest.fixture(scope="module")
-def trained(base, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("student") / "run"
-    train(distill(base), workdir)
+def run(base, tmp_path_factory):
+    """The files of a run, of a student of random numbers; nothing is compiled."""
+    workdir, task = tmp_path_factory.mktemp("student"), make_task(distill(base))
+    moved = tiny_models.random_params({"unet": task.resolved["unet"]}, seed=2, scale=0.3)
+    save_model(workdir / "model.safetensors", *task.export(moved))
     return workdir
 
 
@@ -77,18 +79,37 @@ def test_a_student_starts_as_its_teacher_and_its_unet_trains_alone(base):
     np.testing.assert_allclose(drawn[0], plain, atol=1e-5)
 
 
-def test_what_was_trained_is_drawn_in_few_steps(base, trained, tmp_path):
-    *_, last = [m for m in read_metrics(trained) if m["kind"] == "held_out"]
-    assert 0.0 < last["loss"] < 10.0
-    names = {name.partition("/")[0] for name in open_state(trained / "model.safetensors")}
+def test_a_student_is_drawn_in_few_steps_at_any_scale(run, tmp_path):
+    names = {name.partition("/")[0] for name in open_state(run / "model.safetensors")}
     assert names == {"unet", "text", "autoencoder"}
-    pipe = ldm_jax.load(trained)
+    pipe = ldm_jax.load(run)
     assert pipe.config["sampling"]["sampler"] == "lcm" and pipe.config["sampling"]["steps"] == 2
     pictures = [pipe("a kiwi", guidance=g) for g in (1.0, 9.0)]
-    assert np.abs(pictures[0] - pictures[1]).max() > 1e-6  # the scale is an input
+    assert np.abs(pictures[0] - pictures[1]).max() > 1e-3  # the scale is an input
     pipe.save(tmp_path / "folder", layout="diffusers")
     again = ldm_jax.load(tmp_path / "folder")
     np.testing.assert_allclose(again("a kiwi", steps=2, guidance=9.0), pictures[1], atol=1e-6)
+
+
+@pytest.mark.long
+def test_a_run_improves_and_resumes_to_the_same_bit(base, tmp_path):
+    runs, config = [], distill(base)
+    config.train.update(steps=40, checkpoint_every=20, log_every=40, preview_every=0)
+    for stop in (False, True):
+        runs.append(tmp_path / str(stop))
+        if stop:
+            config.train.steps = 20
+            config.optimizer.schedule = "constant"
+            train(config, runs[-1])
+            config.train.steps = 40
+        config.optimizer.schedule = "constant"
+        train(config, runs[-1])
+    first, second = (open_state(where / "model.safetensors") for where in runs)
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    *_, last = [m for m in read_metrics(runs[0]) if m["kind"] == "held_out"]
+    task = make_task(config)
+    assert 0.0 < last["loss"] < task.evaluate(task.loaded)["loss"]
 
 
 def test_factors_learn_from_the_model_without_them(base):
@@ -145,9 +166,9 @@ def test_settings_that_are_refused(base, change, message):
         make_task(config)
 
 
-def test_models_that_are_refused(base, trained, tmp_path):
+def test_models_that_are_refused(base, run, tmp_path):
     with pytest.raises(ValueError, match="the model of init_from was distilled already"):
-        make_task(distill(trained))
+        make_task(distill(run))
     section = {"text": MODEL["conditioning"]["text"] | dict(dropout=0.0)}
     path = tmp_path / "undropped.safetensors"
     save_model(path, MODEL | {"conditioning": section}, PARAMS)
