@@ -13,17 +13,16 @@ from ldm_jax.data.loader import example_rng
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.data.sources import Source, sample
 from ldm_jax.metrics.clip_score import ClipScore
-from ldm_jax.metrics.distance import floor, frechet_distance, kernel_distance
+from ldm_jax.metrics.distance import floor, frechet_distance
 from ldm_jax.metrics.extractors import Extractor, load_extractor
 from ldm_jax.metrics.intervals import (
     Interval,
     around,
     frechet_error,
-    kernel_error,
     mean_interval,
     wilson,
 )
-from ldm_jax.metrics.manifold import NEIGHBOURS, inception_score, manifold_metrics
+from ldm_jax.metrics.manifold import inception_score, pair_metrics
 from ldm_jax.metrics.moments import frechet_of_moments, moments_of
 from ldm_jax.metrics.novelty import novelty
 from ldm_jax.metrics.reference import CHUNK, Reference, measure
@@ -287,11 +286,8 @@ def set_metrics(
     if "unknown" in reference.about:
         notes.append(f"the reference {reference.about['file']}: {reference.about['unknown']}")
     if real is not None:
-        metrics["kid"] = kernel_distance(features, real)
-        intervals["kid"] = around(metrics["kid"], kernel_error(features, real))
-        if min(len(features), len(real)) > NEIGHBOURS:
-            more, their_intervals = manifold_metrics(features, real, seed=seed)
-            metrics, intervals = metrics | more, intervals | their_intervals
+        more, their_intervals = pair_metrics(features, real, seed=seed)
+        metrics, intervals = metrics | more, intervals | their_intervals
     if logits is not None and len(logits) >= FEW_SPLITS:
         metrics["inception_score"], metrics["inception_score_sd"] = inception_score(logits)
     return features, metrics, intervals, notes
