@@ -7,6 +7,7 @@ Features agree to 1e-4 of their norm; clean-fid's resizing to the last bit.
 """
 
 import importlib
+import pickle
 import sys
 import types
 
@@ -97,6 +98,36 @@ def test_inception_as_torch_fidelity(inception, near):
     ours = load_extractor(path, "adm", batch_size=2).measure(images)
     found = {"features": features.numpy(), "logits": logits.numpy()}
     near("outputs", dict(zip(found, ours, strict=True)), found, FEATURES)
+
+
+LAYER = {"conv": {"weight": "kernel"}}
+LAYER["bn"] = dict(weight="scale", bias="bias", running_mean="mean", running_var="var")
+
+
+def test_inception_in_the_pickle_of_jax_fid(inception, tmp_path):
+    """The same weights nested as jax-fid has them, with and without the classifier: every bit."""
+    _, bare, path = inception
+    state = bare.state_dict()
+    tree = {"fc": {"kernel": state["fc.weight"].numpy().T, "bias": state["fc.bias"].numpy()}}
+    for name, tensor in state.items():
+        *layers, kind, leaf = name.split(".")
+        if leaf not in LAYER.get(kind, {}) or layers[0] == "AuxLogits":
+            continue
+        node = tree
+        for key in (*layers, kind):
+            node = node.setdefault(key, {})
+        array = tensor.numpy()
+        node[LAYER[kind][leaf]] = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+    pickled = tmp_path / "inception_v3_weights_fid.pickle"
+    pickled.write_bytes(pickle.dumps(tree))
+    images = pictures(2, 64, 64)
+    expected = load_extractor(path, "legacy", batch_size=2).measure(images)
+    found = load_extractor(pickled, "legacy", batch_size=2).measure(images)
+    assert all(np.array_equal(x, y) for x, y in zip(found, expected, strict=True))
+    del tree["fc"]
+    pickled.write_bytes(pickle.dumps(tree))
+    features, logits = load_extractor(pickled, "legacy", batch_size=2).measure(images)
+    assert logits is None and np.array_equal(features, expected[0])
 
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 330), (400, 512)])
