@@ -42,6 +42,9 @@ REFERENCE = flags.DEFINE_string(
 LPIPS = flags.DEFINE_string(
     "lpips", "", "File of LPIPS, or NETWORK,HEADS; empty: reconstructions without it."
 )
+CLIP = flags.DEFINE_string(
+    "clip", "", "File or folder of a CLIP with both towers, for clip_score; empty: without it."
+)
 SWEEP = flags.DEFINE_multi_string(
     "sweep", [], "NAME=VALUES of guidance, steps or sampler: guidance=1:8, steps=10,20; repeatable."
 )
@@ -57,7 +60,15 @@ def main():
         os.path.expanduser(flag.value) for flag in (MODEL, PATH, EXTRACTOR, REFERENCE)
     )
     opened = open_evaluation(
-        model, SOURCE.value, path, COUNT.value, extractor, RESIZE.value, reference, LPIPS.value
+        model,
+        SOURCE.value,
+        path,
+        COUNT.value,
+        extractor,
+        RESIZE.value,
+        reference,
+        LPIPS.value,
+        CLIP.value,
     )
     own = dict(guidance=GUIDANCE.value, steps=STEPS.value, seed=SEED.value, sampler=SAMPLER.value)
     out = Path(OUT.value).expanduser() if OUT.value else None

@@ -1,10 +1,11 @@
-"""Evaluators of training that draw pictures, for `loop.train`: `task`, `distance` and `novelty`."""
+"""Evaluators of training that draw pictures, for `loop.train`."""
 
 from typing import Any
 
 from ldm_jax.conditions.kinds import SIZES
 from ldm_jax.data.scenes import SceneSource
-from ldm_jax.evaluation import drawn_metrics, scene_metrics
+from ldm_jax.evaluation import clip_metrics, drawn_metrics, scene_metrics
+from ldm_jax.metrics.clip_score import load_clip
 from ldm_jax.metrics.extractors import load_extractor
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.training.evaluators import DrawnEvaluator
@@ -55,10 +56,37 @@ def _novelty(task: Any, ema: Any, options: Options) -> dict[str, float]:
     return {name: found[name] for name in NOVELTY}
 
 
+def _check_clip_score(task: Any, options: Options) -> None:
+    if "caption" not in (needs := _needs(task)):
+        what = ", ".join(sorted(needs)) or "nothing"
+        raise ValueError(
+            "evaluators.clip_score compares pictures with captions, and this model is told "
+            f"{what}: use distance"
+        )
+    if not options["path"]:
+        raise ValueError(
+            "evaluators.clip_score.path is empty: name the file or folder of a CLIP with both "
+            "towers, of transformers or OpenCLIP"
+        )
+    source, what = _captions(task)
+    if options["count"] > len(source):
+        raise ValueError(
+            f"evaluators.clip_score.count={options['count']}: there are {len(source)} {what}"
+        )
+    load_clip(options["path"])  # it is read again for each measurement, and then takes no memory
+
+
+def _clip_score(task: Any, ema: Any, options: Options) -> dict[str, float]:
+    clip, (source, _) = load_clip(options["path"]), _captions(task)
+    asked = dict(count=options["count"], conditions=task.conditions, steps=options["steps"])
+    return clip_metrics(_pipe(task, ema), source, clip, **asked).metrics
+
+
 DRAWN = {
     "task": DrawnEvaluator(_check_task, _task),
     "distance": DrawnEvaluator(_check_distance, _distance),
     "novelty": DrawnEvaluator(_check_novelty, _novelty),
+    "clip_score": DrawnEvaluator(_check_clip_score, _clip_score),
 }
 
 
@@ -78,6 +106,13 @@ def _check_drawable(task: Any, name: str) -> None:
 def _drawn(task: Any, ema: Any, options: Options, held_out: Any = ()) -> dict[str, float]:
     pipe, source = _pipe(task, ema), _pictures(task.source)
     return drawn_metrics(pipe, source, options["count"], held_out, steps=options["steps"]).metrics
+
+
+def _captions(task: Any) -> tuple[Any, str]:
+    """The held-out pictures, or without them those of training; and what their captions are."""
+    if len(task.held_out):
+        return _pictures(task.held_out), "held-out captions"
+    return _pictures(task.source), "captions"
 
 
 def _pipe(task: Any, ema: Any) -> Pipeline:

@@ -7,6 +7,7 @@ Features agree to 1e-4 of their norm; clean-fid's resizing to the last bit.
 """
 
 import importlib
+import pickle
 import sys
 import types
 
@@ -14,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from pytorch_fid import inception as fid
 from safetensors.torch import load_file, save_file
 from scipy.spatial.distance import cdist
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from ldm_jax.interop.diffusers.tokenizers import write_tokenizer
+from ldm_jax.metrics.clip_score import load_clip
 from ldm_jax.metrics.distance import frechet_distance, kernel_distance
 from ldm_jax.metrics.extractors import load_extractor
 from ldm_jax.metrics.image import ms_ssim
@@ -94,6 +98,36 @@ def test_inception_as_torch_fidelity(inception, near):
     ours = load_extractor(path, "adm", batch_size=2).measure(images)
     found = {"features": features.numpy(), "logits": logits.numpy()}
     near("outputs", dict(zip(found, ours, strict=True)), found, FEATURES)
+
+
+LAYER = {"conv": {"weight": "kernel"}}
+LAYER["bn"] = dict(weight="scale", bias="bias", running_mean="mean", running_var="var")
+
+
+def test_inception_in_the_pickle_of_jax_fid(inception, tmp_path):
+    """The same weights nested as jax-fid has them, with and without the classifier: every bit."""
+    _, bare, path = inception
+    state = bare.state_dict()
+    tree = {"fc": {"kernel": state["fc.weight"].numpy().T, "bias": state["fc.bias"].numpy()}}
+    for name, tensor in state.items():
+        *layers, kind, leaf = name.split(".")
+        if leaf not in LAYER.get(kind, {}) or layers[0] == "AuxLogits":
+            continue
+        node = tree
+        for key in (*layers, kind):
+            node = node.setdefault(key, {})
+        array = tensor.numpy()
+        node[LAYER[kind][leaf]] = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+    pickled = tmp_path / "inception_v3_weights_fid.pickle"
+    pickled.write_bytes(pickle.dumps(tree))
+    images = pictures(2, 64, 64)
+    expected = load_extractor(path, "legacy", batch_size=2).measure(images)
+    found = load_extractor(pickled, "legacy", batch_size=2).measure(images)
+    assert all(np.array_equal(x, y) for x, y in zip(found, expected, strict=True))
+    del tree["fc"]
+    pickled.write_bytes(pickle.dumps(tree))
+    features, logits = load_extractor(pickled, "legacy", batch_size=2).measure(images)
+    assert logits is None and np.array_equal(features, expected[0])
 
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 330), (400, 512)])
@@ -228,6 +262,64 @@ def test_clip(tmp_path, near, activation):
     save_file(state, tmp_path / "open_clip_model.safetensors")
     extract = load_extractor(tmp_path / "open_clip_model.safetensors", batch_size=2)
     near("outputs", {"features": extract(images)}, {"features": theirs}, FEATURES)
+
+
+CAPTIONS = ["a red apple left of two cats", "It's 42 o'clock!", " ".join(["very"] * 90) + " end"]
+AUTHORS_TEXT = (
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.embeddings.", ""),
+    ("text_model.encoder.layers.", "transformer.resblocks."),
+    ("text_model.final_layer_norm", "ln_final"),
+    ("text_projection.weight", "text_projection"),
+)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_clip_score(tmp_path, agree, activation):
+    """transformers' whole CLIP, with its own preprocessing and tokenizer, and in OpenCLIP's names.
+
+    A picture's sides are odd, so that the middle is not exact; a caption is longer than the text.
+    """
+    text = dict(hidden_size=128, num_attention_heads=2, num_hidden_layers=3, intermediate_size=160)
+    vision = SMALL | dict(image_size=56, intermediate_size=96)
+    config = transformers.CLIPConfig(
+        text_config=text | dict(hidden_act=activation, vocab_size=49408),
+        vision_config=vision | dict(hidden_act=activation),
+        projection_dim=24,
+    )
+    model = randomise(transformers.CLIPModel(config))
+    model.save_pretrained(tmp_path / "hub")
+    write_tokenizer(tmp_path / "tokens", dict(kind="clip", vocabulary="clip"), 77)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokens")
+    size = dict(size=dict(shortest_edge=56), crop_size=dict(height=56, width=56))
+    processor = transformers.CLIPImageProcessorPil(**size)
+    images = pictures(3, 50, 83)
+    pixels = processor([Image.fromarray(i) for i in images], return_tensors="pt")["pixel_values"]
+    options = dict(padding="max_length", truncation=True, max_length=77, return_tensors="pt")
+    ids = tokenizer(CAPTIONS, **options)["input_ids"]
+    with torch.no_grad():
+        found = model(input_ids=ids, pixel_values=pixels)
+    image, caption = found.image_embeds.numpy(), found.text_embeds.numpy()
+    cosines = (image * caption).sum(axis=1)
+    clip = load_clip(tmp_path / "hub", batch_size=2)
+    agree(clip.images(images), image, 1e-4)
+    agree(clip.texts(CAPTIONS), caption, 1e-4)
+    agree(clip(images, CAPTIONS) / 100, np.maximum(cosines, 0), 1e-4)
+    assert len(clip.cut(CAPTIONS)) == 1 and (cosines > 0.01).any()
+    heads = tuple(f"self_attn.{k}_proj" for k in "qkv")
+    state = in_authors_names(
+        load_file(tmp_path / "hub" / "model.safetensors"),
+        AUTHORS_TEXT + AUTHORS_CLIP,
+        heads,
+        "attn.in_proj_",
+    )
+    state["text_projection"] = state["text_projection"].T.contiguous()
+    if activation == "quick_gelu":  # as OpenAI's own files
+        state |= {"input_resolution": torch.tensor(56), "context_length": torch.tensor(77)}
+        state["vocab_size"] = torch.tensor(49408)
+    torch.save(state, tmp_path / "open_clip_pytorch_model.bin")
+    clip = load_clip(tmp_path / "open_clip_pytorch_model.bin", batch_size=2)
+    agree(clip(images, CAPTIONS) / 100, np.maximum(cosines, 0), 1e-4)
 
 
 @pytest.mark.parametrize("net", ["vgg", "alex"])

@@ -6,11 +6,14 @@ import pytest
 import ldm_jax
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.data.sources import EmojiSource
-from ldm_jax.evaluation import drawn_metrics, evaluate, scene_metrics
+from ldm_jax.evaluation import clip_metrics, drawn_metrics, evaluate, scene_metrics
+from ldm_jax.interop.files import write_safetensors
 from ldm_jax.latent_diffusion import LatentDiffusion
+from ldm_jax.metrics.clip_score import load_clip
 from ldm_jax.metrics.reconstruction import reconstruction_quality
 from ldm_jax.pipeline import Pipeline
 from tests import tiny_models
+from tests.metrics.clip_file import in_transformers_names
 
 SET = {"fd", "kid", "precision", "recall", "density", "coverage"}
 
@@ -138,6 +141,67 @@ def test_scenes_are_drawn_from_held_out_captions_and_read(monkeypatch):
     assert scene_metrics(pipe, source, 6, batch_size=6).metrics["objects"] == 0.0
     with pytest.raises(ValueError, match="count=5000: there are 2048 held-out scenes"):
         scene_metrics(pipe, source, 5000)
+
+
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "model.safetensors"
+    write_safetensors(path, in_transformers_names())
+    return path
+
+
+def test_the_clip_score_of_drawn_pictures(clip_file, monkeypatch):
+    """A pipeline that draws the real pictures scores as they do; the captions are what it is
+    asked for, evenly spaced; and other pictures score otherwise."""
+    source, asked = Few(), []
+    real = np.stack([source[i]["image"] for i in (0, 20, 39)])
+
+    def draw(self, prompt, **_):
+        asked.extend(prompt)
+        return real / 255.0
+
+    monkeypatch.setattr(Pipeline, "__call__", draw)
+    clip = load_clip(clip_file, batch_size=4)
+    drawn = clip_metrics(ldm_jax.load(), source, clip, 3, batch_size=3)
+    assert asked == [source[i]["caption"] for i in (0, 20, 39)]
+    assert drawn.metrics["clip_score"] == drawn.metrics["real_clip_score"]
+    assert drawn.metrics["clip_score"] == pytest.approx(clip(real, asked).mean())
+    low, high = drawn.intervals["clip_score"]
+    assert low <= drawn.metrics["clip_score"] <= high and low < high
+    real = 255 - real
+    other = clip_metrics(ldm_jax.load(), source, clip, 3, batch_size=3).metrics
+    assert other["real_clip_score"] == drawn.metrics["real_clip_score"] != other["clip_score"]
+    source = SceneSource("held_out", 64, dict(kinds=40))
+    found = scene_metrics(ldm_jax.load(), source, 3, clip=clip, batch_size=3)
+    assert found.metrics.keys() >= {"objects", "real_objects"}
+    assert "clip_score reads 12 tokens" in found.notes[-1]
+    with pytest.raises(ValueError, match="count=41: there are 40 captions, with one picture each"):
+        clip_metrics(ldm_jax.load(), Few(), clip, 41)
+
+
+def test_the_clip_of_a_score_stands_in_its_protocol(clip_file, monkeypatch):
+    def draw(self, prompt, **_):
+        return np.zeros((len(prompt), 64, 64, 3), np.float32)
+
+    monkeypatch.setattr(Pipeline, "__call__", draw)
+    metrics, _ = evaluate("", count=2, clip=str(clip_file))
+    about = metrics["protocol"]["clip"]
+    assert about.pop("hash") == load_clip(clip_file).hash
+    assert about == {"name": "clip-vision-width64-patch16-quick_gelu", "side": 32, "length": 12}
+    assert metrics["intervals"]["clip_score"][0] <= metrics["clip_score"]
+
+
+def test_models_without_captions_have_no_clip_score(clip_file, tmp_path):
+    config = tiny_models.LABELS
+    model, params = LatentDiffusion.from_config(config), tiny_models.random_params(config)
+    pipe = Pipeline(model, params, config)
+    with pytest.raises(ValueError, match="drawn from, and this model is told label"):
+        clip_metrics(pipe, Few(), load_clip(clip_file), 3)
+    pipe.save(tmp_path / "labels.safetensors")
+    with pytest.raises(ValueError, match="drawn from, and this model is told label"):
+        evaluate(tmp_path / "labels.safetensors", "emoji", clip=str(clip_file))
+    with pytest.raises(ValueError, match="--clip scores drawn pictures: it needs"):
+        evaluate("", count=0, clip=str(clip_file))
 
 
 def test_a_model_is_measured_on_data_like_its_own(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 SWEPT = {"guidance": float, "steps": int, "sampler": str}
 LOWER_IS_BETTER = ("fd", "kid", "fd_floor", "copied")
 FIDELITY = ("fd", "miou", "masked_psnr", "agreement", "boxes", "class", "objects")
-DIVERSITY = ("scene", "r@1", "recall", "group", "coverage", "relation")
+DIVERSITY = ("clip_score", "scene", "r@1", "recall", "group", "coverage", "relation")
 MOST = 100  # settings
 SIDE, MARGIN = 640, 80
 

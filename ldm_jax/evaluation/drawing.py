@@ -12,10 +12,17 @@ from ldm_jax.data.conditions import check_conditions
 from ldm_jax.data.loader import example_rng
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.data.sources import Source, sample
-from ldm_jax.metrics.distance import floor, frechet_distance, kernel_distance
+from ldm_jax.metrics.clip_score import ClipScore
+from ldm_jax.metrics.distance import floor, frechet_distance
 from ldm_jax.metrics.extractors import Extractor, load_extractor
-from ldm_jax.metrics.intervals import Interval, around, frechet_error, kernel_error, wilson
-from ldm_jax.metrics.manifold import NEIGHBOURS, inception_score, manifold_metrics
+from ldm_jax.metrics.intervals import (
+    Interval,
+    around,
+    frechet_error,
+    mean_interval,
+    wilson,
+)
+from ldm_jax.metrics.manifold import inception_score, pair_metrics
 from ldm_jax.metrics.moments import frechet_of_moments, moments_of
 from ldm_jax.metrics.novelty import novelty
 from ldm_jax.metrics.reference import CHUNK, Reference, measure
@@ -56,13 +63,15 @@ def scene_metrics(
     conditions: Sequence[Condition] = (),
     extract: Extractor | None = None,
     reference: Reference | None = None,
+    clip: ClipScore | None = None,
     **asked: Any,
 ) -> Drawn:
     """Draws the first `count` scenes of `source` from what the model is told of them, and judges
     the pictures by `ldm_jax.metrics.scene_tasks`.
 
     The metrics hold those of the scenes themselves too, `real_…`, which is what the judge can
-    reach; and with an extractor those of `set_metrics` beside the scenes, or the `reference`.
+    reach; with an extractor those of `set_metrics` beside the scenes, or the `reference`; and with
+    a `clip` those of `with_caption_scores`.
     `conditions` make the entries that the model needs and a scene has not; `asked` is as in
     `drawn_metrics`.
 
@@ -91,7 +100,58 @@ def scene_metrics(
         _, more, more_intervals, notes = set_metrics(pictures, extract, reference, seed)
         metrics, intervals = metrics | more, intervals | more_intervals
         about["reference"] = reference.about
-    return Drawn(metrics, pictures, intervals, about, notes)
+    drawn = Drawn(metrics, pictures, intervals, about, notes)
+    return drawn if clip is None else with_caption_scores(drawn, clip, examples, seed)
+
+
+def clip_metrics(
+    pipe: Pipeline,
+    source: Source,
+    clip: ClipScore,
+    count: int | None = None,
+    conditions: Sequence[Condition] = (),
+    **asked: Any,
+) -> Drawn:
+    """Draws one picture for the caption of each of `count` examples, evenly spaced in `source`,
+    and scores them by `with_caption_scores`. `conditions` and `asked` as in `scene_metrics`.
+
+    Raises:
+      ValueError: the model is told no captions, or there are fewer than `count`.
+    """
+    check_captions(pipe)
+    source, prepare = sample(source), Prepare((), conditions)
+    count = min(COUNT, len(source)) if count is None else count
+    check_count(source, count)
+    examples = [prepare(source[i], example_rng(0, i)) for i in spaced(source, count)]
+    drawn = Drawn({}, _draw(pipe, source, examples, **asked), {}, {}, [])
+    return with_caption_scores(drawn, clip, examples, asked.get("seed", 0))
+
+
+def check_captions(pipe: Pipeline) -> None:
+    """Raises ValueError if the model is told no captions."""
+    if "caption" not in (told := needed(pipe)):
+        what = ", ".join(sorted(told)) or "nothing"
+        raise ValueError(
+            "clip_score compares pictures with the captions that they were drawn from, and this "
+            f"model is told {what}"
+        )
+
+
+def with_caption_scores(
+    drawn: Drawn, clip: ClipScore, examples: Sequence[dict[str, Any]], seed: int = 0
+) -> Drawn:
+    """With `clip_score`, the mean CLIP score of the drawn pictures and the captions of their
+    examples; `real_clip_score`, that of the examples' own pictures; and a note if captions were
+    cut."""
+    captions = [example["caption"] for example in examples]
+    scores = clip(drawn.images, captions)
+    real = clip(np.stack([example["image"] for example in examples]), captions)
+    metrics = {"clip_score": float(scores.mean()), "real_clip_score": float(real.mean())}
+    return drawn._replace(
+        metrics=drawn.metrics | metrics,
+        intervals=drawn.intervals | {"clip_score": mean_interval(scores, seed=seed)},
+        notes=drawn.notes + clip.cut(captions),
+    )
 
 
 def drawn_metrics(
@@ -102,6 +162,7 @@ def drawn_metrics(
     extract: Extractor | None = None,
     reference: Reference | None = None,
     real: Real | None = None,
+    clip: ClipScore | None = None,
     **asked: Any,
 ) -> Drawn:
     """Draws one picture for the caption or label of each of `count` examples, evenly spaced in the
@@ -110,8 +171,9 @@ def drawn_metrics(
 
     The metrics are those of `set_metrics`, of the drawn pictures against all of `source`, or FD
     against the `reference`; `fd_floor`, the FD between two halves of `source`; for captions,
-    retrieval (`ldm_jax.metrics.retrieval`); and, with pictures that are `held_out`, whether the
-    drawn ones are new (`ldm_jax.metrics.novelty`). `real` is what `real_pictures` made of both.
+    retrieval (`ldm_jax.metrics.retrieval`), and with a `clip` those of `with_caption_scores`; and,
+    with pictures that are `held_out`, whether the drawn ones are new (`ldm_jax.metrics.novelty`).
+    `real` is what `real_pictures` made of both.
 
     Raises:
       ValueError: the model has other conditions, none of the source's classes, or there are fewer
@@ -127,15 +189,11 @@ def drawn_metrics(
     extract = extract or load_extractor()  # first: it may be missing, and drawing takes minutes
     source = sample(source)
     count = min(COUNT, len(source)) if count is None else count
-    if "caption" in told and count > len(source):
-        raise ValueError(
-            f"count={count}: there are {len(source)} captions, with one picture each; choose "
-            f"--count={len(source)} or fewer"
-        )
+    if "caption" in told:
+        check_count(source, count)
     if count < 2:
         raise ValueError(f"count={count}: the distances need two pictures or more")
-    chosen = np.linspace(0, len(source) - 1, count).round().astype(int)
-    examples = [source[i] for i in chosen]
+    examples = [source[i] for i in spaced(source, count)]
     real = real or real_pictures(source, held_out, extract, {"split": "train"})
     pictures = _draw(pipe, source, examples, **asked)
     compared = reference or real.reference
@@ -159,7 +217,22 @@ def drawn_metrics(
         metrics |= novelty(features, real.fresh, training)
         intervals["copied"] = wilson(round(metrics["copied"] * count), count)
     metrics = {name: float(value) for name, value in metrics.items()}
-    return Drawn(metrics, pictures, intervals, {"reference": compared.about}, notes)
+    drawn = Drawn(metrics, pictures, intervals, {"reference": compared.about}, notes)
+    return drawn if clip is None else with_caption_scores(drawn, clip, examples, seed)
+
+
+def check_count(source: Source, count: int) -> None:
+    """Raises ValueError for more than there are."""
+    if count > len(source):
+        raise ValueError(
+            f"count={count}: there are {len(source)} captions, with one picture each; choose "
+            f"--count={len(source)} or fewer"
+        )
+
+
+def spaced(source: Source, count: int) -> np.ndarray:
+    """Indices of so many examples, evenly spaced."""
+    return np.linspace(0, len(source) - 1, count).round().astype(int)
 
 
 def real_pictures(
@@ -213,11 +286,8 @@ def set_metrics(
     if "unknown" in reference.about:
         notes.append(f"the reference {reference.about['file']}: {reference.about['unknown']}")
     if real is not None:
-        metrics["kid"] = kernel_distance(features, real)
-        intervals["kid"] = around(metrics["kid"], kernel_error(features, real))
-        if min(len(features), len(real)) > NEIGHBOURS:
-            more, their_intervals = manifold_metrics(features, real, seed=seed)
-            metrics, intervals = metrics | more, intervals | their_intervals
+        more, their_intervals = pair_metrics(features, real, seed=seed)
+        metrics, intervals = metrics | more, intervals | their_intervals
     if logits is not None and len(logits) >= FEW_SPLITS:
         metrics["inception_score"], metrics["inception_score_sd"] = inception_score(logits)
     return features, metrics, intervals, notes

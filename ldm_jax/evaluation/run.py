@@ -12,9 +12,17 @@ from ldm_jax.data.conditions import make_conditions
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.data.sources import WITH_PATH, Source, open_source
 from ldm_jax.diffusion.plan import Guidance, Sampling
-from ldm_jax.evaluation.drawing import Drawn, drawn_metrics, needed, real_pictures, scene_metrics
+from ldm_jax.evaluation.drawing import (
+    Drawn,
+    check_captions,
+    drawn_metrics,
+    needed,
+    real_pictures,
+    scene_metrics,
+)
 from ldm_jax.interop.opening import open_any
 from ldm_jax.loading import load
+from ldm_jax.metrics.clip_score import ClipScore, load_clip
 from ldm_jax.metrics.extractors import hash_of, load_extractor
 from ldm_jax.metrics.image import WINDOW, scales_of
 from ldm_jax.metrics.lpips import load_lpips
@@ -50,6 +58,7 @@ class Evaluation:
     extract: Any = None
     reference: Reference | None = None
     real: Any = None
+    clip: ClipScore | None = None
 
     def measure(
         self,
@@ -62,7 +71,7 @@ class Evaluation:
         protocol, drawn = dict(self.protocol), Drawn({}, None, {}, {}, [])
         if self.pipe is not None:
             asked = dict(guidance=guidance, steps=steps, seed=seed, sampler=sampler)
-            options = dict(extract=self.extract, reference=self.reference)
+            options = dict(extract=self.extract, reference=self.reference, clip=self.clip)
             if self.real is None:
                 drawn = scene_metrics(
                     self.pipe, self.held_out, self.count, self.conditions, **options, **asked
@@ -103,6 +112,7 @@ def evaluate(
     resize: str = "",
     reference: str = "",
     lpips: str = "",
+    clip: str = "",
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """Metrics of a model file or workdir ("": the bundled model).
 
@@ -121,9 +131,10 @@ def evaluate(
       reference: a .npz file that stands for the pictures of the source in the Fréchet distance; see
         `read_statistics`.
       lpips: a file of LPIPS, or of its network and its heads, with a comma; see `load_lpips`.
+      clip: a file or folder of CLIP, for `clip_score` of a model of captions; see `load_clip`.
     """
     drawing = dict(guidance=guidance, steps=steps, seed=seed, sampler=sampler)
-    opened = open_evaluation(model, source, path, count, extractor, resize, reference, lpips)
+    opened = open_evaluation(model, source, path, count, extractor, resize, reference, lpips, clip)
     return opened.measure(**drawing)
 
 
@@ -136,6 +147,7 @@ def open_evaluation(
     resize: str = "",
     reference: str = "",
     lpips: str = "",
+    clip: str = "",
 ) -> Evaluation:
     """What `evaluate` does before it draws. Arguments as there."""
     opened = open_any(model)
@@ -162,6 +174,9 @@ def open_evaluation(
             f"nothing is held out of {chosen['source']} (data.held_out={data.get('held_out', 0.0)} "
             "in training): name other pictures, with --source and --path"
         )
+    if clip and (config["task"] != "diffusion" or count == 0):
+        raise ValueError("--clip scores drawn pictures: it needs a diffusion model and a --count")
+    scored = load_clip(clip) if clip else None
     perceptual = load_lpips(*lpips.split(",")) if lpips else None
     extract = load_extractor(extractor, resize) if extractor or resize else None
     quality = reconstruction_quality(reconstruct, held_out, perceptual, extract)
@@ -180,7 +195,10 @@ def open_evaluation(
     if config["task"] != "diffusion" or count == 0:
         return Evaluation(None, None, held_out, quality, protocol, count)
     pipe = load(model)
-    opened = Evaluation(pipe, None, held_out, quality, protocol, count)
+    if scored is not None:
+        check_captions(pipe)
+        protocol["clip"] = {k: getattr(scored, k) for k in ("name", "hash", "side", "length")}
+    opened = Evaluation(pipe, None, held_out, quality, protocol, count, clip=scored)
     scenes = isinstance(held_out, SceneSource) and needed(pipe)
     if extractor or resize or reference or not scenes:
         extract = extract or load_extractor()

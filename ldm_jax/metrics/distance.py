@@ -1,13 +1,15 @@
 """Distances between two sets of pictures, by the features (N, D) of any extractor.
 
-All computations are float64 NumPy on the host. Report each number with the extractor and the number
-of pictures: both distances depend on the extractor, and the Fréchet distance decreases as N grows
+All computations are NumPy on the host, in float64 but for the products of the kernel distance,
+which are in the features' own type. Report each number with the extractor and the number of
+pictures: both distances depend on the extractor, and the Fréchet distance decreases as N grows
 (`floor` shows how far).
 """
 
 import numpy as np
 
-from ldm_jax.metrics.moments import BLOCK, frechet_of_moments, moments_of
+from ldm_jax.metrics.moments import frechet_of_moments, moments_of
+from ldm_jax.metrics.pairs import Between, Within, between, centred, within
 
 
 def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
@@ -96,20 +98,12 @@ def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.linalg.qr((features - mean) / np.sqrt(len(features) - 1), mode="r")
 
 
-def kernel_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Σⱼ (xᵢ·yⱼ / D + 1)³ of each row of x (N, D) with all of y, float64 (N,), block by block; of a
-    set with itself without the pairs of a row and itself."""
-    sums = np.zeros(len(x))
-    for i in range(0, len(x), BLOCK):
-        rows = x[i : i + BLOCK].astype(np.float64)
-        for j in range(0, len(y), BLOCK):
-            products = rows @ y[j : j + BLOCK].astype(np.float64).T / x.shape[1]
-            sums[i : i + BLOCK] += ((products + 1) ** 3).sum(axis=1)
-        if x is y:
-            sums[i : i + BLOCK] -= (np.square(rows).sum(axis=1) / x.shape[1] + 1) ** 3
-    return sums
+def mean_discrepancy(drawn: Within, real: Within, across: Between) -> float:
+    """The unbiased MMD² of the kernels of all pairs of two sets (Bińkowski et al. 2018, eq. 4)."""
+    within = (w.kernel.sum() / (len(w.kernel) * (len(w.kernel) - 1)) for w in (drawn, real))
+    return float(sum(within) - 2 * across.kernel.mean() / len(real.kernel))
 
 
 def _mmd2(a: np.ndarray, b: np.ndarray) -> float:
-    within = (kernel_sums(x, x).sum() / (len(x) * (len(x) - 1)) for x in (a, b))
-    return float(sum(within) - 2 * kernel_sums(a, b).mean() / len(b))
+    parts = [centred(x, np.zeros(x.shape[1])) for x in (a, b)]
+    return mean_discrepancy(*map(within, parts), between(*parts))

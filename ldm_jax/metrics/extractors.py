@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from flax import linen as nn
 
 from ldm_jax.interop.files import Tensors, open_state
 from ldm_jax.metrics import efficientnet, inception, vision_transformers
+from ldm_jax.metrics.array_pickle import is_array_pickle, open_array_pickle
 from ldm_jax.metrics.resizing import ON_DEVICE, RESIZES, clean
 from ldm_jax.models.efficientnet import EfficientNetLite0
 from ldm_jax.models.inception import InceptionV3
@@ -91,7 +93,7 @@ def load_extractor(
     """The extractor of a file, or EfficientNet-Lite0 ("").
 
     Args:
-      path: safetensors or a torch checkpoint.
+      path: safetensors, a torch checkpoint, or of Inception-v3 jax-fid's pickle.
       resize: one of `RESIZES`; "": "clean", and "cubic" for EfficientNet-Lite0.
       batch_size: pictures that pass the network together.
 
@@ -103,7 +105,9 @@ def load_extractor(
         raise ValueError(f"resize={resize!r}: choose one of {', '.join(RESIZES)}")
     resize = resize or ("clean" if path else "cubic")
     path = Path(path).expanduser() if path else efficientnet.weights_path()
-    weights = open_state(path)
+    weights = open_array_pickle(path) if is_array_pickle(path) else open_state(path)
+    if inception.JAX_KEY in weights:
+        weights = inception.in_torch_names(weights)
     for recognised, read in READERS:
         if recognised(weights):
             name, network, params, side, norm = read(weights, path, resize)
@@ -146,7 +150,7 @@ def hash_of(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-Read = tuple[str, nn.Module, Any, int, Callable[[jax.Array], jax.Array]]
+Read = tuple[str, nn.Module | SimpleNamespace, Any, int, Callable[[jax.Array], jax.Array]]
 
 
 def _efficientnet(weights: Tensors, path: Path, resize: str) -> Read:
@@ -157,7 +161,11 @@ def _efficientnet(weights: Tensors, path: Path, resize: str) -> Read:
 def _inception(weights: Tensors, path: Path, resize: str) -> Read:
     """pytorch-fid takes 0 … 255 to −1 … 1; TensorFlow's graph, and clean-fid, (x − 128) / 128."""
     norm = (lambda x: x / 127.5 - 1) if resize == "legacy" else (lambda x: (x - 128) / 128)
-    return "inception-v3-fid", InceptionV3(), inception.read_inception(weights), 299, norm
+    network, params = InceptionV3(), inception.read_inception(weights)
+    if inception.features_alone(weights):
+        both = network.apply
+        network = SimpleNamespace(init=network.init, apply=lambda *given: both(*given)[0])
+    return "inception-v3-fid", network, params, 299, norm
 
 
 def _transformer(read: Callable, mean: tuple, std: tuple) -> Callable:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ldm_jax.metrics.distance import kernel_sums
 from ldm_jax.metrics.moments import Moments, moments_of, root_of
+from ldm_jax.metrics.pairs import Between, Within
 
 Interval = tuple[float, float]
 Z = 1.959963984540054  # of 95 %
@@ -60,12 +60,16 @@ def mean_interval(values: np.ndarray, replicates: int = REPLICATES, seed: int = 
     return bootstrap(parts, lambda total, count: total / count, replicates, seed)
 
 
-def kernel_error(drawn: np.ndarray, real: np.ndarray) -> float:
+def kernel_error(drawn: Within, across: Between) -> float:
     """Standard error of the kernel distance, to first order: 2 sd(h) / √N, where hᵢ is the mean
-    kernel of drawn picture i with the others less that with the real ones."""
-    within = kernel_sums(drawn, drawn) / (len(drawn) - 1)
-    between = kernel_sums(drawn, real) / len(real)
-    return float(2 * np.std(within - between, ddof=1) / np.sqrt(len(drawn)))
+    kernel of drawn picture i with the others less that with the real ones.
+
+    Args:
+      drawn, across: the kernels of all pairs of drawn pictures, and of these and the real ones.
+    """
+    count = len(drawn.kernel)
+    h = drawn.kernel / (count - 1) - across.kernel / len(across.covered)
+    return float(2 * np.std(h, ddof=1) / np.sqrt(count))
 
 
 def frechet_error(

@@ -1,17 +1,16 @@
 """Fidelity and diversity apart: precision, recall, density and coverage, and the Inception score.
 
 A set of features spans a manifold, the union of the balls around each that reach to its k-th
-nearest neighbour of the same set. Distances are made block by block, in the features' own type.
+nearest neighbour of the same set.
 """
-
-from collections.abc import Iterator
 
 import numpy as np
 
-from ldm_jax.metrics.intervals import Interval, around, mean_interval, wilson
+from ldm_jax.metrics.distance import mean_discrepancy
+from ldm_jax.metrics.intervals import Interval, around, kernel_error, mean_interval, wilson
+from ldm_jax.metrics.pairs import Between, Features, between, centred, distances, within
 
 NEIGHBOURS = 5
-BLOCK = 4096
 HALVES = 100
 PAIRS = 25_000_000  # distances between two sets that are kept for the intervals of their halves
 
@@ -35,26 +34,54 @@ def manifold_metrics(
       ValueError: other shapes, values that are not finite, or not more rows than neighbours.
     """
     drawn, real = _checked(drawn, real, neighbours)
-    radii_real, radii_drawn = (_radii(x, neighbours) for x in (real, drawn))
-    inside, balls = np.zeros(len(drawn), bool), np.zeros(len(drawn))
-    recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
-    for rows, distances in _distances(drawn, real):
-        hit = distances < radii_real
-        inside[rows], balls[rows] = hit.any(axis=1), hit.sum(axis=1)
-        covered |= hit.any(axis=0)
-        recalled |= (distances < radii_drawn[rows, None]).any(axis=0)
-    density = balls / neighbours
+    radii = [within(x, neighbours, kernel=False).radii for x in (drawn, real)]
+    across = between(drawn, real, *radii, kernel=False)
+    return _of_balls(drawn, real, radii[1], across, neighbours, seed)
+
+
+def pair_metrics(
+    drawn: np.ndarray, real: np.ndarray, neighbours: int = NEIGHBOURS, seed: int = 0
+) -> tuple[dict[str, float], dict[str, Interval]]:
+    """`kid`, as `distance.kernel_distance`, and those of `manifold_metrics`, which are left out of
+    sets of no more than `neighbours`, with intervals: both from one pass over all pairs.
+
+    Raises:
+      ValueError: other shapes, fewer than two rows, or values that are not finite.
+    """
+    enough = min(len(drawn), len(real)) > neighbours
+    drawn, real = _checked(drawn, real, neighbours if enough else 1)
+    found = [within(x, neighbours if enough else 0) for x in (drawn, real)]
+    radii = [each.radii for each in found] if enough else [None, None]
+    across = between(drawn, real, *radii)
+    metrics = {"kid": mean_discrepancy(*found, across)}
+    intervals = {"kid": around(metrics["kid"], kernel_error(found[0], across))}
+    if enough:
+        more, their_intervals = _of_balls(drawn, real, radii[1], across, neighbours, seed)
+        metrics, intervals = metrics | more, intervals | their_intervals
+    return metrics, intervals
+
+
+def _of_balls(
+    drawn: Features,
+    real: Features,
+    radii_real: np.ndarray,
+    across: Between,
+    neighbours: int,
+    seed: int,
+) -> tuple[dict[str, float], dict[str, Interval]]:
+    inside, density = across.balls > 0, across.balls / neighbours
     metrics = {
         "precision": float(inside.mean()),
-        "recall": float(recalled.mean()),
+        "recall": float(across.reached.mean()),
         "density": float(density.mean()),
-        "coverage": float(covered.mean()),
+        "coverage": float(across.covered.mean()),
     }
     intervals = {
         "precision": wilson(int(inside.sum()), len(inside)),
         "density": mean_interval(density, seed=seed),
     }
-    enough = len(drawn) // 2 > neighbours and max(len(drawn), len(real)) * len(drawn) <= PAIRS
+    counts = [len(each.x) for each in (drawn, real)]
+    enough = counts[0] // 2 > neighbours and max(counts) * counts[0] <= PAIRS
     if enough:
         spread = _spread_of_halves(drawn, real, radii_real, neighbours, seed)
         for name, error in zip(("recall", "coverage"), spread, strict=True):
@@ -86,7 +113,7 @@ def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 2020) -> t
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def _checked(drawn: np.ndarray, real: np.ndarray, neighbours: int) -> list[np.ndarray]:
+def _checked(drawn: np.ndarray, real: np.ndarray, neighbours: int) -> list[Features]:
     sets = [np.asarray(x) for x in (drawn, real)]
     if any(x.ndim != 2 or x.shape[1] != sets[0].shape[-1] for x in sets):
         raise ValueError(f"expected features (N, D) and (M, D), got {[x.shape for x in sets]}")
@@ -97,43 +124,21 @@ def _checked(drawn: np.ndarray, real: np.ndarray, neighbours: int) -> list[np.nd
             f"{len(sets[0])} drawn and {len(sets[1])} real pictures: more than "
             f"neighbours={neighbours} of each are needed, and one neighbour"
         )
-    centre = sets[1].mean(axis=0)  # small numbers lose less in |x|² + |y|² − 2 x·y
-    return [x - centre for x in sets]
-
-
-def _distances(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Blocks of rows of x, and their squared distances to all of y."""
-    squares = np.square(y).sum(axis=1)
-    for start in range(0, len(x), BLOCK):
-        rows = slice(start, min(start + BLOCK, len(x)))
-        distances = x[rows] @ y.T
-        distances *= -2
-        distances += squares
-        distances += np.square(x[rows]).sum(axis=1)[:, None]
-        yield rows, np.maximum(distances, 0, out=distances)
-
-
-def _radii(x: np.ndarray, neighbours: int) -> np.ndarray:
-    """The squared distance of each row to its k-th nearest other row."""
-    radii = np.empty(len(x), x.dtype)
-    for rows, distances in _distances(x, x):
-        distances[np.arange(len(distances)), np.arange(rows.start, rows.stop)] = -1  # itself
-        radii[rows] = np.partition(distances, neighbours, axis=1)[:, neighbours]
-    return radii
+    centre = sets[1].mean(axis=0)
+    return [centred(x, centre) for x in sets]
 
 
 def _spread_of_halves(
-    drawn: np.ndarray, real: np.ndarray, radii_real: np.ndarray, neighbours: int, seed: int
+    drawn: Features, real: Features, radii_real: np.ndarray, neighbours: int, seed: int
 ) -> np.ndarray:
     """Standard deviations of recall and coverage over random halves of the drawn pictures."""
-    between = np.concatenate([d for _, d in _distances(drawn, real)])
-    within = np.concatenate([d for _, d in _distances(drawn, drawn)])
-    np.fill_diagonal(within, -1)
+    across, own_distances = distances(drawn, real), distances(drawn, drawn)
+    np.fill_diagonal(own_distances, -1)
     random, found = np.random.default_rng(seed), []
     for _ in range(HALVES):
-        half = random.choice(len(drawn), len(drawn) // 2, replace=False)
-        own = np.partition(within[np.ix_(half, half)], neighbours, axis=1)[:, neighbours]
-        nearest = between[half]
+        half = random.choice(len(across), len(across) // 2, replace=False)
+        own = np.partition(own_distances[np.ix_(half, half)], neighbours, axis=1)[:, neighbours]
+        nearest = across[half]
         recalled = (nearest < own[:, None]).any(axis=0).mean()
         found.append((recalled, (nearest.min(axis=0) < radii_real).mean()))
     return np.std(found, axis=0)

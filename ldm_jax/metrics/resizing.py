@@ -93,3 +93,17 @@ def clean(images: np.ndarray, side: int) -> np.ndarray:
             plane = Image.fromarray(image[..., c])
             resized[i, ..., c] = plane.resize((side, side), Image.Resampling.BICUBIC)
     return np.clip(resized, 0, 255, out=resized)
+
+
+def cropped(images: np.ndarray, side: int) -> np.ndarray:
+    """uint8 (N, H, W, C) → (N, side, side, C), as CLIP sees pictures: the shorter side to `side`,
+    by Pillow's bicubic in 8 bits, and of the longer one the middle."""
+    height, width = images.shape[1:3]
+    short = min(height, width)
+    size = (side * width // short, side * height // short)
+    top, left = (size[1] - side) // 2, (size[0] - side) // 2
+    resized = np.empty((len(images), side, side, images.shape[-1]), np.uint8)
+    for i, image in enumerate(images):
+        whole = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+        resized[i] = whole[top : top + side, left : left + side]
+    return resized

@@ -126,7 +126,7 @@ def read_dino(weights: Tensors, path: Path) -> tuple[str, VisionTransformer, dic
     ours = "patch_embed.proj.weight" in weights
     if any("mlp.w12." in name or "mlp.weights_in." in name for name in weights):
         raise ValueError(f"{path} is DINOv2 ViT-g, whose gated MLPs are not here: use S, B or L")
-    names, config = (DINO if ours else HF_DINO), _config_beside(path)
+    names, config = (DINO if ours else HF_DINO), config_beside(path)
     leaves = _Leaves(weights, names)
     registers = names.top["registers"] in weights
     grid = DINO_SIDE // leaves.patch
@@ -164,7 +164,7 @@ def read_clip(weights: Tensors, path: Path) -> tuple[str, VisionTransformer, dic
       ValueError: the tower has another pooling than the class token, or a tensor is missing.
     """
     ours = "visual.conv1.weight" in weights
-    names, config = (CLIP if ours else HF_CLIP), _config_beside(path)
+    names, config = (CLIP if ours else HF_CLIP), config_beside(path)
     if odd := next((n for n in weights if n.startswith("visual.attn_pool")), None):
         raise ValueError(f"{path} pools by attention (it has {odd}): use a CLIP of a class token")
     leaves = _Leaves(weights, names)
@@ -259,7 +259,7 @@ def _first(weights: Tensors, name: str) -> str | None:
     return next((n for n in (name, f"{name}.weight") if n in weights), None)
 
 
-def _config_beside(path: Path) -> dict[str, Any]:
+def config_beside(path: Path) -> dict[str, Any]:
     """config.json or open_clip_config.json in the file's folder; {} without one."""
     for name in ("config.json", "open_clip_config.json"):
         if (path.parent / name).is_file():

@@ -22,6 +22,7 @@ OPTIONS = {
     "task": dict(every=0, count=64, steps=20),
     "distance": dict(every=0, count=256, steps=20),
     "novelty": dict(every=0, count=256, steps=20),
+    "clip_score": dict(every=0, count=256, steps=20, path=""),  # path: of a CLIP with both towers
 }
 OWN = {"diffusion": "validation_loss", "autoencoder": "reconstruction"}
 HELD_OUT = "held_out"  # the name, in `metrics.jsonl`, of what a task measures itself
@@ -141,6 +142,10 @@ def _check_numbers(name: str, options: dict[str, Any]) -> None:
     drawn = name not in OWN.values()
     least = {"every": WITH_PREVIEWS, "count": int(drawn), "steps": 1, "batch_size": 0, "rfd": 0}
     for option, value in options.items():
+        if option == "path":
+            if not isinstance(value, str):
+                raise ValueError(f"evaluators.{name}.path={value!r}: expected a text")
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least[option]:
             raise ValueError(
                 f"evaluators.{name}.{option}={value!r}: expected a whole number of at least "

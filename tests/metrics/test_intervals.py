@@ -7,6 +7,7 @@ from scipy.stats import binomtest
 from ldm_jax.metrics.distance import kernel_distance
 from ldm_jax.metrics.intervals import bootstrap, frechet_error, kernel_error, mean_interval, wilson
 from ldm_jax.metrics.moments import frechet_of_moments, moments_of
+from ldm_jax.metrics.pairs import between, centred, within
 
 
 @pytest.mark.parametrize(("hits", "count"), [(0, 12), (3, 12), (12, 12), (700, 1000)])
@@ -48,4 +49,6 @@ def test_error_of_the_kernel_distance():
     real = random.normal(size=(300, 8))
     draws = [random.normal(0.4, 1.2, (60, 8)) for _ in range(200)]
     scatter = np.std([kernel_distance(draw, real) for draw in draws])
-    assert np.mean([kernel_error(d, real) for d in draws]) == pytest.approx(scatter, rel=0.15)
+    drawn, real = [centred(d, np.zeros(8)) for d in draws], centred(real, np.zeros(8))
+    errors = [kernel_error(within(d), between(d, real)) for d in drawn]
+    assert np.mean(errors) == pytest.approx(scatter, rel=0.15)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from ldm_jax.metrics import manifold
-from ldm_jax.metrics.manifold import inception_score, manifold_metrics
+from ldm_jax.metrics import manifold, pairs
+from ldm_jax.metrics.distance import kernel_distance
+from ldm_jax.metrics.manifold import inception_score, manifold_metrics, pair_metrics
 
 
 def by_definition(drawn, real, k):
@@ -25,9 +26,10 @@ def by_definition(drawn, real, k):
 
 
 @pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("block", [7, 4096])
-def test_definitions(k, block, monkeypatch):
-    monkeypatch.setattr(manifold, "BLOCK", block)
+@pytest.mark.parametrize(("tile", "strip"), [(7, 3), (8, 8), (2048, 128)])
+def test_definitions(k, tile, strip, monkeypatch):
+    monkeypatch.setattr(pairs, "TILE", tile)
+    monkeypatch.setattr(pairs, "STRIP", strip)
     random = np.random.default_rng(k)
     drawn, real = random.normal(0.7, 1, (30, 3)) + 100, random.normal(0, 1, (40, 3)) + 100
     found, intervals = manifold_metrics(drawn, real, k)
@@ -35,6 +37,15 @@ def test_definitions(k, block, monkeypatch):
     assert 0 < found["recall"] < 1
     assert all(low <= found[name] <= high for name, (low, high) in intervals.items())
     assert intervals.keys() == found.keys()
+    both, intervals = pair_metrics(drawn, real, k)
+    assert both == pytest.approx(found | {"kid": kernel_distance(drawn, real)}, rel=1e-6)
+    assert intervals["kid"][0] < both["kid"] < intervals["kid"][1]
+
+
+def test_few_pictures_have_a_kernel_distance_alone():
+    x = np.random.default_rng(0).normal(size=(9, 4))
+    assert pair_metrics(x[:5], x)[0].keys() == {"kid"}
+    assert pair_metrics(x[:6], x)[0].keys() == {"kid", "precision", "recall", "density", "coverage"}
 
 
 def test_sets_that_do_not_meet_and_the_same_set():

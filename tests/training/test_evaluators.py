@@ -13,12 +13,14 @@ from configs import autoencoder, txt2img
 from ldm_jax import drawn_evaluators
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.drawn_evaluators import DRAWN
+from ldm_jax.interop.files import write_safetensors
 from ldm_jax.runtime.logging import read_metrics
 from ldm_jax.runtime.mesh import make_mesh
 from ldm_jax.training import loop, validation
 from ldm_jax.training.evaluators import WITH_PREVIEWS, DrawnEvaluator, make_evaluators
 from ldm_jax.training.loop import train
 from ldm_jax.training.tasks import make_task
+from tests.metrics.clip_file import in_transformers_names
 from tests.training.least_squares import Task, model, reports, steps
 from tests.training.tiny import config as tiny_config
 
@@ -141,6 +143,7 @@ BAD = {
         "evaluators.task.every=-2: expected a whole number of at least -1"),
     "no number": ({"task": {"every": 1.5}}, "evaluators.task.every=1.5: expected a whole number"),
     "no pictures": ({"task": {"count": 0}}, "evaluators.task.count=0: .* at least 1"),
+    "no path": ({"clip_score": {"path": 3}}, "evaluators.clip_score.path=3: expected a text"),
     "other pictures": (
         {"task": {"every": 1}},
         "evaluators.task judges drawn scenes, and data.source='emoji': use distance, or "),
@@ -183,6 +186,32 @@ def test_evaluators_that_the_data_cannot_feed_are_refused(task, monkeypatch):
     monkeypatch.setattr("ldm_jax.metrics.efficientnet.find_spec", lambda _: None)
     with pytest.raises(ValueError, match="evaluators.distance: the EfficientNet-Lite0 weights are"):
         make_evaluators(config, task, DRAWN)
+
+
+def test_a_clip_score_needs_captions_and_a_clip(task, tmp_path):
+    config = task.config.copy_and_resolve_references()
+    config.evaluators.clip_score.every = 1
+    with pytest.raises(ValueError, match="clip_score compares .* and this model is told nothing: "):
+        make_evaluators(config, task, DRAWN)
+    told = types.SimpleNamespace(needs=("caption", "crop"), network=None)
+    told = types.SimpleNamespace(
+        model=types.SimpleNamespace(embedders=(told,)),
+        source=[0] * 300,
+        held_out=[0] * 300,
+        evaluate=None,
+    )
+    with pytest.raises(ValueError, match="clip_score.path is empty: name the file or folder of a"):
+        make_evaluators(config, told, DRAWN)
+    config.evaluators.clip_score.path = str(tmp_path / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match="model.safetensors does not exist"):
+        make_evaluators(config, told, DRAWN)
+    write_safetensors(tmp_path / "model.safetensors", in_transformers_names())
+    assert make_evaluators(config, told, DRAWN)[-1].kind == "clip_score"
+    told.held_out = [0] * 3
+    with pytest.raises(ValueError, match="clip_score.count=256: there are 3 held-out captions"):
+        make_evaluators(config, told, DRAWN)
+    told.held_out = []  # those of training
+    assert make_evaluators(config, told, DRAWN)[-1].kind == "clip_score"
 
 
 def test_reconstructions_need_features_for_their_distance(monkeypatch):
@@ -271,6 +300,16 @@ def test_the_summary_of_errors():
 # Drawn pictures
 
 
+class Latents(types.SimpleNamespace):
+    """A source of latents, which knows its pictures."""
+
+    def __init__(self, pictures):
+        super().__init__(pictures=pictures)
+
+    def __len__(self):
+        return 10
+
+
 def test_what_is_drawn_and_compared(monkeypatch):
     """`task` draws held-out scenes; the others draw of the training pictures, without latents."""
     calls = []
@@ -280,13 +319,15 @@ def test_what_is_drawn_and_compared(monkeypatch):
         metrics = {"fd": 1.0, "copied": 0.5, "novelty_p": 0.25}
         return types.SimpleNamespace(metrics=metrics)
 
+    monkeypatch.setattr(drawn_evaluators, "load_clip", lambda path: f"the CLIP of {path}")
+    monkeypatch.setattr(drawn_evaluators, "clip_metrics", measured)
     monkeypatch.setattr(drawn_evaluators, "scene_metrics", measured)
     monkeypatch.setattr(drawn_evaluators, "drawn_metrics", measured)
-    source, held_out = (types.SimpleNamespace(pictures=name) for name in ("train", "held out"))
+    source, held_out = (Latents(name) for name in ("train", "held out"))
     fake = types.SimpleNamespace(
         source=source, held_out=held_out, conditions=(), pipelines=lambda ema: ["without", ema]
     )
-    options = dict(every=1, count=2, steps=3)
+    options = dict(every=1, count=2, steps=3, path="a file")
     found = {name: DRAWN[name].measure(fake, "averages", options) for name in DRAWN}
     assert found["distance"] == {"fd": 1.0}
     assert found["novelty"] == {"copied": 0.5, "novelty_p": 0.25}
@@ -294,6 +335,10 @@ def test_what_is_drawn_and_compared(monkeypatch):
         (("averages", "held out", 2, ()), {"steps": 3}),
         (("averages", "train", 2, ()), {"steps": 3}),
         (("averages", "train", 2, "held out"), {"steps": 3}),
+        (
+            ("averages", "held out", "the CLIP of a file"),
+            {"count": 2, "conditions": (), "steps": 3},
+        ),
     ]
 
 
@@ -306,8 +351,13 @@ def test_drawn_scenes_are_judged_in_training(tmp_path):
     config.train.update(steps=2, batch_size=8, log_every=1, preview_every=2, checkpoint_every=2)
     config.sampling.steps = 2
     config.evaluators.task.update(every=1, count=2, steps=1)
+    write_safetensors(tmp_path / "clip.safetensors", in_transformers_names())
+    path = str(tmp_path / "clip.safetensors")
+    config.evaluators.clip_score.update(every=2, count=3, steps=1, path=path)
     found = ldm_jax.train(config, tmp_path)
     assert found.keys() == {"loss", "loss_error", *(f"loss_at_{u:g}" for u in validation.TIMES)}
     lines = [line for line in read_metrics(tmp_path) if line["kind"] == "task"]
     assert [line["step"] for line in lines] == [1, 2]
     assert 0.0 <= lines[0]["objects"] <= 1.0 and "real_objects" in lines[0]
+    (scored,) = (line for line in read_metrics(tmp_path) if line["kind"] == "clip_score")
+    assert scored["step"] == 2 and {"clip_score", "real_clip_score"} <= scored.keys()
