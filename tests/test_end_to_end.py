@@ -113,7 +113,9 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(root, tmp_path, reque
     jax.tree.map(np.testing.assert_array_equal, resumed.params, uninterrupted.params)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM]
+)
 def test_a_signal_saves_and_stops(root, tmp_path, number):
     workdir = tmp_path / "run"
     arguments = smoke("txt2img", workdir, "--config.train.steps=2000")

@@ -152,6 +152,7 @@ def config(folder, **fields):
     return config
 
 
+@pytest.mark.long
 def test_training_compiles_a_step_for_each_shape(folder, tmp_path, monkeypatch):
     compiled, compile_step = [], loop._compile_step
 
