@@ -32,13 +32,22 @@ class Few:
         return self._source[index]
 
 
-def test_metrics_of_captions():
-    drawn = drawn_metrics(ldm_jax.load(), Few(), 12, steps=4, batch_size=4)
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "model.safetensors"
+    write_safetensors(path, in_transformers_names())
+    return path
+
+
+def test_metrics_of_captions(clip_file):
+    clip = load_clip(clip_file)
+    drawn = drawn_metrics(ldm_jax.load(), Few(), 12, clip=clip, steps=4, batch_size=4)
     metrics, images = drawn.metrics, drawn.images
     assert images.shape == (12, 64, 64, 3) and images.dtype == np.uint8
-    assert set(metrics) == {"r@1", "r@5", "group", "group@5", "fd_floor"} | SET
-    # Each has an interval that holds it, but the floor.
-    assert drawn.intervals.keys() == metrics.keys() - {"fd_floor"}
+    captions = {"r@1", "r@5", "group", "group@5", "clip_score", "real_clip_score"}
+    assert set(metrics) == captions | {"fd_floor"} | SET
+    # Each has an interval that holds it, but what is of real pictures alone.
+    assert drawn.intervals.keys() == metrics.keys() - {"fd_floor", "real_clip_score"}
     assert all(low <= metrics[name] <= high for name, (low, high) in drawn.intervals.items())
     reference = drawn.about["reference"]
     assert reference["count"] == 40 and reference["image_size"] == [64, 64]
@@ -141,13 +150,6 @@ def test_scenes_are_drawn_from_held_out_captions_and_read(monkeypatch):
     assert scene_metrics(pipe, source, 6, batch_size=6).metrics["objects"] == 0.0
     with pytest.raises(ValueError, match="count=5000: there are 2048 held-out scenes"):
         scene_metrics(pipe, source, 5000)
-
-
-@pytest.fixture(scope="module")
-def clip_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("clip") / "model.safetensors"
-    write_safetensors(path, in_transformers_names())
-    return path
 
 
 def test_the_clip_score_of_drawn_pictures(clip_file, monkeypatch):

@@ -15,8 +15,8 @@ STRIP = 128  # rows of them that are worked on at once, small enough for a proce
 
 class Features(NamedTuple):
     """Features (N, D) less a `centre` (D,), because small numbers lose less in
-    |x|² + |y|² − 2 x·y; `squares`: |x|² of those; `products`: of the features with the centre, less
-    half the centre's square, float64 (N,)."""
+    |x|² + |y|² − 2 x·y; `squares`: |x|² of those; `products`: of those with the centre, and half
+    the centre's square more, float64 (N,), which make x·y of the features themselves again."""
 
     x: np.ndarray
     squares: np.ndarray
@@ -125,7 +125,7 @@ def _tiles(
 def _kernel(products: np.ndarray, x: Features, y: Features, rows: slice, columns: slice):
     """(x·y / D + 1)³ of the features themselves (Bińkowski et al. 2018, §4)."""
     width, kind = x.x.shape[1], products.dtype
-    one = products / kind.type(width)
+    one = products * kind.type(1 / width)
     one += (x.products[rows, None] / width + 1).astype(kind)
     one += (y.products[columns] / width).astype(kind)
     cubes = one * one
