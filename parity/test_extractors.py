@@ -318,8 +318,24 @@ def test_clip_score(tmp_path, agree, activation):
         state |= {"input_resolution": torch.tensor(56), "context_length": torch.tensor(77)}
         state["vocab_size"] = torch.tensor(49408)
     torch.save(state, tmp_path / "open_clip_pytorch_model.bin")
-    clip = load_clip(tmp_path / "open_clip_pytorch_model.bin", batch_size=2)
-    agree(clip(images, CAPTIONS) / 100, np.maximum(cosines, 0), 1e-4)
+    scripted(state).save(str(tmp_path / "ViT.pt"))
+    for name in ("open_clip_pytorch_model.bin", "ViT.pt"):
+        clip = load_clip(tmp_path / name, batch_size=2)
+        agree(clip(images, CAPTIONS) / 100, np.maximum(cosines, 0), 1e-4)
+
+
+def scripted(state):
+    """A TorchScript archive of these tensors, as OpenAI's of CLIP."""
+    root = torch.nn.Module()
+    for name, tensor in state.items():
+        *path, leaf = name.split(".")
+        at = root
+        for part in path:
+            if part not in dict(at.named_children()):
+                at.add_module(part, torch.nn.Module())
+            at = at.get_submodule(part)
+        at.register_buffer(leaf, tensor)
+    return torch.jit.script(root)
 
 
 @pytest.mark.parametrize("net", ["vgg", "alex"])

@@ -4,7 +4,7 @@ A torch checkpoint is a pickle, and a pickle is a program: it may name any funct
 and call it. Here nothing is imported, and nothing is called except `_CALLS` below, which rebuild
 dicts and describe tensors (`_Tensor`, `_Storage`); their bytes are read on access, within checked
 bounds. All other objects in a checkpoint (arguments, paths, dates, optimizers) become an `Unread`,
-which keeps only a name.
+which keeps only a name. Of a module of TorchScript the tensors are read, by their names.
 
 So any file could be read. But a file that calls a function that does not make data is probably an
 attack, and is refused. These make data: of Python's own library the names in `_DATA`; of others all
@@ -25,7 +25,7 @@ import re
 import struct
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -101,6 +101,10 @@ class Unread:
     append = extend = add = update = __setitem__ = take
 
 
+class _Module(dict):
+    """The attributes of a module of TorchScript: tensors, modules and plain values."""
+
+
 def _holds_tensors(content: Any, depth: int = 3) -> bool:
     if isinstance(content, _Tensor | _Storage):
         return True
@@ -143,6 +147,7 @@ _STORAGES = {
         Untyped="u1",
     ).items()
 }
+_SCRIPTED = "__torch__."
 _PARAMETERS = "torch.nn.modules.container.ParameterDict"
 _CALLS: dict[str, Callable] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
@@ -187,6 +192,9 @@ class _Reader(pickle._Unpickler):
     def _new(self) -> None:
         """An object of a class, without a call of its constructor."""
         content, kind = self.stack.pop(), self.stack.pop()
+        if getattr(kind, "name", "").startswith(_SCRIPTED):
+            self.append(_Module())
+            return
         self.append(Unread(getattr(kind, "name", str(kind)), content))
 
     def _new_with_keywords(self) -> None:
@@ -196,6 +204,8 @@ class _Reader(pickle._Unpickler):
     def _set_state(self) -> None:
         """The state of an object; of torch's dict of parameters, which is read, its content."""
         state, made = self.stack.pop(), self.stack[-1]
+        if isinstance(made, _Module) and isinstance(state, dict):
+            made.update(state)
         if isinstance(made, Unread) and made.name == _PARAMETERS and isinstance(state, dict):
             content = state.get("_parameters")
             self.stack[-1] = content if isinstance(content, dict) else made
@@ -290,12 +300,25 @@ class Stored(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
+def _named(module: _Module, prefix: str = "", depth: int = 30) -> Iterator[tuple[str, _Tensor]]:
+    """The tensors of a module of TorchScript and of those in it, by names with dots."""
+    if not depth:
+        raise ValueError(f"{prefix[:80]}…: modules in modules without end")
+    for name, value in module.items():
+        if isinstance(value, _Tensor):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, _Module):
+            yield from _named(value, f"{prefix}{name}.", depth - 1)
+
+
 def _weights(tree: Any) -> dict[str, _Tensor]:
     """The named tensors of a checkpoint."""
 
     def has_tensors(node: Any) -> bool:
         return isinstance(node, dict) and any(isinstance(t, _Tensor) for t in node.values())
 
+    if isinstance(tree, _Module):
+        tree = dict(_named(tree))
     if isinstance(tree, dict):
         inner = [node for node in tree.values() if has_tensors(node)]
         only = inner[0] if len(inner) == 1 and not has_tensors(tree) else tree

@@ -42,6 +42,13 @@ class Call(NamedTuple):
     state: Any = None
 
 
+class Scripted(NamedTuple):
+    """A module of TorchScript: an object of a class without a constructor, and its state."""
+
+    name: str
+    state: Any
+
+
 class Stored(NamedTuple):
     """A persistent id: where a tensor's elements lie."""
 
@@ -57,6 +64,8 @@ def emit(x) -> bytes:
     if isinstance(x, Call):
         state = b"" if x.state is None else emit(x.state) + b"b"
         return emit(x.function) + emit(x.args) + b"R" + state
+    if isinstance(x, Scripted):
+        return emit(Global("__torch__", x.name)) + b")\x81" + emit(x.state) + b"b"
     if isinstance(x, Stored):
         kind = Global("torch", x.storage_type)
         return emit(("storage", kind, x.key, "cuda:0", x.numel)) + b"Q"
@@ -305,6 +314,27 @@ def test_the_weights_are_in_the_only_dict_of_tensors(path):
     both = {"model": {"w": kernel}, "ema": {"w": kernel}}
     assert read(write_zip(path, both, storages)) == {}
     assert list(read(write_zip(path, both | {"state_dict": {"v": kernel}}, storages))) == ["v"]
+
+
+def test_a_module_of_torchscript_is_its_tensors_by_name(path):
+    """As OpenAI published CLIP: modules in modules, and plain values beside tensors."""
+    inner = Scripted("nn.Linear", {"weight": tensor("0", (3, 4), (4, 1), numel=12), "training": 1})
+    blocks = Scripted("nn.ModuleList", {"0": inner, "1": Scripted("nn.GELU", {"training": 0})})
+    own = {"visual": blocks, "scale": tensor("1", (2,), (1,), numel=2), "size": 224, "name": "x"}
+    write_zip(path, Scripted("clip.CLIP", own), {"0": WEIGHT, "1": WEIGHT[:2]})
+    found = read(path)
+    assert found.keys() == {"visual.0.weight", "scale"}
+    np.testing.assert_array_equal(found["visual.0.weight"], WEIGHT.reshape(3, 4))
+    np.testing.assert_array_equal(found["scale"], WEIGHT[:2])
+
+
+def test_modules_of_torchscript_in_each_other_without_end(path):
+    state = tensor("0", (3, 4), (4, 1), numel=12)
+    for _ in range(40):
+        state = Scripted("nn.Module", {"a": state})
+    write_zip(path, state, {"0": WEIGHT})
+    with pytest.raises(ValueError, match="modules in modules without end"):
+        read(path)
 
 
 def test_a_whole_module_is_no_dict_of_tensors(path):
