@@ -26,7 +26,7 @@ COUNT = flags.DEFINE_integer(
     "Captions or labels, with one picture each; 0: none; unset: 512, or as many as there are.",
 )
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; the model's own by default.")
-STEPS = flags.DEFINE_integer("steps", 50, "Steps of the sampler.")
+STEPS = flags.DEFINE_integer("steps", None, "Of the sampler; the model's own by default.")
 SAMPLER = flags.DEFINE_string("sampler", None, "The model's own by default.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the pictures.")
 EXTRACTOR = flags.DEFINE_string(

@@ -47,7 +47,16 @@ def base() -> ml_collections.ConfigDict:
     config.train = common.train(steps=20_000, batch_size=8, log_every=20)
     config.train.update(ema_decay=0.95, checkpoint_every=1000, preview_every=1000)
     # For the preview; without prompts, held-out captions. All other values are the model's own.
-    config.sampling = dict(prompts=(), sampler="lcm", steps=4, guidance=8.5)
+    config.sampling = dict(prompts=(), sampler="lcm", guidance=8.5)
+    return drawn_in(config, 4)
+
+
+def drawn_in(config: ml_collections.ConfigDict, steps: int) -> ml_collections.ConfigDict:
+    """The config, whose previews and evaluators draw in so many steps."""
+    config.sampling.steps = steps
+    for section in config.evaluators.values():
+        if "steps" in section:
+            section.steps = steps
     return config
 
 
@@ -82,8 +91,8 @@ def lora() -> ml_collections.ConfigDict:
 def guidance() -> ml_collections.ConfigDict:
     config = scenes()
     config.distill.kind = "guidance"
-    config.sampling.update(sampler="ddim", steps=20)
-    return config
+    config.sampling.sampler = "ddim"
+    return drawn_in(config, 20)
 
 
 def sd15() -> ml_collections.ConfigDict:
@@ -102,8 +111,7 @@ def smoke() -> ml_collections.ConfigDict:
     config = scenes()
     config.train.update(steps=4, batch_size=8, log_every=2, checkpoint_every=2, preview_every=4)
     config.data.scenes.update(train_scenes=16, held_out_scenes=8)
-    config.sampling.steps = 2
-    return config
+    return drawn_in(config, 2)
 
 
 VARIANTS = {"scenes": scenes, "lora": lora, "guidance": guidance}

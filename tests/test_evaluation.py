@@ -1,16 +1,21 @@
 """The metrics of a whole model, on a handful of pictures."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 import ldm_jax
+from ldm_jax.data.conditions import make_conditions
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.data.sources import EmojiSource
 from ldm_jax.evaluation import clip_metrics, drawn_metrics, evaluate, scene_metrics
 from ldm_jax.interop.files import write_safetensors
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.metrics.clip_score import load_clip
+from ldm_jax.metrics.extractors import load_extractor
 from ldm_jax.metrics.reconstruction import reconstruction_quality
+from ldm_jax.metrics.scene_tasks import bicubic
 from ldm_jax.pipeline import Pipeline
 from tests import tiny_models
 from tests.metrics.clip_file import in_transformers_names
@@ -152,6 +157,36 @@ def test_scenes_are_drawn_from_held_out_captions_and_read(monkeypatch):
         scene_metrics(pipe, source, 5000)
 
 
+class Enlarging:
+    """Stands for a pipeline that is told small pictures, and draws the scenes themselves."""
+
+    classes = ()
+    model = SimpleNamespace(embedders=[SimpleNamespace(name="small", needs=("low_resolution",))])
+
+    def __init__(self, images):
+        self.images = images
+
+    def __call__(self, prompt=None, **_):
+        return self.images / 255.0
+
+
+def test_enlarged_pictures_are_compared_in_features():
+    extract = load_extractor(batch_size=4)
+    source = SceneSource("held_out", 64, dict(kinds=40))
+    images = np.stack([source[i]["image"] for i in range(4)])
+    small = make_conditions({"low_resolution": {}})
+    settings = dict(conditions=small, extract=extract, batch_size=4)
+    found = scene_metrics(Enlarging(images), source, 4, **settings)
+    assert found.metrics["drawn_feature_distance"] == pytest.approx(0.0, abs=1e-4)
+    low, high = found.intervals["bicubic_feature_distance"]
+    assert 1.0 < low <= found.metrics["bicubic_feature_distance"] <= high
+    example = small[0](source[0], np.random.default_rng(0))
+    smooth = bicubic(example["low_resolution"], (64, 64))
+    assert smooth.shape == (64, 64, 3) and 2.0 < np.abs(images[0].astype(int) - smooth).mean() < 40
+    again = scene_metrics(Enlarging(np.stack([smooth] * 4)), source, 4, **settings).metrics
+    assert again["drawn_feature_distance"] > again["bicubic_feature_distance"]
+
+
 def test_the_clip_score_of_drawn_pictures(clip_file, monkeypatch):
     """A pipeline that draws the real pictures scores as they do; the captions are what it is
     asked for, evenly spaced; and other pictures score otherwise."""
@@ -191,6 +226,9 @@ def test_the_clip_of_a_score_stands_in_its_protocol(clip_file, monkeypatch):
     assert about.pop("hash") == load_clip(clip_file).hash
     assert about == {"name": "clip-vision-width64-patch16-quick_gelu", "side": 32, "length": 12}
     assert metrics["intervals"]["clip_score"][0] <= metrics["clip_score"]
+    assert metrics["protocol"]["drawing"]["steps"] == 50  # the model's own
+    asked, _ = evaluate("", count=2, clip=str(clip_file), steps=3)
+    assert asked["protocol"]["drawing"]["steps"] == 3
 
 
 def test_models_without_captions_have_no_clip_score(clip_file, tmp_path):

@@ -27,7 +27,7 @@ from ldm_jax.metrics.moments import frechet_of_moments, moments_of
 from ldm_jax.metrics.novelty import novelty
 from ldm_jax.metrics.reference import CHUNK, Reference, measure
 from ldm_jax.metrics.retrieval import caption_retrieval
-from ldm_jax.metrics.scene_tasks import judge, judge_with_intervals
+from ldm_jax.metrics.scene_tasks import bicubic, judge, judge_with_intervals
 from ldm_jax.pictures import to_uint8
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.training.batches import Prepare
@@ -70,8 +70,9 @@ def scene_metrics(
     the pictures by `ldm_jax.metrics.scene_tasks`.
 
     The metrics hold those of the scenes themselves too, `real_…`, which is what the judge can
-    reach; with an extractor those of `set_metrics` beside the scenes, or the `reference`; and with
-    a `clip` those of `with_caption_scores`.
+    reach; with an extractor those of `set_metrics` beside the scenes, or the `reference`, and of
+    enlarged pictures `drawn_feature_distance` from the real ones, beside that of bicubic ones; and
+    with a `clip` those of `with_caption_scores`.
     `conditions` make the entries that the model needs and a scene has not; `asked` is as in
     `drawn_metrics`.
 
@@ -100,6 +101,12 @@ def scene_metrics(
         _, more, more_intervals, notes = set_metrics(pictures, extract, reference, seed)
         metrics, intervals = metrics | more, intervals | more_intervals
         about["reference"] = reference.about
+        if "low_resolution" in told:
+            enlarged = [bicubic(e["low_resolution"], e["image"].shape[1::-1]) for e in examples]
+            for name, images in (("drawn", pictures), ("bicubic", np.stack(enlarged))):
+                distances = feature_distances(extract, images, real)
+                metrics[f"{name}_feature_distance"] = float(distances.mean())
+                intervals[f"{name}_feature_distance"] = mean_interval(distances, seed=seed)
     drawn = Drawn(metrics, pictures, intervals, about, notes)
     return drawn if clip is None else with_caption_scores(drawn, clip, examples, seed)
 
@@ -255,6 +262,11 @@ def real_pictures(
         stop = min(start + CHUNK, len(held_out))
         fresh.append(extract(np.stack([held_out[i]["image"] for i in range(start, stop)])))
     return Real(reference, names, labels, np.concatenate(fresh))
+
+
+def feature_distances(extract: Extractor, images: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """(N,) distances between the features of each picture and of the real one."""
+    return np.linalg.norm(extract(images) - extract(real), axis=1)
 
 
 def set_metrics(

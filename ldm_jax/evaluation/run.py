@@ -63,13 +63,15 @@ class Evaluation:
     def measure(
         self,
         guidance: float | None = None,
-        steps: int = 50,
+        steps: int | None = None,
         seed: int = 0,
         sampler: str | None = None,
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """As `evaluate`, with these settings."""
         protocol, drawn = dict(self.protocol), Drawn({}, None, {}, {}, [])
         if self.pipe is not None:
+            own = self.pipe.config["sampling"]
+            steps = own.get("steps", 50) if steps is None else steps
             asked = dict(guidance=guidance, steps=steps, seed=seed, sampler=sampler)
             options = dict(extract=self.extract, reference=self.reference, clip=self.clip)
             if self.real is None:
@@ -80,7 +82,6 @@ class Evaluation:
                 drawn = drawn_metrics(
                     self.pipe, self.training, self.count, real=self.real, **options, **asked
                 )
-            own = self.pipe.config["sampling"]
             protocol["drawing"] = {
                 "count": len(drawn.images),
                 "image_size": list(drawn.images.shape[1:3]),
@@ -105,7 +106,7 @@ def evaluate(
     path: str = "",
     count: int | None = None,
     guidance: float | None = None,
-    steps: int = 50,
+    steps: int | None = None,
     seed: int = 0,
     sampler: str | None = None,
     extractor: str = "",
@@ -126,7 +127,7 @@ def evaluate(
       source: what to compare with; "": the kind of data that the model was trained on.
       path: of that source; see `open_source`.
       count: None: 512, or as many as there are captions.
-      guidance, steps, seed, sampler: of the drawing.
+      guidance, steps, seed, sampler: of the drawing; None: the model's own.
       extractor, resize: see `load_extractor`.
       reference: a .npz file that stands for the pictures of the source in the Fréchet distance; see
         `read_statistics`.

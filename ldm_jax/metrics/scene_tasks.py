@@ -178,19 +178,28 @@ def _second_difference(side: int) -> sparse.spmatrix:
 
 
 def _low_resolution(images, examples, scenes, source):
-    agreement, psnr, bicubic = [], [], []
+    agreement, psnr, smooth = [], [], []
     for image, example in zip(images, examples, strict=True):
-        small = np.clip(np.round((example["low_resolution"] + 1.0) * 127.5), 0, 255)
-        small, size = small.astype(np.uint8), image.shape[1::-1]
+        small = _eight_bits(example["low_resolution"])
         shrunk = _resized(image, small.shape[1::-1])
         agreement.append(_psnr(shrunk, small))
         psnr.append(_psnr(image, example["image"]))
-        bicubic.append(_psnr(_resized(small, size), example["image"]))
+        larger = bicubic(example["low_resolution"], image.shape[1::-1])
+        smooth.append(_psnr(larger, example["image"]))
     return {
         "agreement": np.array(agreement),
         "drawn_psnr": np.array(psnr),
-        "bicubic_psnr": float(np.mean(bicubic)),
+        "bicubic_psnr": float(np.mean(smooth)),
     }
+
+
+def bicubic(small: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """A small picture, float (h, w, 3) in [−1, 1], enlarged to `size` (width, height), uint8."""
+    return _resized(_eight_bits(small), size)
+
+
+def _eight_bits(image: np.ndarray) -> np.ndarray:
+    return np.clip(np.round((image + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
 def _control(images, examples, scenes, source):
