@@ -185,3 +185,23 @@ def test_a_unet_without_a_place_for_the_second_time():
     model = LatentDiffusion.from_config(config)
     with pytest.raises(ValueError, match="in the place of the UNet's vector: use unet.num_classes"):
         jax.eval_shape(lambda: model.init(jax.random.key(0), SHAPE[1:]))
+
+
+@pytest.mark.parametrize("dtype, remat", [(jnp.bfloat16, ""), (None, "blocks")])
+def test_a_step_is_traced_in_every_precision_and_with_less_memory(dtype, remat):
+    config = config_dict(tiny_config(omega=2.0, kappa=0.5))
+    model = LatentDiffusion.from_config(config, dtype, remat)
+    training = MeanFlowTraining(model, options(model, omega=2.0, kappa=0.5))
+    given = inputs(model, ["a cat"] * 8)
+
+    def gradient(params, latents):
+        def loss(params):
+            return jnp.mean(training.loss(params, latents, given, jax.random.key(0)))
+
+        return jax.grad(loss)(params)
+
+    params = jax.eval_shape(lambda key: model.init(key, SHAPE[1:]), jax.random.key(0))
+    found = jax.eval_shape(gradient, params, LATENTS)
+    assert jax.tree.map(lambda v: (v.shape, v.dtype), found) == jax.tree.map(
+        lambda v: (v.shape, v.dtype), params
+    )
