@@ -50,6 +50,7 @@ ADVICE = {
     "lcm": "consistency-distilled models only, 1–8 steps, spacing lcm",
     "flow_euler": "flow models; DDIM under another name",
     "flow_heun": "flow models, and models whose last timestep has no signal",
+    "meanflow": "MeanFlow models only, 1–4 steps",
 }
 
 
@@ -122,7 +123,7 @@ def main():
     same = ("euler", "flow_euler", "euler_ancestral")  # as ddim and ddpm
     kinds = [
         (path_error, "distance to the exact path", [
-            n for n in SAMPLERS if n not in ("ddpm", "lcm", *same)
+            n for n in SAMPLERS if n not in ("ddpm", "lcm", "meanflow", *same)
         ]),
         (law_error, "distance to the data's distribution", [
             n for n in SAMPLERS if draws_noise(n) and n not in ("lcm", *same)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import ml_collections
 
 from ldm_jax.data.scene_options import SceneOptions
+from ldm_jax.diffusion.mean_flow import MeanFlow
 from ldm_jax.diffusion.objective import Objective
 from ldm_jax.diffusion.process import Diffusion
 from ldm_jax.interop.native import BUNDLED
@@ -174,7 +175,7 @@ def small_diffusion(conditioning: dict, sampling: dict, **unet) -> ml_collection
             end=0.0195,
             zero_terminal_snr=False,
         ),
-        parameterization="v",  # eps, x0, v, flow or edm
+        parameterization="v",  # eps, x0, v, flow, edm or meanflow
         spacing="trailing",  # of a sampler's steps: see ldm_jax/diffusion/grids.py
         sigma_data=Diffusion.sigma_data,  # of "edm"
     )
@@ -195,6 +196,17 @@ def scenes_diffusion(
     config.unet.in_channels += concat
     config.data.update(source="scenes", scenes=scenes(**COMPOSED))
     config.train.steps = 9000
+    return config
+
+
+def mean_flow(config: ml_collections.ConfigDict, **fields) -> ml_collections.ConfigDict:
+    """`config`, as a MeanFlow; `fields` are of its section."""
+    config.mean_flow = dataclasses.asdict(MeanFlow(**fields))
+    # Times in 0 … 1, as the authors have them: the network's derivative in t stays small.
+    config.diffusion.schedule = dict(name="flow", timesteps=1)
+    config.diffusion.parameterization = "meanflow"
+    config.unet.num_classes = "timestep"  # the input for t − r
+    config.sampling.update(sampler="meanflow", steps=1, guidance=1.0)
     return config
 
 

@@ -9,6 +9,7 @@ Variants, as in --config=configs/txt2img.py:demo
     scenes  one to four objects of 120 kinds on white, 64 px (default; 75 minutes on two CPU cores)
     demo    one or two objects of 12 kinds, minutes on two CPU cores
     emoji   1,697 single emoji, which the model memorises (an hour and a half)
+    meanflow  scenes as a MeanFlow, which draws in one step, with guidance built in
     smoke   a few steps of a tiny network, for tests
 
 On your own pictures, with captions in .txt files beside them or in a metadata.jsonl:
@@ -54,6 +55,12 @@ def demo() -> ml_collections.ConfigDict:
     return config
 
 
+def meanflow() -> ml_collections.ConfigDict:
+    config = common.mean_flow(scenes(), omega=2.0, kappa=0.5)  # together a scale of 4
+    config.objective.update(draw="logit_normal", draw_mean=-0.4, draw_std=1.0)
+    return config
+
+
 def smoke() -> ml_collections.ConfigDict:
     config = common.smoke(emoji())
     config.conditioning.text.network.update(width=64, depth=1, heads=2)
@@ -62,7 +69,7 @@ def smoke() -> ml_collections.ConfigDict:
     return config
 
 
-VARIANTS = {"scenes": scenes, "demo": demo, "emoji": emoji, "smoke": smoke}
+VARIANTS = {"scenes": scenes, "demo": demo, "emoji": emoji, "meanflow": meanflow, "smoke": smoke}
 get_config = common.chooser("txt2img", VARIANTS)
 
 

@@ -129,6 +129,7 @@ class LatentDiffusion:
         else:
             first_stage = None
         condition = embed(self.embedders, params | {"autoencoder": first_stage}, nulls)
+        condition = self.over(condition, jnp.zeros(1))
         x = beside(jnp.zeros((1, *latent_shape)), condition)
         variables = self.unet.init(unet_key, x, jnp.zeros(1), condition.context, y=condition.vector)
         params["unet"] = variables["params"]
@@ -142,12 +143,26 @@ class LatentDiffusion:
             }
         return params
 
+    def over(self, condition: Conditioning, span: jax.Array) -> Conditioning:
+        """For MeanFlow, `condition` with the times t − r (B,) as its vector, without which `output`
+        is of t − r = 0. For all others, `condition`."""
+        if not self.diffusion.spans:
+            return condition
+        if condition.vector is not None or self.unet.num_classes != "timestep":
+            raise ValueError(
+                "parameterization 'meanflow' has t − r in the place of the UNet's vector: use "
+                "unet.num_classes='timestep', and no condition that is a vector"
+            )
+        return condition.replace(vector=span)
+
     def output(
         self, params: Params, x: jax.Array, t: jax.Array, condition: Conditioning, **options: Any
     ) -> jax.Array:
         """The UNet's output for x, to which the condition's `concat` is joined, with the residuals
         of its ControlNets. `options` are of `UNet.__call__`."""
         x = beside(x, condition)
+        if condition.vector is None:
+            condition = self.over(condition, jnp.zeros(len(x)))
         own = {name: options[name] for name in ("deterministic", "rngs") if name in options}
         residuals = added_residuals(self.embedders, params, x, t, condition, **own)
         variables, y = {"params": params["unet"]}, condition.vector
@@ -306,20 +321,21 @@ class LatentDiffusion:
             latents = jax.vmap(lambda key: jax.random.normal(key, latent_shape))(keys)
         conditions = [embed(self.embedders, params, each) for each in inputs]
         null = embed(self.embedders, params, nulls)
-        predict = self.predict(params, conditions, null, tile, shares)
         if weak is not None:
             weak_model, weak_params = weak
             weak_condition = embed(weak_model.embedders, weak_params, inputs[0])
-            worse = weak_model.predict(weak_params, [weak_condition], weak_condition, tile)(None)
 
-        def denoise(x, level, guidance: GuidanceTable | None = None) -> Prediction:
-            a, b = x0_coefficients(
-                self.diffusion.parameterization, level, self.diffusion.sigma_data
-            )
+        def denoise(x, level, guidance: GuidanceTable | None = None, span=0.0) -> Prediction:
+            diffusion, span = self.diffusion, jnp.full(len(x), span)
+            a, b = x0_coefficients(diffusion.parameterization, level, diffusion.sigma_data)
+            *given, without = (self.over(each, span) for each in (*conditions, null))
+            predict = self.predict(params, given, without, tile, shares)
             network = predict(guidance if weak is None else None, (a * x, b))
             if weak is not None and guidance is not None:
+                bad = self.over(weak_condition, span)
+                worse = weak_model.predict(weak_params, [bad], bad, tile)(None)
                 network = autoguidance(network, worse, guidance.scale)
-            inner = self.diffusion.denoiser(network)
+            inner = diffusion.denoiser(network)
             if run.percentile is not None:
                 inner = dynamic_threshold(inner, run.percentile)
             return inner(x, level)
@@ -360,10 +376,8 @@ class LatentDiffusion:
             variables = {"params": params.get("autoencoder", {})}
             return self.autoencoder.apply(variables, latents, method=self.autoencoder.decode)
 
-        if tile:
-            images = tiled(decode, latents, (tile, tile), scale=self.autoencoder.downsampling)
-        else:
-            images = decode(latents)
+        scale = self.autoencoder.downsampling
+        images = tiled(decode, latents, (tile, tile), scale=scale) if tile else decode(latents)
         return jnp.clip(to_unit(images), 0.0, 1.0)
 
 

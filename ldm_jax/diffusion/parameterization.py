@@ -6,6 +6,8 @@ At a level x = α·x0 + σ·ε a network predicts, by kind,
     x0     the clean latents
     v      α·ε − σ·x0, for α² + σ² = 1 (Salimans & Ho 2022, §D)
     flow   the velocity ε − x0 of a straight path (Liu et al. 2023; Esser et al. 2024)
+    meanflow  the mean of the flow's velocity over times r … t, t − r being a further input of the
+           network (Geng et al. 2025); with t − r = 0 as flow
     edm    F with x0 = c_skip·x/α + c_out·F(c_in·x/α, ln(σ/α)/4) (Karras et al. 2022, table 1)
 
 where σ_data, `sigma_data`, is the latents' standard deviation; no other kind uses it. Every kind is
@@ -21,7 +23,8 @@ import jax.numpy as jnp
 
 from ldm_jax.diffusion.schedule import Level
 
-KINDS = ("eps", "x0", "v", "flow", "edm")
+KINDS = ("eps", "x0", "v", "flow", "edm", "meanflow")
+VELOCITIES = ("flow", "meanflow")
 
 Network = Callable[[jax.Array, jax.Array], jax.Array]
 Denoiser = Callable[[jax.Array, Level], "Prediction"]
@@ -43,7 +46,7 @@ def x0_coefficients(kind: str, level: Level, sigma_data: float) -> tuple[jax.Arr
         return jnp.zeros_like(alpha), jnp.ones_like(alpha)
     if kind == "v":
         return alpha, -sigma
-    if kind == "flow":
+    if kind in VELOCITIES:
         return 1.0 / (alpha + sigma), -sigma / (alpha + sigma)
     if kind == "edm":
         total = sigma**2 + (alpha * sigma_data) ** 2
@@ -66,7 +69,7 @@ def to_prediction(
         return Prediction(x0, output)
     if kind == "v":
         return Prediction(x0, sigma * x + alpha * output)
-    if kind == "flow":
+    if kind in VELOCITIES:
         return Prediction(x0, x0 + output)
     return Prediction(x0, (x - alpha * x0) / sigma)
 
@@ -78,7 +81,7 @@ def target(kind: str, x0: jax.Array, eps: jax.Array, level: Level, sigma_data: f
         return eps
     if kind == "v":
         return alpha * eps - sigma * x0
-    if kind == "flow":
+    if kind in VELOCITIES:
         return eps - x0
     a, b = x0_coefficients(kind, level, sigma_data)
     return (x0 - a * (alpha * x0 + sigma * eps)) / b

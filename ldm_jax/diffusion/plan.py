@@ -304,6 +304,11 @@ def plan(
     """
     sampling, guidance = Sampling.of(sampling, {}), Guidance.of(guidance, 1.0)
     schedule, family = diffusion.schedule, SAMPLERS[sampling.sampler].family
+    if SAMPLERS[sampling.sampler].spans and not diffusion.spans:
+        raise ValueError(
+            f"sampler {sampling.sampler!r} is of models with parameterization 'meanflow'; this one "
+            f"has {diffusion.parameterization!r}"
+        )
     grid = diffusion.grid(steps, family, sampling.spacing, sampling.shift)
     steps = len(grid.here.t)  # CompVis' own spacings may have more or fewer than asked for
     skip = None if strength is None else skipped_steps(steps, strength)

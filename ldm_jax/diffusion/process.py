@@ -5,7 +5,7 @@ from typing import Any
 
 from ldm_jax.diffusion.grids import COMPVIS, NOISE, Grid, sampling_grid
 from ldm_jax.diffusion.parameterization import Denoiser, Network, make_denoiser
-from ldm_jax.diffusion.schedule import Schedule, make_schedule
+from ldm_jax.diffusion.schedule import FlowSchedule, Schedule, make_schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +17,8 @@ class Diffusion:
       parameterization: one of `parameterization.KINDS`.
       sigma_data: of the parameterization "edm".
       spacing, offset, end: of the model's own grid, see `grids.sampling_grid`.
+
+    Raises ValueError for the parameterization "meanflow" on a schedule that is no flow.
     """
 
     schedule: Schedule
@@ -25,6 +27,17 @@ class Diffusion:
     spacing: str = "trailing"
     offset: int = 1
     end: str | None = None
+
+    def __post_init__(self):
+        if self.spans and not isinstance(self.schedule, FlowSchedule):
+            raise ValueError(
+                "parameterization 'meanflow' is of straight paths: use schedule.name='flow'"
+            )
+
+    @property
+    def spans(self) -> bool:
+        """Whether the network takes the time over which it predicts the mean, t − r, beside t."""
+        return self.parameterization == "meanflow"
 
     @classmethod
     def from_config(cls, section: dict[str, Any]) -> "Diffusion":

@@ -3,7 +3,8 @@
 A sampler is two pure functions. `coefficients(schedule, grid, **options)` makes a table of every
 step's numbers, in float64 on the host; it contains all mathematics of schedules, orders and η.
 `step(x, history, c, denoise, noise)` applies one row of it. `sample` scans any sampler over a
-denoiser `denoise(x, level) -> Prediction(x0, eps)`. Only the shapes, the number of steps and the
+denoiser `denoise(x, level) -> Prediction(x0, eps)`; of "meanflow" alone it is `denoise(x, level,
+span=t − t')` of steps from t to t'. Only the shapes, the number of steps and the
 sampler are static, so changing η, strength or grid compiles nothing.
 """
 
@@ -26,13 +27,14 @@ from ldm_jax.diffusion.schedule import Level, Schedule
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """A method: its table, its step, the number of earlier arrays that it carries, its evaluations
-    per step, and its family of grids."""
+    per step, its family of grids, and whether its denoiser takes each step's length, `span`."""
 
     coefficients: Callable[..., Table]
     step: Callable
     history: int = 0
     evaluations: int = 1
     family: str = "plain"
+    spans: bool = False
 
     @property
     def options(self) -> dict[str, float]:
@@ -55,6 +57,19 @@ def _flow_euler(schedule: Schedule, grid: Grid) -> Table:
     return multistep.ddim(schedule, grid)
 
 
+def _mean_flow(schedule: Schedule, grid: Grid) -> Table:
+    """z_r = z_t − (t − r)·u(z_t, r, t) (Geng et al. 2025, arXiv 2505.13447, algorithm 2): Euler's
+    step with the mean velocity."""
+    return multistep.ddim(schedule, grid) | {"span": grid.here.t - grid.after.t}
+
+
+def _mean_flow_step(x, history, c, denoise, noise):
+    def over(x, level):
+        return denoise(x, level, span=c["span"])
+
+    return _x0(x, history, c, over, noise)
+
+
 SAMPLERS = {
     "ddim": Sampler(multistep.ddim, _x0, family="ddim"),
     "ddpm": Sampler(multistep.ddpm, _x0),
@@ -73,6 +88,7 @@ SAMPLERS = {
     "lcm": Sampler(multistep.lcm, _x0),
     "flow_euler": Sampler(_flow_euler, _x0),
     "flow_heun": Sampler(two_stage.flow_heun, _heun, evaluations=2),
+    "meanflow": Sampler(_mean_flow, _mean_flow_step, spans=True),
 }
 
 # From latents to noise, so not one of SAMPLERS.
@@ -146,8 +162,8 @@ def sample(
                 noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], dtype))(step_keys)
             seen = []
 
-            def watched(x, level):
-                prediction = denoise(x, level, *row)
+            def watched(x, level, **span):
+                prediction = denoise(x, level, *row, **span)
                 seen.append(prediction.x0)
                 return prediction
 

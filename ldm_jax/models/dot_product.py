@@ -4,7 +4,14 @@ The weights softmax(QKᵀ/√d) of a part of the heads, or of a part of the quer
 time, and again in the backward pass (Rabe & Staats 2021, arXiv 2112.05682): a training step keeps
 queries, keys and values alone. The batch is never cut, so that each device of a mesh keeps its own
 rows.
+
+The backward pass is written out, which forbids forward derivatives; `forward_derivatives` allows
+them.
 """
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +22,48 @@ AT_A_TIME = {"cpu": 2**23, "other": 2**29}
 FEWEST_QUERIES = 64  # that are worth a product of their own
 
 
-@jax.custom_vjp
+_both_ways = contextvars.ContextVar("forward_derivatives", default=False)
+
+
+@contextlib.contextmanager
+def forward_derivatives() -> Iterator[None]:
+    """Within it, `attend` is traced so that it has `jax.jvp`, `jax.grad` and their combinations.
+
+    Its gradient keeps no weights either, but is the one that JAX derives.
+    """
+    token = _both_ways.set(True)
+    try:
+        yield
+    finally:
+        _both_ways.reset(token)
+
+
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Multi-head attention softmax(QKᵀ/√d)V (Vaswani et al. 2017, eq. 1), softmax in float32.
 
+    Has no forward derivatives but within `forward_derivatives`.
+
     Args: query (B, L, heads, d); key and value (B, S, heads, d). Returns (B, L, heads, d).
     """
-    return _forward(query, key, value)[0]
+    if _both_ways.get():
+        return _value(query, key, value, again=jax.checkpoint)
+    return _attend(query, key, value)
+
+
+def _value(query, key, value, again=lambda function: function):
+    def parts(limit, *arrays):
+        return _attend_parts(limit, *arrays, again)
+
+    return _by_heads(_on_platform(parts, *(_by_heads(a) for a in (query, key, value))))
+
+
+@jax.custom_vjp
+def _attend(query, key, value):
+    return _value(query, key, value)
 
 
 def _forward(query, key, value):
-    out = _on_platform(_attend_parts, *(_by_heads(a) for a in (query, key, value)))
-    return _by_heads(out), (query, key, value)
+    return _value(query, key, value), (query, key, value)
 
 
 def _backward(saved, gradient):
@@ -34,7 +71,7 @@ def _backward(saved, gradient):
     return tuple(_by_heads(a) for a in gradients)
 
 
-attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)
 
 
 def _by_heads(array: jax.Array) -> jax.Array:
@@ -90,10 +127,11 @@ def _plan(query, key, limit):
     return by_head, _parts(queries, total // by_head, limit, FEWEST_QUERIES)
 
 
-def _attend_parts(limit, query, key, value):
-    """Attention on (B, heads, L, d)."""
+def _attend_parts(limit, query, key, value, again):
+    """Attention on (B, heads, L, d). `again` transforms what computes a part."""
     by_head, by_query = _plan(query, key, limit)
 
+    @again
     def some(query, key, value):
         weights = _weights(query, key).astype(value.dtype)
         return jnp.einsum("bhls,bhsd->bhld", weights, value)

@@ -13,6 +13,7 @@ from ldm_jax.conditions.base import Embedder
 from ldm_jax.conditions.kinds import SIZES
 from ldm_jax.data.condition_kinds import Condition
 from ldm_jax.data.loader import Batch, batches_once
+from ldm_jax.diffusion.mean_flow import MeanFlow
 from ldm_jax.diffusion.noise import Examples
 from ldm_jax.interop.changes import separated
 from ldm_jax.latent_diffusion import LatentDiffusion
@@ -25,6 +26,7 @@ from ldm_jax.training.distillation import TEACHER, Distillation
 from ldm_jax.training.distillation import Options as Distill
 from ldm_jax.training.evaluators import options_of
 from ldm_jax.training.latents import LatentSource, moments, sample_latents
+from ldm_jax.training.mean_flow import MeanFlowTraining
 from ldm_jax.training.methods import Adapters
 from ldm_jax.training.state import Params
 from ldm_jax.training.summary import first_pictures, log_summary
@@ -46,7 +48,8 @@ class DiffusionTask:
     config as plain values, completed by the model that training starts from; it is exported with
     the model. `frozen` includes the autoencoder's parameters. With `adapters`, their factors train,
     or the vectors of a new token, or a ControlNet, and nothing else. With `distill`, the UNet of
-    `model` or its factors learn from the one in `frozen`.
+    `model` or its factors learn from the one in `frozen`. `mean_flow` are the options of a model
+    of this kind.
     """
 
     config: Any
@@ -60,6 +63,7 @@ class DiffusionTask:
     conditions: tuple[Condition, ...]
     adapters: Adapters | None = None
     distill: Distill | None = None
+    mean_flow: MeanFlow | None = None
 
     @property
     def ema_networks(self) -> tuple[str, ...]:
@@ -230,8 +234,10 @@ class DiffusionTask:
         }
 
     @property
-    def _objective(self) -> LatentDiffusion | Distillation:
+    def _objective(self) -> LatentDiffusion | Distillation | MeanFlowTraining:
         """What has the loss."""
+        if self.mean_flow is not None:
+            return MeanFlowTraining(self._model, self.mean_flow)
         return self._model if self.distill is None else Distillation(self._model, self.distill)
 
     @property

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.conditions.base import embed
+from ldm_jax.conditions.base import Embedder, Inputs, embed
 from ldm_jax.diffusion.distillation import consistency_loss, guidance_loss
 from ldm_jax.diffusion.guidance import classifier_free
 from ldm_jax.diffusion.noise import Examples, all_examples, per_example
@@ -77,11 +77,7 @@ class Distillation:
         scales = per_example(jax.random.uniform, own, (len(latents),), examples)
         scales = low + (high - low) * scales
         condition = embed(student.embedders, params, inputs)
-        without = {
-            e.name: _repeated(e.null(1), inputs[e.name]) if e.guided else inputs[e.name]
-            for e in student.embedders
-        }
-        null = embed(student.embedders, params, without)
+        null = embed(student.embedders, params, without_conditions(student.embedders, inputs))
 
         unguided = dataclasses.replace(student.unet, time_cond_proj_dim=None)
         teacher = dataclasses.replace(student, unet=unguided)
@@ -102,6 +98,14 @@ class Distillation:
         if options.kind == "guidance":
             return guidance_loss(student.objective, *arguments)
         return consistency_loss(*arguments, options.delta)
+
+
+def without_conditions(embedders: tuple[Embedder, ...], inputs: Inputs) -> Inputs:
+    """The inputs of guidance's negative side: null, but for embedders that are not guided."""
+    return {
+        e.name: _repeated(e.null(1), inputs[e.name]) if e.guided else inputs[e.name]
+        for e in embedders
+    }
 
 
 def _repeated(null: Any, like: Any) -> Any:
@@ -148,6 +152,8 @@ def student_config(resolved: dict[str, Any], options: Options) -> dict[str, Any]
             "guidance to learn"
         )
     unet, diffusion = dict(resolved["unet"]), dict(resolved["diffusion"])
+    if diffusion["parameterization"] == "meanflow":
+        raise ValueError("distill: the model of init_from is a MeanFlow, which draws in one step")
     if options.dim:
         unet["time_cond_proj_dim"] = options.dim
     if options.kind == "consistency":

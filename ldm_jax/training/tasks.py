@@ -17,6 +17,7 @@ from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.build import Autoencoder, make_autoencoder
 from ldm_jax.models.remat import check_remat
 from ldm_jax.training import inversion
+from ldm_jax.training import mean_flow as mean_flows
 from ldm_jax.training.abstract import blank_source, first_stage_shapes
 from ldm_jax.training.autoencoder_task import DISCRIMINATOR_LOSSES, AutoencoderTask
 from ldm_jax.training.diffusion_task import DiffusionTask
@@ -127,6 +128,7 @@ def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask
     model = LatentDiffusion.from_config(
         resolved, compute_type(config), config.train.get("remat", "")
     )
+    mean_flow = mean_flows.read_options(config, model)
     _check_pixels(config, source, model.autoencoder)
     side = config.data.image_size // model.autoencoder.downsampling
     shape = (side, side, model.latent_channels)
@@ -158,7 +160,7 @@ def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask
         conditions += inversion.captions(methods.inversion, source)
     frozen = frozen | {"autoencoder": params}
     parts = (config, resolved, model, embedders, frozen, loaded, source, held_out)
-    return DiffusionTask(*parts, conditions, adapters, methods.distill)
+    return DiffusionTask(*parts, conditions, adapters, methods.distill, mean_flow)
 
 
 def _sources(config: Any, index: Path | None, abstract: bool) -> tuple[Any, Any]:

@@ -94,7 +94,7 @@ def test_guidance_is_the_same_in_every_parameterization(kind):
 
 
 def test_unknown_parameterization_lists_the_known():
-    with pytest.raises(ValueError, match="'score': choose one of eps, x0, v, flow, edm"):
+    with pytest.raises(ValueError, match="'score': choose one of eps, x0, v, flow, edm, meanflow"):
         to_prediction("score", X0, EPS, PRESERVING[0], 0.5)
-    with pytest.raises(ValueError, match="'score': choose one of eps, x0, v, flow, edm"):
+    with pytest.raises(ValueError, match="'score': choose one of eps, x0, v, flow, edm, meanflow"):
         target("score", X0, EPS, PRESERVING[0], 0.5)

@@ -11,7 +11,7 @@ from ldm_jax.models.attention import (
     SpatialSelfAttention,
     SpatialTransformer,
 )
-from ldm_jax.models.dot_product import AT_A_TIME, attend
+from ldm_jax.models.dot_product import AT_A_TIME, attend, forward_derivatives
 from tests.models.torch_layout import AUTOENCODER, UNET
 
 BLOCKS = {
@@ -132,3 +132,49 @@ def test_a_mesh_gathers_nothing(monkeypatch):
     gradient = jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(attend(*a))), (0, 1, 2)))
     program = gradient.lower(*arrays).compile().as_text()
     assert "all-gather" not in program and "all-to-all" not in program
+
+
+@pytest.mark.parametrize("limit", [2**20, 4 * 2 * 64 * 24])
+def test_forward_derivatives(limit, monkeypatch):
+    """Value, gradient and jvp, and the gradient through a jvp, are those of the definition."""
+    monkeypatch.setitem(AT_A_TIME, "cpu", limit)
+    *arrays, weight = inputs(128, 24, 2, 8)
+    tangents = tuple(jnp.sin(3.0 * a) for a in arrays)
+
+    def derivatives(attention):
+        def value_and_tangent(*arrays):
+            return jax.jvp(attention, tuple(arrays), tangents)
+
+        def both(*arrays):
+            value, tangent = value_and_tangent(*arrays)
+            return jnp.sum(weight * value) + jnp.sum(weight * tangent)
+
+        def loss(*arrays):
+            return jnp.sum(weight * attention(*arrays))
+
+        gradients = (jax.grad(f, (0, 1, 2))(*arrays) for f in (loss, both))
+        return *value_and_tangent(*arrays), *gradients
+
+    with forward_derivatives():
+        found = jax.jit(lambda: derivatives(attend))()
+    expected = derivatives(plain)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_forward_derivatives_end_with_their_context():
+    """What would be a wrong gradient is an error; after an exception too."""
+    *arrays, _ = inputs(16, 24, 4, 8)
+    with pytest.raises(ZeroDivisionError), forward_derivatives():
+        raise ZeroDivisionError
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(attend, arrays, arrays)
+
+
+def test_with_forward_derivatives_a_training_step_keeps_no_weights():
+    *arrays, _ = inputs(1024, 1024, 8, 8, batch=8)
+    weights = 4 * 8 * 8 * 1024 * 1024
+    with forward_derivatives():
+        gradient = jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(attend(*a))), (0, 1, 2)))
+        memory = gradient.lower(*arrays).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < weights / 4
