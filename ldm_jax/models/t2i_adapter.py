@@ -4,6 +4,8 @@ One map is added at the end of each level of the UNet's way down, `UNet.__call__
 network does not see the time, so one evaluation serves all steps of a picture.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -91,7 +93,7 @@ def feature_places(unet: UNet) -> list[tuple[int, int]]:
     return [*places, (widths[-1], 2**last)]
 
 
-def halvings(sizes: list[int]) -> tuple[int, ...]:
+def halvings(sizes: Sequence[int]) -> tuple[int, ...]:
     """`T2IAdapter.halved` of maps whose sides are divided by these numbers."""
     return tuple(
         i for i, pair in enumerate(zip(sizes, sizes[1:], strict=False), 1) if pair[0] < pair[1]
