@@ -23,8 +23,8 @@ EMBEDDING = flags.DEFINE_multi_string(
 CONTROL = flags.DEFINE_multi_string(
     "control",
     [],
-    "A ControlNet, and a picture as its hint: PATH:HINT or PATH:HINT:SCALE; may be given several "
-    "times.",
+    "A ControlNet or T2I-Adapter, and a picture as its hint: PATH:HINT or PATH:HINT:SCALE; may be "
+    "given several times.",
 )
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", "", "A text file with one prompt a line.")

@@ -1,4 +1,5 @@
-"""ControlNet: a trained model learns to follow a hint, such as edges, and itself stays as it is.
+"""ControlNet or T2I-Adapter: a trained model learns to follow a hint, such as edges, and itself
+stays as it is.
 
     python train.py --config=configs/controlnet.py --workdir=runs/edges
     python sample.py --model=runs/edges --hint=edges.png --prompt="a cat left of a star"
@@ -17,8 +18,12 @@ computed, with --config.data.conditions.control.kind=edges:
     --config=configs/controlnet.py:sd15 --config.init_from=stable-diffusion-v1-5/ \\
         --config.data.path=DIR
 
-`init_from` is any path that `ldm_jax.load` opens. The workdir gets `controlnet.safetensors`, the
-ControlNet alone, and a `model.safetensors` that names the model and holds the same.
+With --config.control.kind=t2i the network is a T2I-Adapter, which is smaller and does not see the
+time.
+
+`init_from` is any path that `ldm_jax.load` opens. The workdir gets `controlnet.safetensors` or
+`t2i_adapter.safetensors`, the network alone, and a `model.safetensors` that names the model and
+holds the same.
 docs/adapt.md has the rest.
 """
 

@@ -159,16 +159,15 @@ class LatentDiffusion:
         self, params: Params, x: jax.Array, t: jax.Array, condition: Conditioning, **options: Any
     ) -> jax.Array:
         """The UNet's output for x, to which the condition's `concat` is joined, with the residuals
-        of its ControlNets. `options` are of `UNet.__call__`."""
+        of its ControlNets and features of its T2I-Adapters. `options` are of `UNet.__call__`."""
         x = beside(x, condition)
         if condition.vector is None:
             condition = self.over(condition, jnp.zeros(len(x)))
         own = {name: options[name] for name in ("deterministic", "rngs") if name in options}
         residuals = added_residuals(self.embedders, params, x, t, condition, **own)
-        variables, y = {"params": params["unet"]}, condition.vector
-        return self.unet.apply(
-            variables, x, t, condition.context, y=y, residuals=residuals, **options
-        )
+        variables, context = {"params": params["unet"]}, condition.context
+        more = dict(y=condition.vector, residuals=residuals, features=condition.features)
+        return self.unet.apply(variables, x, t, context, **more, **options)
 
     @adding_factors()
     def loss(
@@ -234,6 +233,10 @@ class LatentDiffusion:
         def network(x, t, condition: Conditioning, **more):
             if not tile:
                 return self.output(params, x, t, condition, **more)
+            if condition.features:
+                raise ValueError(
+                    "tile: a T2I-Adapter's features are of the whole picture, so it is drawn whole"
+                )
             # Maps are cut into tiles with x.
             maps = (beside(x, condition), condition.control)
             leaves, structure = jax.tree.flatten(maps)

@@ -28,8 +28,8 @@ from ldm_jax.diffusion.plan import Guidance, Sampling, plan
 from ldm_jax.diffusion.samplers import DDIM_INVERSE
 from ldm_jax.first_stage import FirstStage, starting_point
 from ldm_jax.interop.changes import Lora
-from ldm_jax.interop.control import add_control
 from ldm_jax.interop.embeddings import add_embeddings
+from ldm_jax.interop.hints import add_control
 from ldm_jax.interop.lora import read_lora
 from ldm_jax.interop.opening import export
 from ldm_jax.latent_diffusion import LatentDiffusion
@@ -322,10 +322,11 @@ class Pipeline:
         return self._changed(*add_embeddings(path, self.config, self.params, token))
 
     def with_control(self, path: str | Path, scale: float = 1.0, name: str = "") -> "Pipeline":
-        """This pipeline with a ControlNet, which needs a hint: `conditions={"control": hint}`.
+        """This pipeline with a ControlNet or a T2I-Adapter, which needs a hint:
+        `conditions={"control": hint}`.
 
         A hint is a picture of the size of what is drawn, (H, W, 3) or one for each, uint8 or float
-        in [0, 1]. Several ControlNets add up.
+        in [0, 1]. Several add up. With a T2I-Adapter a picture is drawn without tiles.
 
         Args:
           path: a folder of diffusers, a file of the original layout, or a workdir.

@@ -254,3 +254,47 @@ def test_two_controlnets_with_scales(opened, alike, tmp_path, name, cls):
     arguments |= dict(negative_prompt=NEGATIVE, controlnet_conditioning_scale=list(scales))
     images = [torch.from_numpy(hint.transpose(2, 0, 1)[None].copy()) for hint in hints]
     alike(made, controlled(PROMPT, image=images, output_type="np", **arguments, **SIZE).images)
+
+
+def saved_adapter(theirs, path, seed):
+    """A random adapter of a pipeline's UNet: as of SD 1, or of SDXL, with a map for the middle."""
+    torch.manual_seed(seed)
+    xl = theirs.unet.config.addition_embed_type == "text_time"
+    widths = [*theirs.unet.config.block_out_channels]
+    adapter = diffusers.T2IAdapter(
+        channels=widths + widths[-1:] * xl,
+        downscale_factor=theirs.vae_scale_factor * (2 if xl else 1),
+        adapter_type="full_adapter_xl" if xl else "full_adapter",
+    )
+    for leaf in adapter.parameters():
+        if leaf.ndim > 1:  # torch's own are too small for an effect
+            torch.nn.init.normal_(leaf, std=leaf[0].numel() ** -0.5)
+    adapter.save_pretrained(path)
+    return adapter.eval()
+
+
+@pytest.mark.parametrize("name, cls", [
+    ("stable-diffusion-1", diffusers.StableDiffusionAdapterPipeline),
+    ("stable-diffusion-xl-base", diffusers.StableDiffusionXLAdapterPipeline),
+])  # fmt: skip
+def test_two_t2i_adapters_with_scales(opened, alike, tmp_path, name, cls):
+    ours, theirs, noise, torch_noise = opened(name)
+    scales, mine, adapters = (0.8, -0.5), ours, []
+    for i, scale in enumerate(scales):
+        adapters.append(saved_adapter(theirs, tmp_path / f"adapter{i}", i))
+        mine = mine.with_control(tmp_path / f"adapter{i}", scale)
+    hints = [PICTURE, np.float32(PICTURE[::-1] > 0.5)]
+    made = mine(
+        *(PROMPT, NEGATIVE),
+        conditions={"control": hints[0], "control_2": hints[1]},
+        **dict(latents=noise, steps=STEPS, guidance=5.0, **SIZE),
+    )
+    plain = ours(PROMPT, NEGATIVE, latents=noise, steps=STEPS, guidance=5.0, **SIZE)
+    assert np.abs(made - plain).max() > 8 / 255
+    parts = {key: part for key, part in theirs.components.items() if key != "image_encoder"}
+    adapted = cls(**parts, adapter=diffusers.MultiAdapter(adapters))
+    adapted.set_progress_bar_config(disable=True)
+    arguments = dict(num_inference_steps=STEPS, guidance_scale=5.0, latents=torch_noise)
+    arguments |= dict(negative_prompt=NEGATIVE, adapter_conditioning_scale=list(scales))
+    images = [torch.from_numpy(hint.transpose(2, 0, 1)[None].copy()) for hint in hints]
+    alike(made, adapted(PROMPT, image=images, output_type="np", **arguments, **SIZE).images)

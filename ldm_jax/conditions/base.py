@@ -5,6 +5,7 @@ and has a rate at which training replaces that input by the null value. Dropping
 input, per example, so the null condition passes through the same network.
 """
 
+import itertools
 from typing import Any, Protocol
 
 import flax.struct
@@ -20,12 +21,14 @@ Inputs = dict[str, jax.Array]
 class Conditioning:
     """The UNet's inputs besides x and t: `context` (B, L, D) for cross-attention, `concat`
     (B, h, w, C) joined to x's channels, `vector`, numbers (B, D) or labels (B,), added to the time
-    embedding; `control`, by the name of a ControlNet, what it makes of its hint (B, h, w, C)."""
+    embedding; `control`, by the name of a ControlNet, what it makes of its hint (B, h, w, C);
+    `features`, maps (B, h', w', C') for the levels of the way down, of T2I-Adapters."""
 
     context: jax.Array | None = None
     concat: jax.Array | None = None
     vector: jax.Array | None = None
     control: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+    features: tuple[jax.Array, ...] = ()
 
 
 class Embedder(Protocol):
@@ -63,8 +66,8 @@ def embed(
     inputs: Inputs,
     dropout_key: jax.Array | None = None,
 ) -> Conditioning:
-    """Runs every embedder and joins outputs for the same field along channels. `dropout_key` turns
-    the networks' own dropout on."""
+    """Runs every embedder and joins outputs for the same field along channels; `features` add up.
+    `dropout_key` turns the networks' own dropout on."""
     parts = []
     for i, embedder in enumerate(embedders):
         rngs = None if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, i)}
@@ -82,7 +85,25 @@ def embed(
         return jnp.concatenate(values, axis=-1) if len(values) > 1 else next(iter(values), None)
 
     control = {name: hint for part in parts for name, hint in part.control.items()}
-    return Conditioning(joined("context"), joined("concat"), joined("vector"), control)
+    features = _sums([part.features for part in parts])
+    return Conditioning(joined("context"), joined("concat"), joined("vector"), control, features)
+
+
+def _sums(several: list[tuple[jax.Array, ...]]) -> tuple[jax.Array, ...]:
+    """The sum of the first maps, of the second, and so on; the longest has most.
+
+    Raises ValueError for maps of different shapes.
+    """
+    sums = []
+    for maps in itertools.zip_longest(*several):
+        maps = [one for one in maps if one is not None]
+        if len(shapes := {one.shape[1:] for one in maps}) > 1:
+            given = " and ".join(" × ".join(map(str, shape)) for shape in sorted(shapes))
+            raise ValueError(
+                f"T2I-Adapters with features of {given}: their hints must have the same size"
+            )
+        sums.append(sum(maps[1:], start=maps[0]))
+    return tuple(sums)
 
 
 def drop_conditions(embedders: tuple[Embedder, ...], inputs: Inputs, keys: jax.Array) -> Inputs:

@@ -1,4 +1,5 @@
-"""ControlNets as conditions: a hint, such as edges, becomes residuals of the UNet."""
+"""ControlNets and T2I-Adapters as conditions: a hint, such as edges, becomes residuals of the UNet,
+or features of its way down."""
 
 import dataclasses
 from typing import Any
@@ -10,19 +11,25 @@ import numpy as np
 from ldm_jax.conditions.base import Conditioning, Embedder
 from ldm_jax.models.build import tuples
 from ldm_jax.models.controlnet import ControlNet, initial
+from ldm_jax.models.t2i_adapter import T2IAdapter
 from ldm_jax.models.unet import UNet
+
+SCALE = "scale"  # beside the modules of a T2I-Adapter
+LUMINANCE = np.float32([0.299, 0.587, 0.114])
 
 
 @dataclasses.dataclass(frozen=True)
 class ControlEmbedder:
-    """A hint, a picture of the size of what is drawn → residuals of the UNet (Zhang et al. 2023).
+    """A hint, a picture of the size of what is drawn → residuals of the UNet (Zhang et al. 2023),
+    or, of a T2I-Adapter, features of its way down (Mou et al. 2023).
 
     The entry of a batch has its name. Both sides of guidance get the hint. Called without
-    parameters it has no effect: so the model without it is drawn.
+    parameters it has no effect: so the model without it is drawn. The parameters of a T2I-Adapter
+    may have a `scale`, a number, of its features: in no layer of it are all of them linear.
     """
 
     name: str
-    network: ControlNet
+    network: ControlNet | T2IAdapter
     dropout: float
     guided = False
 
@@ -31,27 +38,13 @@ class ControlEmbedder:
         return (self.name,)
 
     def prepare(self, batch: dict[str, Any]) -> np.ndarray:
-        """float32 (B, H, W, C) in [0, 1] of batch[name], uint8 or float, of one or several
-        pictures; grey ones get equal channels.
-
-        Raises ValueError for another number of channels, and for numbers out of range.
-        """
-        hint, channels = np.asarray(batch[self.name]), self.network.hint_in
-        hint = np.float32(hint) / 255.0 if hint.dtype == np.uint8 else np.float32(hint)
-        hint = hint[..., None] if hint.ndim == 2 else hint
-        hint = hint[None] if hint.ndim == 3 else hint
-        if hint.ndim != 4 or hint.shape[-1] not in (1, channels):
-            raise ValueError(
-                f"the hint {self.name!r} has the shape {np.shape(batch[self.name])}: expected a "
-                f"picture (height, width, {channels}), or several"
-            )
-        if not (hint.min() >= 0.0 and hint.max() <= 1.0):
-            raise ValueError(f"the hint {self.name!r} has numbers outside of 0 … 1")
-        hint = np.broadcast_to(hint, (*hint.shape[:3], channels))
-        return np.ascontiguousarray(hint[..., ::-1] if self.network.bgr else hint)
+        """See `hint_of`."""
+        hint = hint_of(batch, self.name, self.network.hint_in)
+        bgr = isinstance(self.network, ControlNet) and self.network.bgr
+        return np.ascontiguousarray(hint[..., ::-1] if bgr else hint)
 
     def null(self, count: int) -> np.ndarray:
-        """Black, one latent wide."""
+        """Black, one latent wide, or the first map's pixel of a T2I-Adapter."""
         side = self.network.factor
         return np.zeros((count, side, side, self.network.hint_in), np.float32)
 
@@ -66,8 +59,16 @@ class ControlEmbedder:
     def __call__(self, params: Any, raw: jax.Array, **_: Any) -> Conditioning:
         if params is None:
             return Conditioning()
+        if isinstance(self.network, T2IAdapter):
+            return Conditioning(features=self._features(params, raw))
         own = {"params": params["input_hint_block"]}
         return Conditioning(control={self.name: self.network.embedding.apply(own, raw)})
+
+    def _features(self, params: Any, hint: jax.Array) -> tuple[jax.Array, ...]:
+        own = {name: leaves for name, leaves in params.items() if name != SCALE}
+        features = self.network.apply({"params": own}, hint)
+        scale = params.get(SCALE, jnp.ones(()))
+        return tuple(scale.astype(one.dtype) * one for one in features)
 
     def residuals(
         self, params: Any, x: jax.Array, t: jax.Array, condition: Conditioning, **options: Any
@@ -85,7 +86,10 @@ class ControlEmbedder:
         )
 
     def init(self, key: jax.Array, unet: Any, x: jax.Array, condition: Conditioning) -> Any:
-        """Parameters with which it has no effect: of the way down those of the UNet, `unet`."""
+        """Parameters with which it has no effect: of a ControlNet's way down those of the UNet,
+        `unet`."""
+        if isinstance(self.network, T2IAdapter):
+            return self.network.init(key, jnp.asarray(self.null(1)))["params"]
         sides = (self.network.factor * side for side in x.shape[1:3])
         hint = jnp.zeros((1, *sides, self.network.hint_in))
         arguments = (x[..., : self.network.unet.in_channels], jnp.zeros(1), condition.context)
@@ -93,11 +97,40 @@ class ControlEmbedder:
         return initial(fresh, unet)
 
 
+def hint_of(batch: dict[str, Any], name: str, channels: int) -> np.ndarray:
+    """float32 (B, H, W, channels) in [0, 1] of batch[name], uint8 or float, of one or several
+    pictures; grey ones get equal channels, and of colours one channel gets the luminance (BT.601).
+
+    Raises ValueError for another number of channels, and for numbers out of range.
+    """
+    hint = np.asarray(batch[name])
+    hint = np.float32(hint) / 255.0 if hint.dtype == np.uint8 else np.float32(hint)
+    hint = hint[..., None] if hint.ndim == 2 else hint
+    hint = hint[None] if hint.ndim == 3 else hint
+    allowed = (1, channels, *((3,) if channels == 1 else ()))
+    if hint.ndim != 4 or hint.shape[-1] not in allowed:
+        raise ValueError(
+            f"the hint {name!r} has the shape {np.shape(batch[name])}: expected a "
+            f"picture (height, width, {channels}), or several"
+        )
+    if not (hint.min() >= 0.0 and hint.max() <= 1.0):
+        raise ValueError(f"the hint {name!r} has numbers outside of 0 … 1")
+    if channels == 1 and hint.shape[-1] == 3:
+        hint = np.clip(hint @ LUMINANCE, 0.0, 1.0)[..., None]
+    return np.broadcast_to(hint, (*hint.shape[:3], channels))
+
+
 def control(name: str, section: dict[str, Any], dtype: Any, _: Any) -> ControlEmbedder:
     """The embedder of a section `conditioning.<name>` of kind "control"."""
     fields = tuples(section["network"])
     unet = UNet(**tuples(fields.pop("unet")), dtype=dtype)
     return ControlEmbedder(name, ControlNet(unet=unet, **fields), section["dropout"])
+
+
+def t2i(name: str, section: dict[str, Any], dtype: Any, _: Any) -> ControlEmbedder:
+    """The embedder of a section `conditioning.<name>` of kind "t2i"."""
+    network = T2IAdapter(**tuples(section["network"]), dtype=dtype)
+    return ControlEmbedder(name, network, section["dropout"])
 
 
 def added_residuals(

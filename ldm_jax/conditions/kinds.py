@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from ldm_jax.conditions.added import added
 from ldm_jax.conditions.base import Conditioning, Embedder
-from ldm_jax.conditions.control import control
+from ldm_jax.conditions.control import control, t2i
 from ldm_jax.conditions.tokenizer import (
     BytePair,
     FolderTokenizer,
@@ -374,6 +374,7 @@ EMBEDDERS = {
     "array": _array,
     "masked_image": _masked_image,
     "control": control,
+    "t2i": t2i,
 }
 
 

@@ -1,5 +1,5 @@
-"""Our own file of what changes a model, a LoRA, an embedding or a ControlNet: factors, vectors or a
-network, and the name of their base.
+"""Our own file of what changes a model, a LoRA, an embedding, a ControlNet or a T2I-Adapter:
+factors, vectors or a network, and the name of their base.
 
 It is written and read as a whole model, `native.save_model`, with the section "base" in its config.
 """
@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ldm_jax.interop import native
 from ldm_jax.interop.changes import merge, separated
+from ldm_jax.interop.hints import KINDS
 from ldm_jax.interop.layout import Imported
 from ldm_jax.models.tokens import ADDED
 
@@ -54,12 +55,13 @@ def with_base(
     config = dict(config)
     base = config.pop("base")
     rows = [name for name in flatten_dict(factors, sep="/") if f"/{ADDED}" in name]
-    kind = "control" if "control" in factors else "embedding" if rows else "lora"
-    what, use = {
-        "control": ("a ControlNet", f"--control={path.parent}:HINT"),
-        "embedding": ("an embedding", f"--embedding={path.parent}"),
-        "lora": ("a LoRA", f"--lora={path.parent}"),
-    }[kind]
+    if "control" in factors:
+        title = KINDS[config["conditioning"]["control"]["kind"]].title
+        what, use = f"a {title}", f"--control={path.parent}:HINT"
+    elif rows:
+        what, use = "an embedding", f"--embedding={path.parent}"
+    else:
+        what, use = "a LoRA", f"--lora={path.parent}"
     place, instead = base["path"], f"draw with another by --model=PATH {use}"
     if place and not os.path.exists(place):
         raise FileNotFoundError(

@@ -7,7 +7,6 @@ the names `control_model.*`, which may contain the model as well. Only the first
 shape determines; it is then as in the model.
 """
 
-import itertools
 import json
 import logging
 import os
@@ -16,7 +15,6 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from ldm_jax.interop import names
@@ -294,16 +292,25 @@ def read_control(
         raise ValueError(f"{path}: a ControlNet is for models with a UNet; this one has none")
     state, layout, prefix, section = _sources(path, config)
     table = control_slots(section, layout)
+    params = read_whole(path, "ControlNet", state, table, prefix, dtype)
+    latents = config["unet"].get("out_channels", UNet.out_channels)
+    return section | dict(unet=section["unet"] | dict(out_channels=latents)), params
+
+
+def read_whole(
+    path: Path, what: str, state: Tensors, table: dict[str, Slot], prefix: str, dtype: Any
+) -> dict[str, Any]:
+    """As `read_params`; unused tensors are logged. Raises ValueError also for what is missing or
+    misshapen; `what` is the network's name."""
     params, report = read_params(state, table, prefix, dtype)
     lacking = [f"{key} is missing" for key in report.missing] + list(report.misshapen)
     if lacking:
         more = f", and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-        raise ValueError(f"{path}: the ControlNet is not whole: {'; '.join(lacking[:3])}{more}")
+        raise ValueError(f"{path}: the {what} is not whole: {'; '.join(lacking[:3])}{more}")
     if report.extra:
         some = ", ".join(report.extra[:3])
         log.warning("%s: %d tensors are not used, such as %s", path, len(report.extra), some)
-    latents = config["unet"].get("out_channels", UNet.out_channels)
-    return section | dict(unet=section["unet"] | dict(out_channels=latents)), params
+    return params
 
 
 def write_control(
@@ -331,16 +338,34 @@ def write_control(
         raise ValueError("layout='compvis' has no place for bgr=True: use 'native' or 'diffusers'")
     section, path = lists(section), Path(path).expanduser().absolute()
     tensors = write_params(params, control_slots(section, layout, vector), PREFIXES[layout])
+    content = {}
+    if layout == "diffusers":
+        content = control_to(section, vector=vector, addition_time_embed_dim=SIZES)
+    write_network(path, TASK, section, tensors, layout, content)
+
+
+def write_network(
+    path: Path,
+    task: str,
+    section: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    layout: str,
+    content: dict[str, Any],
+) -> None:
+    """Writes a network alone: our file, one of the original code, or a folder of diffusers, whose
+    JSON is `content`. Whole or not at all.
+
+    Raises FileExistsError for a folder that is not empty.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if layout == "native":
-        content = json.dumps({"task": TASK, TASK: section})
-        about = {"format": FORMAT, "version": __version__, "config": content}
+        about = json.dumps({"task": task, task: section})
+        about = {"format": FORMAT, "version": __version__, "config": about}
         return write_safetensors(path, tensors, about)
     if layout == "compvis":
         return write_safetensors(path, tensors, {"format": "pt"})
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty: nothing is written")
-    content = control_to(section, vector=vector, addition_time_embed_dim=SIZES)
     part = path.with_name(f"{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -350,39 +375,3 @@ def write_control(
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-
-
-def add_control(
-    path: str | os.PathLike,
-    config: dict[str, Any],
-    params: dict[str, Any],
-    scale: float = 1.0,
-    name: str = "",
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config, parameters) of a model with the ControlNet of a file; see `read_control`.
-
-    Args:
-      scale: of its effect: its last layers are linear, so theirs is multiplied.
-      name: of its condition; default: "control", then "control_2", and so on.
-
-    Raises ValueError as `read_control`, for a name that is taken, and for no finite scale.
-    """
-    if not np.isfinite(scale):
-        raise ValueError(f"scale={scale}: choose a finite number")
-    sections = config["conditioning"]
-    if not name:
-        names = ("control" if i == 1 else f"control_{i}" for i in itertools.count(1))
-        name = next(name for name in names if name not in sections)
-    if name in sections or name in params:
-        raise ValueError(f"{path}: the model already has a condition {name!r}; choose another name")
-    dtype = jax.tree.leaves(params["unet"])[0].dtype
-    network, own = read_control(path, config, dtype)
-    last = ("zero_convs", "middle_block_out")
-    own = {
-        layer: jax.tree.map(lambda leaf: leaf * leaf.dtype.type(scale), leaves)
-        if layer.startswith(last)
-        else leaves
-        for layer, leaves in own.items()
-    }
-    section = dict(kind="control", dropout=0.0, network=network)
-    return config | {"conditioning": sections | {name: section}}, params | {name: own}

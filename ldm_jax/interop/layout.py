@@ -22,6 +22,7 @@ from ldm_jax.models.build import AUTOENCODERS, make_autoencoder, tuples
 from ldm_jax.models.clip import CLIPText
 from ldm_jax.models.controlnet import ControlNet
 from ldm_jax.models.embedders import ClassEmbedder, Patches, SpatialRescaler
+from ldm_jax.models.t2i_adapter import T2IAdapter
 from ldm_jax.models.text import TextTransformer
 from ldm_jax.models.unet import UNet
 
@@ -163,6 +164,7 @@ def _integers(*shape: int) -> jax.ShapeDtypeStruct:
 _BUILD: dict[str, Callable[..., tuple[nn.Module, list, dict]]] = {
     "unet": _unet,
     "control": _control,
+    "t2i": lambda **fields: ((net := T2IAdapter(**fields)), [_floats(*net.smallest)], {}),
     "autoencoder": _autoencoder,
     "clip": lambda **fields: (CLIPText(**fields), [_integers(1, 1)], {}),
     "bert": lambda kind="", **fields: (TextTransformer(**fields), [_integers(1, 1)], {}),
@@ -211,11 +213,10 @@ def _unet_slot(
     plain = unet.context_dim is None and not unet.use_spatial_transformer
     name = names.name_of("unet", path)
     layer = path.split("/")[1:-1]  # of an attention module, or of a deeper or another one
-    dimensions = 0
+    dimensions, heads = 0, None
     if layer in (["qkv"], ["proj_in"], ["proj_out"]):
         matrix = unet.use_linear_in_transformer or plain and layout == "diffusers"
         dimensions = 2 if matrix else 3 if plain else 4
-    heads = None
     if layer == ["qkv"] and (layout == "diffusers" or options["new_attention_order"]):
         called_so = names.diffusers_unet_name(name, unet.num_res_blocks, plain)
         heads = _heads(unet, shape[-1] // 3, called_so)
@@ -223,8 +224,7 @@ def _unet_slot(
         slot = _slot(path, shape, name, dimensions=dimensions, heads=heads)
         if not (options["learn_sigma"] and path.startswith("out_2/")):
             return slot
-        rows, *rest = slot.foreign
-        return replace(slot, foreign=(2 * rows, *rest), part=(0, 2))
+        return replace(slot, foreign=(2 * slot.foreign[0], *slot.foreign[1:]), part=(0, 2))
 
     def called(vector):
         return names.diffusers_unet_name(name, unet.num_res_blocks, plain, vector)

@@ -209,6 +209,21 @@ def diffusers_control_name(name: str, widths: int) -> str:
     return _apply(rules, name)
 
 
+def t2i_name(path: str, layout: str, num_res_blocks: int, light: bool) -> str:
+    """The name of a T2I-Adapter's leaf `path` in diffusers' layout, without "adapter.", or in the
+    original, "compvis", which counts residual blocks through all levels unless it is `light`."""
+    name = re.sub(r"_(\d+)_", r".\1.", _dotted(path))
+    if layout == "diffusers":
+        return name
+    if light:
+        return name.replace(".resnets.", ".body.")
+
+    def counted(match: re.Match) -> str:
+        return f"body.{int(match[1]) * num_res_blocks + int(match[2] or 0)}."
+
+    return re.sub(r"^body\.(\d+)\.(?:resnets\.(\d+)\.)?", counted, name)
+
+
 def diffusers_autoencoder_name(name: str, levels: int) -> str:
     """diffusers' name of an autoencoder's tensor, from CompVis'; decoders count from the top."""
 

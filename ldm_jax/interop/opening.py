@@ -14,8 +14,8 @@ import numpy as np
 
 from ldm_jax.interop import compvis, diffusers, native
 from ldm_jax.interop.adapted import with_base
-from ldm_jax.interop.control import write_control
 from ldm_jax.interop.files import Tensors, open_shards, open_state
+from ldm_jax.interop.hints import KINDS
 from ldm_jax.interop.layout import Imported
 from ldm_jax.interop.networks import texts
 from ldm_jax.interop.yaml_config import read_original
@@ -32,7 +32,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 ALONE = {
     "unet": "a UNet alone: add autoencoder=PATH and, if it takes a context, text=PATH",
     "text": "a text encoder alone: it can be the text=PATH of a model",
-    "control": "a ControlNet: it is drawn with beside a model, --control=PATH:HINT",
+} | {
+    task: f"a {kind.title}: it is drawn with beside a model, --control=PATH:HINT"
+    for task, kind in KINDS.items()
 }
 
 
@@ -216,7 +218,7 @@ def export(
     dtype: str = "float32",
     layout: str = "single_file",
 ) -> None:
-    """Writes a model or a ControlNet, whole or not at all; folders above `path` are made.
+    """Writes a model, or a network of `KINDS`, whole or not at all; folders above it are made.
 
     `dtype` is one of DTYPES; `layout` is "single_file" (ours, with the config), "compvis" or
     "diffusers" (a folder).
@@ -227,10 +229,10 @@ def export(
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: choose one of {', '.join(LAYOUTS)}")
-    if config["task"] == "control":
-        params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.dtype(dtype)), params["control"])
+    if (task := config["task"]) in KINDS:
+        params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.dtype(dtype)), params[task])
         layout = "native" if layout == "single_file" else layout
-        write_control(path, config["control"], params, layout)
+        KINDS[task].write(path, config[task], params, layout)
         return
     if config["task"] == "text" and layout != "single_file":
         raise ValueError(f"task='text': layout {layout!r} has no text encoders alone")
@@ -241,10 +243,10 @@ def export(
             "'single_file', or write the model without it"
         )
     sections = config.get("conditioning", {}).items()
-    controls = [name for name, section in sections if section["kind"] == "control"]
+    controls = [(KINDS[s["kind"]].title, name) for name, s in sections if s["kind"] in KINDS]
     if controls and layout != "single_file":
         raise ValueError(
-            f"layout={layout!r} has no place for the ControlNet {controls[0]!r}: use "
+            f"layout={layout!r} has no place for the {controls[0][0]} {controls[0][1]!r}: use "
             "'single_file', or write the model without it"
         )
     path = Path(path).expanduser()

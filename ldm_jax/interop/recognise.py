@@ -45,6 +45,8 @@ OTHERS = {
     r"lora_|.*[._]lora": "a LoRA: it changes a model, see interop.lora",
     r"control_model\.|controlnet_|input_hint_block\.": "a ControlNet: it is drawn with beside a "
     "model, --control=PATH:HINT",
+    r"(adapter\.)?body\.\d+\.(block\d|in_conv|body|resnets)\.": "a T2I-Adapter: it is drawn with "
+    "beside a model, --control=PATH:HINT",
     r"(model\.diffusion_model\.)?(joint_blocks|double_blocks|single_blocks|blocks)\.": "a "
     "diffusion transformer, where UNets are supported",
     r"(down_blocks|mid_block|up_blocks|conv_in|time_embedding)\.": "one network of a diffusers "

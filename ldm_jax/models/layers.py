@@ -5,7 +5,7 @@ parameters; normalisation statistics are always float32.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -119,3 +119,17 @@ def timestep_embedding(t: jax.Array, dim: int) -> jax.Array:
     angles = t.astype(jnp.float32)[:, None] * frequencies
     embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
+
+
+def with_feature(h: jax.Array, left: Iterator[jax.Array]) -> jax.Array:
+    """h and the next of a T2I-Adapter's features, if there is one."""
+    feature = next(left, None)
+    if feature is None:
+        return h
+    if feature.shape[1:] != h.shape[1:]:
+        given, wanted = (" × ".join(map(str, a.shape[1:])) for a in (feature, h))
+        raise ValueError(
+            f"a T2I-Adapter's features of {given} where the UNet has {wanted}: its hint must have "
+            "the size of the picture"
+        )
+    return h + feature.astype(h.dtype)

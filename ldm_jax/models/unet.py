@@ -19,6 +19,7 @@ from ldm_jax.models.layers import (
     timestep_embedding,
     uniform_init,
     upsample,
+    with_feature,
 )
 from ldm_jax.models.remat import rematerialised
 
@@ -109,6 +110,9 @@ class UNet(nn.Module):
     `residuals` are a ControlNet's (see `controlnet.py`): one for each skip, in the order of the way
     down, and one for the middle; they are added to these before the way up.
 
+    `features` are a T2I-Adapter's (see `t2i_adapter.py`): maps for the levels from the first, of
+    `feature_places`, and at most one for the middle.
+
     `remat` names what blocks keep for the backward pass: see `models/remat.py`.
 
     Raises ValueError for shapes that would fail late, or build another network.
@@ -196,6 +200,7 @@ class UNet(nn.Module):
         y: jax.Array | None = None,
         timestep_cond: jax.Array | None = None,
         residuals: tuple[jax.Array, ...] | None = None,
+        features: tuple[jax.Array, ...] = (),
     ) -> jax.Array:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         self._check(x, context, y, timestep_cond)
@@ -203,7 +208,7 @@ class UNet(nn.Module):
         only_cross = self._per_level("disable_self_attentions")
         levels = len(widths)
         emb = time_and_vector(self, x, t, y, timestep_cond)
-        h, skips = encode(self, x, emb, context, deterministic)
+        h, skips = encode(self, x, emb, context, deterministic, features=features)
         if residuals is not None:
             if len(residuals) != len(skips) + 1:
                 raise ValueError(
@@ -341,11 +346,14 @@ def encode(
     context: jax.Array | None,
     deterministic: bool = True,
     hint: jax.Array | None = None,
+    features: tuple[jax.Array, ...] = (),
 ) -> tuple[jax.Array, list[jax.Array]]:
     """The way down and the middle of a UNet: (the middle's output, the skips).
 
-    A ControlNet's `hint` (B, h, w, C) is added after the first convolution.
+    A ControlNet's `hint` (B, h, w, C) is added after the first convolution; `features` are those of
+    `UNet.__call__`.
     """
+    left = iter(features)
     types = dict(dtype=unet.dtype, param_dtype=unet.param_dtype)
     widths = level_widths(unet.model_channels, unet.channel_mult)
     only_cross = unet._per_level("disable_self_attentions")
@@ -356,12 +364,15 @@ def encode(
     skips, levels = [h], len(widths)
     for level, width in enumerate(widths):
         attends = 2**level in unet.attention_resolutions
-        for _ in range(unet.num_res_blocks):
+        inside = attends or level == levels - 1
+        for i in range(unet.num_res_blocks):
             name = f"input_blocks_{len(skips)}"
             h = _resblock(unet, f"{name}_0", width)(h, emb, deterministic)
             if attends:
                 cross = only_cross[level]
                 h = _attention(unet, f"{name}_1", h, level, context, deterministic, cross)
+            if inside and i == unet.num_res_blocks - 1:
+                h = with_feature(h, left)
             skips.append(h)
         if level < levels - 1:
             name = f"input_blocks_{len(skips)}_0"
@@ -369,8 +380,13 @@ def encode(
                 h = _resblock(unet, name, h.shape[-1], "down")(h, emb, deterministic)
             else:
                 h = conv(h.shape[-1], stride=2, name=name, **types)(h)
+            if not inside:
+                h = with_feature(h, left)
             skips.append(h)
 
     h = _resblock(unet, "middle_block_0", h.shape[-1])(h, emb, deterministic)
     h = _attention(unet, "middle_block_1", h, levels - 1, context, deterministic)
-    return _resblock(unet, "middle_block_2", h.shape[-1])(h, emb, deterministic), skips
+    h = with_feature(_resblock(unet, "middle_block_2", h.shape[-1])(h, emb, deterministic), left)
+    if next(left, None) is not None:
+        raise ValueError(f"UNet takes {levels} + 1 features and got {len(features)}")
+    return h, skips

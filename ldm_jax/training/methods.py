@@ -1,6 +1,7 @@
 """Ways to train a loaded model other than whole, each with its section of a config.
 
-`adapters` (LoRA), `inversion` (a new token), `control` (ControlNet) and `distill` (a student).
+`adapters` (LoRA), `inversion` (a new token), `control` (ControlNet, T2I-Adapter) and `distill` (a
+student).
 """
 
 import dataclasses
@@ -92,7 +93,7 @@ def begin(
         name = control.NAME
         frozen = {network: part for network, part in loaded.items() if network != name}
         check_frozen({network: part for network, part in shapes.items() if network != name}, frozen)
-        section = resolved["conditioning"][name]["network"]
+        section = resolved["conditioning"][name]
         made = (section, lambda key: fresh(key)[name], given, frozen)
         beside, loaded = control.make_control(*made, *paths)
     return beside, frozen, loaded
