@@ -124,3 +124,21 @@ def drop_conditions(embedders: tuple[Embedder, ...], inputs: Inputs, keys: jax.A
             embedder.null(1),
         )
     return dropped
+
+
+def beside(x: jax.Array, condition: Conditioning) -> jax.Array:
+    """x (B, h, w, c) and, after its channels, those of `condition.concat`, if there is one.
+
+    Raises ValueError for a condition of another height or width, but 1 × 1.
+    """
+    if condition.concat is None:
+        return x
+    concat = condition.concat.astype(x.dtype)
+    if concat.shape[1:3] not in (x.shape[1:3], (1, 1)):
+        given, wanted = (" × ".join(map(str, a.shape[1:3])) for a in (concat, x))
+        raise ValueError(
+            f"conditions: a map of {given} latents for a picture of {wanted}: it must have the "
+            "height and width of the latents"
+        )
+    concat = jnp.broadcast_to(concat, (*x.shape[:3], concat.shape[-1]))
+    return jnp.concatenate([x, concat], axis=-1)
