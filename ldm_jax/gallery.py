@@ -65,11 +65,7 @@ def with_embeddings(pipe: Pipeline, given: Sequence[str]) -> Pipeline:
 
 
 def with_controls(pipe: Pipeline, given: Sequence[str]) -> tuple[Pipeline, dict[str, str]]:
-<<<<<<< HEAD
-    """The pipeline with ControlNets and T2I-Adapters, each "PATH:HINT" or "PATH:HINT:SCALE", and
-=======
     """The pipeline with ControlNets or T2I-Adapters, each "PATH:HINT" or "PATH:HINT:SCALE", and
->>>>>>> t2
     the files of their hints by name; see `Pipeline.with_control`.
 
     Raises ValueError for one without a hint.
