@@ -218,7 +218,7 @@ def test_variants_on_a_folder_with_hints(bases, tmp_path):
     (dict(adapters=dict(rank=4)), "control and adapters are two trainings"),
     (dict(init_from=""), r"control: for a trained model; name it with init_from=PATH"),
     (dict(trainable=("^unet",)), "with the section control nothing else trains"),
-    (dict(control=dict(width=3)), "control has no option 'width'; it has kind, hint_in, hint_channels"),
+    (dict(control=dict(width=3)), "control has no option 'width'; it has kind, hint_in"),
     (dict(control=dict(hint_in=0)), "control.hint_in=0: choose a number above 0"),
     (dict(control=dict(hint_channels=(8, 8, 8))), r"shrinks pictures 2 times, so give 2 widths"),
     (dict(data=dict(conditions={})), r"needs the entry 'control' of each picture, and nothing"),
