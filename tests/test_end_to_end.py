@@ -216,7 +216,7 @@ BAD = {
         r"no config file configs/nope.py; there are configs/autoencoder.py, configs/class2img"),
     "variant": (
         "train.py", ["--config=configs/txt2img.py:nope"],
-        r"no variant 'nope' of txt2img: choose scenes, demo, emoji, smoke"),
+        r"no variant 'nope' of txt2img: choose scenes, demo, emoji, meanflow, smoke"),
     "key": (
         "train.py", ["--config=configs/txt2img.py", "--config.optimizer.lrr=1"],
         r'unknown setting in --config: lrr\. Did you mean "lr"'),

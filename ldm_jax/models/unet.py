@@ -150,6 +150,8 @@ class UNet(nn.Module):
         timestep_cond: jax.Array | None,
     ) -> None:
         check_channels(x, "UNet with in_channels", self.in_channels)
+        for field in ("num_heads", "transformer_depth", "disable_self_attentions"):
+            self._per_level(field)  # for its check
         if self.resblock_updown:  # its blocks would drop the last pixel of an odd side
             check_sides(x, "UNet latents", 2 ** (len(self.channel_mult) - 1))
         width = None if context is None else context.shape[-1]
