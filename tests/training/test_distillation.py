@@ -94,7 +94,7 @@ def test_a_student_is_drawn_in_few_steps_at_any_scale(run, tmp_path):
 @pytest.mark.long
 def test_a_run_improves_and_resumes_to_the_same_bit(base, tmp_path):
     runs, config = [], distill(base)
-    config.train.update(steps=40, checkpoint_every=20, log_every=40, preview_every=0)
+    config.train.update(steps=40, checkpoint_every=20, log_every=40, preview_every=40)
     for stop in (False, True):
         runs.append(tmp_path / str(stop))
         if stop:
