@@ -220,6 +220,24 @@ def from_bundled(config: ml_collections.ConfigDict, steps: int) -> ml_collection
     return config
 
 
+def from_model(held_out: float) -> ml_collections.ConfigDict:
+    """A config for a trained model, `init_from`, whose networks, conditions, noise and size it
+    leaves to the model, on a folder of the user; without `optimizer` and `train`."""
+    config = ml_collections.ConfigDict(dict(task="diffusion") | start())
+    config.first_stage = ""  # another autoencoder of the same latents
+    config.latents = "step"
+    config.text_states = "step"  # "memory" keeps them: 240 kB a caption for Stable Diffusion 1
+    # image_size 0: the model's training size.
+    config.data = data(source="folder", image_size=0, held_out=held_out)
+    config.unet = {}  # empty sections are the model's own
+    config.conditioning = None
+    config.diffusion = {}
+    config.objective = objective()
+    # For the preview; without prompts, held-out captions. All other values are the model's own.
+    config.sampling = dict(prompts=(), steps=20)
+    return config
+
+
 def on_folder(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """`config`, on a folder of the user."""
     config.data.source = "folder"

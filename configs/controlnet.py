@@ -35,22 +35,12 @@ from ldm_jax.training.control import Options
 
 
 def base() -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict(dict(task="diffusion") | common.start())
+    config = common.from_model(held_out=0.01)
     config.control = vars(Options()).copy()
-    config.first_stage = ""  # another autoencoder of the same latents
-    config.latents = "step"
-    config.text_states = "step"
-    config.data = common.data(source="folder", image_size=0, held_out=0.01)
     config.data.conditions = dict(control=dict(kind="hint"))
-    config.unet = {}  # empty sections are the model's own
-    config.conditioning = None
-    config.diffusion = {}
-    config.objective = common.objective()
     config.optimizer = common.optimizer(lr=1e-5, warmup=500)
     config.train = common.train(steps=20_000, batch_size=4, log_every=20)
     config.train.update(ema_decay=0.999, checkpoint_every=1000, preview_every=1000)
-    # For the preview; without prompts, held-out captions. All other values are the model's own.
-    config.sampling = dict(prompts=(), steps=20)
     return config
 
 

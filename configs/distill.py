@@ -33,21 +33,12 @@ def distill(**fields) -> dict:
 
 
 def base() -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict(dict(task="diffusion") | common.start())
+    config = common.from_model(held_out=0.01)
     config.distill = distill()
-    config.first_stage = ""  # another autoencoder of the same latents
-    config.latents = "step"
-    config.text_states = "step"
-    config.data = common.data(source="folder", image_size=0, held_out=0.01)
-    config.unet = {}  # empty sections are the model's own
-    config.conditioning = None
-    config.diffusion = {}
-    config.objective = common.objective()
     config.optimizer = common.optimizer(lr=8e-6, warmup=500, weight_decay=0.0, clip=1.0)
     config.train = common.train(steps=20_000, batch_size=8, log_every=20)
     config.train.update(ema_decay=0.95, checkpoint_every=1000, preview_every=1000)
-    # For the preview; without prompts, held-out captions. All other values are the model's own.
-    config.sampling = dict(prompts=(), sampler="lcm", guidance=8.5)
+    config.sampling.update(sampler="lcm", guidance=8.5)
     return drawn_in(config, 4)
 
 

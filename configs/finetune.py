@@ -27,22 +27,11 @@ from configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict(dict(task="diffusion") | common.start())
+    config = common.from_model(held_out=0.05)
     config.trainable = ("^unet/",)
-    config.first_stage = ""  # another autoencoder of the same latents
-    config.latents = "step"
-    config.text_states = "step"  # "memory" keeps them: 240 kB a caption for Stable Diffusion 1
-    # image_size 0: the model's training size.
-    config.data = common.data(source="folder", image_size=0, held_out=0.05)
-    config.unet = {}  # empty sections are the model's own
-    config.conditioning = None
-    config.diffusion = {}
-    config.objective = common.objective()
     config.optimizer = common.optimizer(lr=1e-5, warmup=100, clip=1.0)
     config.train = common.train(
         steps=2000, batch_size=4, ema_decay=0.999, log_every=20, checkpoint_every=500
     )
     config.train.preview_every = 500
-    # For the preview; without prompts, held-out captions. All other values are the model's own.
-    config.sampling = dict(prompts=(), steps=20)
     return config

@@ -31,24 +31,14 @@ def adapters(**fields) -> dict:
 
 
 def base() -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict(dict(task="diffusion") | common.start())
+    config = common.from_model(held_out=0.05)
     config.adapters = adapters()
     # Pictures that the model draws of this prompt before it trains, half of what it trains on
     # (DreamBooth): of "a dog" for pictures of one dog, "a photo of sks dog". Empty: none.
     config.prior = dict(prompt="", count=100)
-    config.first_stage = ""  # another autoencoder of the same latents
-    config.latents = "step"
-    config.text_states = "step"
-    config.data = common.data(source="folder", image_size=0, held_out=0.05)
-    config.unet = {}  # empty sections are the model's own
-    config.conditioning = None
-    config.diffusion = {}
-    config.objective = common.objective()
     config.optimizer = common.optimizer(lr=1e-4, warmup=50, clip=1.0)
     config.train = common.train(steps=1000, batch_size=4, log_every=20, checkpoint_every=250)
     config.train.update(ema_decay=0.99, preview_every=250)
-    # For the preview; without prompts, held-out captions. All other values are the model's own.
-    config.sampling = dict(prompts=(), steps=20)
     return config
 
 

@@ -32,21 +32,12 @@ def inversion(**fields) -> dict:
 
 
 def base() -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict(dict(task="diffusion") | common.start())
+    config = common.from_model(held_out=0.0)
     config.inversion = inversion(token="<mine>", start="object", captions=OBJECT)
-    config.first_stage = ""  # another autoencoder of the same latents
-    config.latents = "step"
-    config.text_states = "step"
-    config.data = common.data(source="folder", image_size=0, held_out=0.0)
-    config.unet = {}  # empty sections are the model's own
-    config.conditioning = None
-    config.diffusion = {}
-    config.objective = common.objective()
     config.optimizer = common.optimizer(lr=5e-3, warmup=50, weight_decay=0.0)
     config.train = common.train(steps=2000, batch_size=4, log_every=20, checkpoint_every=500)
     config.train.update(ema_decay=0.99, preview_every=500)
-    # For the preview. All other values are the model's own.
-    config.sampling = dict(prompts=("a photo of <mine>", "<mine> on a beach"), steps=20)
+    config.sampling.prompts = ("a photo of <mine>", "<mine> on a beach")
     return config
 
 

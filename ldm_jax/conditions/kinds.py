@@ -361,9 +361,8 @@ def _array(name: str, section: dict[str, Any], dtype: Any, _: Autoencoder) -> Ar
 def _masked_image(
     name: str, section: dict[str, Any], dtype: Any, autoencoder: Autoencoder
 ) -> MaskedImageEmbedder:
-    values = (section[key] for key in ("mask_first", "hole", "mask_range", "dropout"))
-    first, hole, mask_range, dropout = values
-    return MaskedImageEmbedder(name, autoencoder, first, hole, tuple(mask_range), dropout)
+    fields = {key: section[key] for key in ("mask_first", "hole", "dropout")}
+    return MaskedImageEmbedder(name, autoencoder, mask_range=tuple(section["mask_range"]), **fields)
 
 
 EMBEDDERS = {
