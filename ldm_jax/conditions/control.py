@@ -18,57 +18,55 @@ SCALE = "scale"  # beside the modules of a T2I-Adapter
 LUMINANCE = np.float32([0.299, 0.587, 0.114])
 
 
+# Methods that both embedders share.
+
+
+def _of_its_name(self) -> tuple[str, ...]:
+    """The entry of a batch that has the embedder's name."""
+    return (self.name,)
+
+
+def _black(self, count: int) -> np.ndarray:
+    """Black, as small as the network allows."""
+    side = self.network.factor
+    return np.zeros((count, side, side, self.network.hint_in), np.float32)
+
+
+def _same(self, raw: np.ndarray, entries: dict[str, Any]) -> np.ndarray:
+    """Both sides of guidance get the hint."""
+    return raw
+
+
+def _uncut(self, batch: dict[str, Any]) -> list[str]:
+    """There is no text to cut."""
+    return []
+
+
 @dataclasses.dataclass(frozen=True)
 class ControlEmbedder:
-    """A hint, a picture of the size of what is drawn → residuals of the UNet (Zhang et al. 2023),
-    or, of a T2I-Adapter, features of its way down (Mou et al. 2023).
+    """A hint, a picture of the size of what is drawn → residuals of the UNet (Zhang et al. 2023).
 
-    The entry of a batch has its name. Both sides of guidance get the hint. Called without
-    parameters it has no effect: so the model without it is drawn. The parameters of a T2I-Adapter
-    may have a `scale`, a number, of its features: in no layer of it are all of them linear.
+    The entry of a batch has its name. Called without parameters it has no effect: so the model
+    without it is drawn.
     """
 
     name: str
-    network: ControlNet | T2IAdapter
+    network: ControlNet
     dropout: float
     guided = False
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return (self.name,)
+    needs = property(_of_its_name)
+    null, negative, cut = _black, _same, _uncut
 
     def prepare(self, batch: dict[str, Any]) -> np.ndarray:
         """See `hint_of`."""
         hint = hint_of(batch, self.name, self.network.hint_in)
-        bgr = isinstance(self.network, ControlNet) and self.network.bgr
-        return np.ascontiguousarray(hint[..., ::-1] if bgr else hint)
-
-    def null(self, count: int) -> np.ndarray:
-        """Black, one latent wide, or the first map's pixel of a T2I-Adapter."""
-        side = self.network.factor
-        return np.zeros((count, side, side, self.network.hint_in), np.float32)
-
-    def negative(self, raw: np.ndarray, entries: dict[str, Any]) -> np.ndarray:
-        """The same hint."""
-        return raw
-
-    def cut(self, batch: dict[str, Any]) -> list[str]:
-        """There is no text to cut."""
-        return []
+        return np.ascontiguousarray(hint[..., ::-1] if self.network.bgr else hint)
 
     def __call__(self, params: Any, raw: jax.Array, **_: Any) -> Conditioning:
         if params is None:
             return Conditioning()
-        if isinstance(self.network, T2IAdapter):
-            return Conditioning(features=self._features(params, raw))
         own = {"params": params["input_hint_block"]}
         return Conditioning(control={self.name: self.network.embedding.apply(own, raw)})
-
-    def _features(self, params: Any, hint: jax.Array) -> tuple[jax.Array, ...]:
-        own = {name: leaves for name, leaves in params.items() if name != SCALE}
-        features = self.network.apply({"params": own}, hint)
-        scale = params.get(SCALE, jnp.ones(()))
-        return tuple(scale.astype(one.dtype) * one for one in features)
 
     def residuals(
         self, params: Any, x: jax.Array, t: jax.Array, condition: Conditioning, **options: Any
@@ -86,15 +84,40 @@ class ControlEmbedder:
         )
 
     def init(self, key: jax.Array, unet: Any, x: jax.Array, condition: Conditioning) -> Any:
-        """Parameters with which it has no effect: of a ControlNet's way down those of the UNet,
-        `unet`."""
-        if isinstance(self.network, T2IAdapter):
-            return self.network.init(key, jnp.asarray(self.null(1)))["params"]
+        """Parameters with which it has no effect: of the way down those of the UNet, `unet`."""
         sides = (self.network.factor * side for side in x.shape[1:3])
         hint = jnp.zeros((1, *sides, self.network.hint_in))
         arguments = (x[..., : self.network.unet.in_channels], jnp.zeros(1), condition.context)
         fresh = self.network.init(key, *arguments, y=condition.vector, hint=hint)["params"]
         return initial(fresh, unet)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterEmbedder:
+    """A hint, as of `ControlEmbedder` → features of the UNet's way down (Mou et al. 2023).
+
+    The parameters may have a `scale`, a number, of the features: in no layer of the network are all
+    of them linear. Called without parameters it has no effect.
+    """
+
+    name: str
+    network: T2IAdapter
+    dropout: float
+    guided = False
+    needs = property(_of_its_name)
+    null, negative, cut = _black, _same, _uncut
+
+    def prepare(self, batch: dict[str, Any]) -> np.ndarray:
+        """See `hint_of`."""
+        return np.ascontiguousarray(hint_of(batch, self.name, self.network.hint_in))
+
+    def __call__(self, params: Any, raw: jax.Array, **_: Any) -> Conditioning:
+        if params is None:
+            return Conditioning()
+        own = {name: leaves for name, leaves in params.items() if name != SCALE}
+        features = self.network.apply({"params": own}, raw)
+        scale = params.get(SCALE, jnp.ones(()))
+        return Conditioning(features=tuple(scale.astype(one.dtype) * one for one in features))
 
 
 def hint_of(batch: dict[str, Any], name: str, channels: int) -> np.ndarray:
@@ -127,10 +150,10 @@ def control(name: str, section: dict[str, Any], dtype: Any, _: Any) -> ControlEm
     return ControlEmbedder(name, ControlNet(unet=unet, **fields), section["dropout"])
 
 
-def t2i(name: str, section: dict[str, Any], dtype: Any, _: Any) -> ControlEmbedder:
+def t2i(name: str, section: dict[str, Any], dtype: Any, _: Any) -> AdapterEmbedder:
     """The embedder of a section `conditioning.<name>` of kind "t2i"."""
     network = T2IAdapter(**tuples(section["network"]), dtype=dtype)
-    return ControlEmbedder(name, network, section["dropout"])
+    return AdapterEmbedder(name, network, section["dropout"])
 
 
 def added_residuals(

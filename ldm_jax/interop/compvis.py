@@ -13,9 +13,10 @@ import numpy as np
 from ldm_jax.diffusion.schedule import DiscreteSchedule, make_schedule
 from ldm_jax.interop.fields import canonical
 from ldm_jax.interop.files import Tensors, open_state, write_safetensors
-from ldm_jax.interop.layout import Imported, Report, read_params, slots, write_params
+from ldm_jax.interop.layout import Imported, read_params, slots, write_params
 from ldm_jax.interop.networks import networks, texts
 from ldm_jax.interop.recognise import BUFFERS, STAGE, UNET, Part, recognise
+from ldm_jax.interop.reports import Report
 from ldm_jax.interop.yaml_config import Original
 from ldm_jax.models.build import make_autoencoder
 

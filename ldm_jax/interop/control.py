@@ -8,7 +8,6 @@ shape determines; it is then as in the model.
 """
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -27,13 +26,13 @@ from ldm_jax.interop.files import Tensors, open_shards, open_state, write_safete
 from ldm_jax.interop.layout import Slot, read_params, shapes, slots, write_params
 from ldm_jax.interop.native import FORMAT, is_ours
 from ldm_jax.interop.recognise import OTHERS, UNET
+from ldm_jax.interop.reports import check_report
 from ldm_jax.models.build import make_autoencoder, tuples
 from ldm_jax.models.layers import level_widths
 from ldm_jax.models.unet import UNet
 from ldm_jax.published import MODELS
 from ldm_jax.version import __version__
 
-log = logging.getLogger(__name__)
 FILE = "controlnet.safetensors"  # in a workdir
 TASK = "control"  # of our file's config, whose section of this name is the network's
 # Of the tensors' names, by layout.
@@ -303,13 +302,7 @@ def read_whole(
     """As `read_params`; unused tensors are logged. Raises ValueError also for what is missing or
     misshapen; `what` is the network's name."""
     params, report = read_params(state, table, prefix, dtype)
-    lacking = [f"{key} is missing" for key in report.missing] + list(report.misshapen)
-    if lacking:
-        more = f", and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-        raise ValueError(f"{path}: the {what} is not whole: {'; '.join(lacking[:3])}{more}")
-    if report.extra:
-        some = ", ".join(report.extra[:3])
-        log.warning("%s: %d tensors are not used, such as %s", path, len(report.extra), some)
+    check_report(path, f"the {what}", report)
     return params
 
 

@@ -72,7 +72,7 @@ def read_hinted(
 
 def scaled(kind: str, params: dict[str, Any], scale: float) -> dict[str, Any]:
     """Parameters of `scale` times the effect: a ControlNet's last layers are linear, so theirs are
-    multiplied; a T2I-Adapter gets the number, see `ControlEmbedder`."""
+    multiplied; a T2I-Adapter gets the number, see `AdapterEmbedder`."""
     if kind == t2i.TASK:
         return params | {"scale": np.asarray(scale, jax.tree.leaves(params)[0].dtype)}
     last = ("zero_convs", "middle_block_out")

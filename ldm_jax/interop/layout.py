@@ -18,6 +18,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ldm_jax.interop import names
+from ldm_jax.interop.reports import Report
 from ldm_jax.models.build import AUTOENCODERS, make_autoencoder, tuples
 from ldm_jax.models.clip import CLIPText
 from ldm_jax.models.controlnet import ControlNet
@@ -87,18 +88,6 @@ def _swapped(tensor: np.ndarray, first: int, second: int) -> np.ndarray:
     """The first axis, of first·second equal parts, in the order second·first."""
     parts = tensor.reshape(first, second, -1, *tensor.shape[1:])
     return parts.swapaxes(0, 1).reshape(tensor.shape)
-
-
-@dataclass(frozen=True)
-class Report:
-    """The keys that do not fit: missing in the file, unused (`extra`), or of another shape.
-
-    `misshapen` is text: key, expected shape, found shape.
-    """
-
-    missing: tuple[str, ...] = ()
-    extra: tuple[str, ...] = ()
-    misshapen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Models in any supported layout: `open_any` recognises and reads a path, `export` writes one."""
 
 import json
-import logging
 import os
 from collections.abc import Collection
 from dataclasses import replace
@@ -18,10 +17,10 @@ from ldm_jax.interop.files import Tensors, open_shards, open_state
 from ldm_jax.interop.hints import KINDS
 from ldm_jax.interop.layout import Imported
 from ldm_jax.interop.networks import texts
+from ldm_jax.interop.reports import check_report
 from ldm_jax.interop.yaml_config import read_original
 from ldm_jax.models.build import make_autoencoder
 
-log = logging.getLogger(__name__)
 LAYOUTS = {
     "single_file": native.save_model,
     "compvis": compvis.write,
@@ -201,13 +200,7 @@ def open_any(path: str | os.PathLike = "", *args: Any, **options: Any) -> Import
     if (alone := ALONE.get(found.config["task"])) is not None:
         raise ValueError(f"{path} holds {alone} ({found.about})")
     for network, report in found.reports.items():
-        lacking = [f"{key} is missing" for key in report.missing] + list(report.misshapen)
-        if lacking:
-            more = f", and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-            raise ValueError(f"{path}: {network} is not whole: {'; '.join(lacking[:3])}{more}")
-        if report.extra:
-            some = ", ".join(report.extra[:3])
-            log.warning("%s: %d tensors are not used, such as %s", path, len(report.extra), some)
+        check_report(path, network, report)
     return found
 
 

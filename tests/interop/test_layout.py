@@ -12,8 +12,9 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ldm_jax.interop.files import open_state, write_safetensors
-from ldm_jax.interop.layout import LAYOUTS, Report, read_params, slots, write_params
+from ldm_jax.interop.layout import LAYOUTS, read_params, slots, write_params
 from ldm_jax.interop.networks import networks
+from ldm_jax.interop.reports import Report
 from ldm_jax.models.text import TextTransformer
 from ldm_jax.models.unet import AttentionBlock, UNet
 from scripts.write_goldens import random_weights, uniform

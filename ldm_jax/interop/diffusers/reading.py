@@ -19,8 +19,9 @@ from ldm_jax.interop.diffusers.tokenizers import read_tokenizer
 from ldm_jax.interop.diffusers.unets import UNETS, unet_from
 from ldm_jax.interop.families import array, concat_sections
 from ldm_jax.interop.files import open_shards
-from ldm_jax.interop.layout import Imported, Report, read_params, slots
+from ldm_jax.interop.layout import Imported, read_params, slots
 from ldm_jax.interop.networks import networks, texts
+from ldm_jax.interop.reports import Report
 from ldm_jax.models.build import make_autoencoder
 
 CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection")
