@@ -1,0 +1,107 @@
+"""Every variant of every config that starts from a model: data, two steps, export, load, draw.
+
+Without those called scenes where there is one called smoke, which is the same for fewer steps.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ldm_jax
+from ldm_jax.interop.native import save_model
+from ldm_jax.training.loop import train
+from tests import tiny_models
+from tests.conftest import ROOT
+from tests.models.published import config_file
+from tests.training.variants import photographs
+
+FILES = ("finetune", "lora", "dreambooth", "textual_inversion", "controlnet", "distill")
+SIDE, SCENES_SIDE = 16, 64  # pixels of the pictures in a folder, and of scenes
+MODELS = {"sdxl": tiny_models.XL}  # by variant; of the others
+MODEL = tiny_models.config(
+    tiny_models.STABLE["conditioning"],
+    channel_mult=[1, 2],
+    attention_resolutions=[1],
+    context_dim=16,
+)
+
+
+def variants():
+    """(file, variant, changes) of every one; of a ControlNet also those of a T2I-Adapter."""
+    found = []
+    for file in FILES:
+        names = getattr(config_file(ROOT / "configs" / f"{file}.py"), "VARIANTS", {"": None})
+        names = [name for name in names if name != "scenes" or "smoke" not in names]
+        found += [(file, name, "") for name in names]
+        found += [(file, name, "t2i") for name in names if file == "controlnet"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models, and pictures with captions and hints."""
+    path = tmp_path_factory.mktemp("adapting")
+    for name, model in (("", MODEL), *MODELS.items()):
+        save_model(path / f"base{name}.safetensors", model, tiny_models.random_params(model))
+    pictures = photographs(path / "pictures", 24)
+    for picture in list(pictures.rglob("*.jpg")):
+        with Image.open(picture) as image:
+            image.convert("L").save(picture.with_suffix(".control.png"))
+        picture.with_suffix(".txt").write_text("a <mine> on a table")
+    return path
+
+
+def reduced(folder: Path, file: str, variant: str, kind: str):
+    get_config = config_file(ROOT / "configs" / f"{file}.py").get_config
+    config = get_config(variant) if variant else get_config()
+    config.init_from = str(folder / f"base{variant if variant in MODELS else ''}.safetensors")
+    config.train.update(steps=2, batch_size=8, log_every=1, preview_every=2, checkpoint_every=2)
+    if config.data.source == "folder":
+        config.data.update(path=str(folder / "pictures"), held_out=0.2, image_size=SIDE)
+    else:
+        config.data.image_size = SCENES_SIDE
+        config.data.scenes.update(train_scenes=16, held_out_scenes=8)
+    if "prior" in config and config.prior.prompt:
+        config.prior.count = 8
+    if "adapters" in config:
+        config.adapters.rank = 2
+        targets = config.adapters.targets  # of small convolutions no rank is small enough
+        own = (target if "text" in target else r"^unet/.*/attn[12]/" for target in targets)
+        config.adapters.targets = tuple(own)
+    if "inversion" in config:
+        config.inversion.update(start="apple", token="<mine>")
+        if config.data.source == "scenes":
+            config.inversion.captions = ("a {}",)
+        config.sampling.prompts = ("a <mine>",)
+    if kind:
+        config.control.kind = kind
+    config.sampling.steps = 2
+    return config
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("file, variant, kind", variants())
+def test_variant(folder, tmp_path, file, variant, kind):
+    config = reduced(folder, file, variant, kind)
+    metrics = train(config, tmp_path)
+    assert not metrics or np.isfinite(metrics["loss"])
+    pipe = ldm_jax.load(tmp_path)
+    side = config.data.image_size
+    hint = np.random.default_rng(0).uniform(size=(side, side, 3)).astype(np.float32)
+    told = {"control": hint} if file == "controlnet" else None
+    prompt = "a <mine> on a table" if file == "textual_inversion" else "a dog on a table"
+    picture = pipe(prompt, conditions=told, steps=2)
+    assert picture.shape == (1, side, side, 3) and np.isfinite(picture).all() and picture.std() > 0
+
+
+def test_every_config_that_starts_from_a_model_is_here():
+    """Those of which a variant is empty of networks."""
+    others = {"autoencoder", "published", "common", "__init__"}
+    for path in (ROOT / "configs").glob("*.py"):
+        if path.stem in others:
+            continue
+        module = config_file(path)
+        first = next(iter(getattr(module, "VARIANTS", {}).values()), module.get_config)()
+        assert (path.stem in FILES) == (not first.get("unet")), path.stem
