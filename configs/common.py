@@ -124,7 +124,7 @@ def optimizer(**fields) -> dict:
 
 
 def train(**fields) -> dict:
-    """The length and the intervals of a run, in steps."""
+    """The length and the intervals of a run, in steps; an interval of 0: at the end alone."""
     return (
         dict(
             steps=12000,

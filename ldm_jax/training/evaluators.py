@@ -53,7 +53,7 @@ class Evaluator:
 
     def due(self, step: int, last: bool) -> bool:
         """Whether it measures after `step` steps; `last`: of the run."""
-        return last or step % self.every == 0
+        return last or due(self.every, step)
 
     def __call__(self, ema: Any, step: int) -> Metrics:
         """The metrics; {} with a warning if these parameters cannot be measured."""
@@ -62,6 +62,11 @@ class Evaluator:
         except (ValueError, ArithmeticError, FileNotFoundError) as error:
             log.warning("%s could not be measured at step %d: %s", self.kind, step, error)
             return {}
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something that is done every so many steps follows `step`; 0: never."""
+    return every > 0 and step % every == 0
 
 
 def options_of(config: Any, name: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from ldm_jax.runtime.processes import Together, gather, is_first, together
 from ldm_jax.training.accumulation import check_parts
 from ldm_jax.training.damage import find_damage, stop_if_damaged, stop_if_not_finite
 from ldm_jax.training.ema import more_averages
-from ldm_jax.training.evaluators import HELD_OUT, DrawnEvaluator, Evaluator, make_evaluators
+from ldm_jax.training.evaluators import HELD_OUT, DrawnEvaluator, Evaluator, due, make_evaluators
 from ldm_jax.training.optimizer import make_optimizer
 from ldm_jax.training.program import STOP, step_flops, step_program
 from ldm_jax.training.report import write_report
@@ -290,7 +290,7 @@ def _train_steps(
             if stop.agreed and not stop.requested:
                 _tell("%s to another process: stopping after this step", stop.agreed)
 
-            if step % settings.log_every == 0 or last:
+            if due(settings.log_every, step) or last:
                 finish()
                 checkpoints.check()
                 values = _mean(pending)
@@ -306,7 +306,7 @@ def _train_steps(
                     f"data_wait {speed['data_wait']:.0%}"
                 )
                 pending = []
-            if step % settings.preview_every == 0 or last:
+            if due(settings.preview_every, step) or last:
                 finish()
                 with clock.paused():
                     picture = _compute(mesh, task.preview, state.ema)
@@ -319,7 +319,7 @@ def _train_steps(
                 if values and metrics_log:
                     metrics_log.write(step, evaluator.kind, values)
                 held_out = values if evaluator.kind == HELD_OUT else held_out
-            if step % settings.checkpoint_every == 0 or last or stop.agreed:
+            if due(settings.checkpoint_every, step) or last or stop.agreed:
                 finish()
                 with clock.paused():
                     stop_if_not_finite(task, state, step, seed, checkpoints)

@@ -1,6 +1,7 @@
 """Every variant of every config that starts from a model: data, two steps, export, load, draw.
 
-Without those called scenes where there is one called smoke, which is the same for fewer steps.
+On a folder of small pictures. The variants scenes, and smoke, the same for fewer steps, are trained
+in tests of their own: test_adapters, test_inversion, test_control, test_t2i and test_distillation.
 """
 
 from pathlib import Path
@@ -18,7 +19,7 @@ from tests.models.published import config_file
 from tests.training.variants import photographs
 
 FILES = ("finetune", "lora", "dreambooth", "textual_inversion", "controlnet", "distill")
-SIDE, SCENES_SIDE = 16, 64  # pixels of the pictures in a folder, and of scenes
+SIDE = 16
 MODELS = {"sdxl": tiny_models.XL}  # by variant; of the others
 MODEL = tiny_models.config(
     tiny_models.STABLE["conditioning"],
@@ -33,7 +34,7 @@ def variants():
     found = []
     for file in FILES:
         names = getattr(config_file(ROOT / "configs" / f"{file}.py"), "VARIANTS", {"": None})
-        names = [name for name in names if name != "scenes" or "smoke" not in names]
+        names = [name for name in names if name not in ("scenes", "smoke")]
         found += [(file, name, "") for name in names]
         found += [(file, name, "t2i") for name in names if file == "controlnet"]
     return found
@@ -58,11 +59,8 @@ def reduced(folder: Path, file: str, variant: str, kind: str):
     config = get_config(variant) if variant else get_config()
     config.init_from = str(folder / f"base{variant if variant in MODELS else ''}.safetensors")
     config.train.update(steps=2, batch_size=8, log_every=1, preview_every=2, checkpoint_every=2)
-    if config.data.source == "folder":
-        config.data.update(path=str(folder / "pictures"), held_out=0.2, image_size=SIDE)
-    else:
-        config.data.image_size = SCENES_SIDE
-        config.data.scenes.update(train_scenes=16, held_out_scenes=8)
+    config.data.update(source="folder", path=str(folder / "pictures"), held_out=0.2)
+    config.data.image_size = SIDE
     if "prior" in config and config.prior.prompt:
         config.prior.count = 8
     if "adapters" in config:
@@ -71,10 +69,7 @@ def reduced(folder: Path, file: str, variant: str, kind: str):
         own = (target if "text" in target else r"^unet/.*/attn[12]/" for target in targets)
         config.adapters.targets = tuple(own)
     if "inversion" in config:
-        config.inversion.update(start="apple", token="<mine>")
-        if config.data.source == "scenes":
-            config.inversion.captions = ("a {}",)
-        config.sampling.prompts = ("a <mine>",)
+        config.inversion.start = "apple"
     if kind:
         config.control.kind = kind
     config.sampling.steps = 2
@@ -88,12 +83,11 @@ def test_variant(folder, tmp_path, file, variant, kind):
     metrics = train(config, tmp_path)
     assert not metrics or np.isfinite(metrics["loss"])
     pipe = ldm_jax.load(tmp_path)
-    side = config.data.image_size
-    hint = np.random.default_rng(0).uniform(size=(side, side, 3)).astype(np.float32)
+    hint = np.random.default_rng(0).uniform(size=(SIDE, SIDE, 3)).astype(np.float32)
     told = {"control": hint} if file == "controlnet" else None
     prompt = "a <mine> on a table" if file == "textual_inversion" else "a dog on a table"
     picture = pipe(prompt, conditions=told, steps=2)
-    assert picture.shape == (1, side, side, 3) and np.isfinite(picture).all() and picture.std() > 0
+    assert picture.shape == (1, SIDE, SIDE, 3) and np.isfinite(picture).all() and picture.std() > 0
 
 
 def test_every_config_that_starts_from_a_model_is_here():

@@ -256,3 +256,16 @@ def test_a_run_shows_its_data_before_it_compiles(use, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_compile_step", compile_after)
     train(steps(2), tmp_path)
     assert (tmp_path / "first_batch.png").exists()
+
+
+@pytest.mark.parametrize("never", [0, -1])
+def test_intervals_of_nothing_are_at_the_end_alone(use, whole, tmp_path, never):
+    use(Task())
+    config = steps(30)
+    config.train.update(log_every=never, checkpoint_every=never, preview_every=never)
+    train(config, tmp_path)
+    assert model(tmp_path) == model(whole[0])
+    assert [m["step"] for m in read_metrics(tmp_path)] == [30] * len(read_metrics(tmp_path))
+    kept = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+    assert kept == ["30"]
+    assert [path.name for path in (tmp_path / "previews").iterdir()] == ["0000030.png"]
