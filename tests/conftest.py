@@ -1,5 +1,6 @@
-"""Eight devices for every test, and one compilation cache for all of them."""
+"""Eight devices for every test, one compilation cache for all, few programs in memory at once."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -14,11 +15,28 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 CACHE = Path(tempfile.gettempdir()) / "ldm_jax_test_cache"
 os.environ["LDM_JAX_CACHE"] = str(CACHE)
 
+import jax  # noqa: E402
+
 import ldm_jax  # noqa: E402
 from ldm_jax.runtime.compile_cache import use_compile_cache  # noqa: E402
 
 use_compile_cache(CACHE)
 ROOT = Path(ldm_jax.__file__).parents[1]
+
+MAPPINGS = Path("/proc/self/maps")  # of Linux
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Drops compiled programs before they exhaust the memory mappings of a process.
+
+    Each program on a CPU has several, Linux allows 65,530, and the process that needs one more is
+    aborted. A module leaves some hundreds; dropped programs come back from the cache on disk.
+    """
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
