@@ -120,9 +120,8 @@ class CachedSource:
         self._placements = np.array([p for shard in shards for p in shard.placements], np.int32)
         self._first = np.cumsum([0, *(shard.records for shard in shards)])
         self._counts = [len(shard.names) for shard in shards]
-        self._records = ArrayRecordDataSource(
-            [Records(str(shard_path(self._folder, n)), s.records) for n, s in enumerate(shards)]
-        )
+        files = [Records(str(shard_path(self._folder, n)), s.records) for n, s in enumerate(shards)]
+        self._records = ArrayRecordDataSource(files) if files else ()
         self._dtype = np.dtype(self.options["dtype"])
         self._pixels = pixels
         if pixels and len(self.pictures) != len(self):

@@ -17,19 +17,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
 from ldm_jax.data.latent_shards import DTYPES, FORMAT, MEND, SPLITS, LatentContents
 from ldm_jax.data.loader import Loader
-from ldm_jax.data.shards import contents_path, read_contents, shard_path
+from ldm_jax.data.shards import read_contents
 from ldm_jax.data.sources import Subset
-from ldm_jax.data.text_files import printable
-from ldm_jax.data.whole_files import begin, locked, publish, write_whole
+from ldm_jax.data.whole_files import begin, locked, write_whole
 from ldm_jax.models.build import make_autoencoder
 from ldm_jax.runtime.mesh import AXES, replicated, spread
 from ldm_jax.runtime.processes import gather, is_first
+from ldm_jax.training.cache_shards import Shard, text_arrays
 from ldm_jax.training.latents import (
     autoencoder_fingerprint,
     data_facts,
@@ -38,7 +37,7 @@ from ldm_jax.training.latents import (
     moments_shape,
 )
 from ldm_jax.training.tasks import make_task
-from ldm_jax.training.text_states import FIELDS, CachedStates, frozen_texts, text_fingerprint
+from ldm_jax.training.text_states import CachedStates, frozen_texts, text_fingerprint
 from ldm_jax.training.workdir import check_processes, check_shared, config_dict
 
 log = logging.getLogger(__name__)
@@ -240,7 +239,7 @@ class _Work:
         with closing(loader.iterate()) as batches:
             for (number, count), batch, arrays in self._encoded(of_batches, batches, params):
                 if shard is None:
-                    shard = _Shard(self.folder / split, number, self.options.dtype)
+                    shard = Shard(self.folder / split, number, self.options.dtype)
                 rows = [np.asarray(array)[:count] for array in arrays]
                 shard.add({name: values[:count] for name, values in batch.items()}, rows)
                 bar.update(count)
@@ -266,64 +265,6 @@ class _Work:
         yield from waiting
 
 
-class _Shard:
-    """A shard that is being written."""
-
-    def __init__(self, folder: Path, number: int, dtype: str):
-        self._folder, self._number, self._dtype = folder, number, np.dtype(dtype)
-        self._part = shard_path(folder, number).with_suffix(".array_record.part")
-        # Groups of one: random access. Moments hardly compress.
-        self._writer = ArrayRecordWriter(str(self._part), "group_size:1,uncompressed")
-        self._records, self._errors = 0, defaultdict(lambda: np.zeros(2))
-        self.names: list[str] = []
-        self._captions: list[str] = []
-        self._labels: list[int] = []
-        self._placements: list[list[int]] = []
-
-    def add(self, batch: dict[str, Any], arrays: Sequence[np.ndarray]) -> None:
-        """Adds examples with their moments, and those of their mirror images."""
-        for i, name in enumerate(batch["name"]):
-            for array in arrays:
-                self._write("moments", array[i], name)
-        self.names += [printable(name) for name in batch["name"]]
-        self._captions += batch["caption"]
-        self._labels += batch["label"].tolist()
-        if batch["placed"].any():
-            self._placements += batch["placed"].tolist()
-
-    def finish(self, texts: Sequence[CachedStates]) -> None:
-        """Adds the states of the captions, and gives the files their names."""
-        distinct, states = list(dict.fromkeys(self._captions)), []
-        if texts:
-            encoded = [text.encoded(distinct) for text in texts]
-            for caption, *parts in zip(distinct, *encoded, strict=True):
-                arrays = [a for part in parts for a in _arrays(part).values()]
-                whole = np.concatenate([np.asarray(a, np.float32).ravel() for a in arrays])
-                self._write("states", whole, f"the caption {caption!r}")
-            places = {caption: place for place, caption in enumerate(distinct)}
-            states = [places[caption] for caption in self._captions]
-        self._writer.close()
-        errors = {name: tuple(sums.tolist()) for name, sums in self._errors.items()}
-        lists = self.names, self._captions, self._labels, states, self._placements
-        size = self._part.stat().st_size
-        contents = LatentContents(size, self._records, *lists, errors)
-        write_whole(contents_path(self._folder, self._number), contents._asdict())
-        publish(self._part, shard_path(self._folder, self._number))
-
-    def _write(self, kind: str, array: np.ndarray, name: str) -> None:
-        with np.errstate(over="ignore"):
-            stored = array.astype(self._dtype)
-        exact, back = array.astype(np.float64), stored.astype(np.float64)
-        if not np.isfinite(back).all():
-            raise ValueError(
-                f"{kind} of {printable(name)}: {np.abs(exact).max():.4g} is beyond {self._dtype}; "
-                "use --dtype=float32 or bfloat16"
-            )
-        self._errors[kind] += (np.square(back - exact).sum(), np.square(exact).sum())
-        self._writer.write(stored.tobytes())
-        self._records += 1
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(autoencoder: Any, params: Any, images: jax.Array) -> jax.Array:
     return moments(autoencoder, params, images)
@@ -344,13 +285,8 @@ def _placed(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]
     return example | {"placed": np.array(numbers, np.int32)}
 
 
-def _arrays(states: Any) -> dict[str, np.ndarray]:
-    """The fields of a `Conditioning` that a text encoder fills."""
-    return {f: np.asarray(v) for f in FIELDS if (v := getattr(states, f)) is not None}
-
-
 def _fields(text: CachedStates) -> dict[str, tuple[tuple[int, ...], str]]:
-    arrays = _arrays(text.null(1))
+    arrays = text_arrays(text.null(1))
     return {field: (array.shape[1:], str(array.dtype)) for field, array in arrays.items()}
 
 

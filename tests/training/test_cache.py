@@ -1,6 +1,7 @@
 """Latents and states of captions on disk: as those in memory, interrupted, and refused."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ from ldm_jax.training.tasks import make_task
 from tests.conftest import ROOT
 from tests.interop.systems import random_params, system
 from tests.models.published import config_file
+from tests.tiny_data_sets import write_tar
 from tests.training.variants import photographs
 
 SIZE = 32  # latents of 16, for these autoencoders halve once
@@ -214,11 +216,11 @@ import sys, time
 sys.path.insert(0, {root!r})
 from tests.training.test_cache import SMALL, finetune
 from ldm_jax.training import caching
-add = caching._Shard.add
+add = caching.Shard.add
 def slow(*args):
     time.sleep(0.3)
     add(*args)
-caching._Shard.add = slow
+caching.Shard.add = slow
 caching.write_cache(finetune({start!r}, {pictures!r}), {out!r}, SMALL)
 """
 
@@ -373,3 +375,61 @@ def test_half_of_the_bytes(config, cache, known, tmp_path, dtype, error):
     assert expected < report["relative_error"]["moments"] < error
     assert report["relative_error"].keys() == {"moments", "states"}
     assert "19 examples in 3 shards" in table(report)
+
+
+@pytest.fixture
+def tars(cache, tmp_path):
+    """What the cache has, as MLPerf's tars."""
+    source, folder = CachedSource(cache, "train", lambda: None), tmp_path / "tars"
+    for number in (0, 1):
+        members = {}
+        for i in range(number, len(source), 2):
+            file = io.BytesIO()
+            np.save(file, np.asarray(source[i]["moments"]).transpose(2, 0, 1))
+            members |= {f"{i:05}.npy": file.getvalue(), f"{i:05}.txt": source[i]["caption"]}
+        write_tar(folder / f"{number:05}.tar", members)
+    return folder
+
+
+def test_tars_of_moments(config, cache, tars, tmp_path):
+    """They are read as they are, and `ldm_jax.cache` makes shards with states of them."""
+    expected = make_task(stored(config.copy_and_resolve_references(), cache, "shards"))
+    config.data.held_out = 0.0
+    task = make_task(stored(config, tars, "memory"), tmp_path / "pictures.json")
+    assert (tmp_path / "moments.npz").exists() and not len(task.held_out)
+    with pytest.raises(ValueError, match="has no moments of mirror images: give --noflips"):
+        write_cache(config, tmp_path / "out", SMALL)
+    write_cache(config, tmp_path / "out", dataclasses.replace(SMALL, flips=False))
+    of_tars = make_task(stored(config.copy_and_resolve_references(), tmp_path / "out", "shards"))
+    rows = [i for number in (0, 1) for i in range(number, len(expected.source), 2)]
+    for place, i in enumerate(rows):
+        a, b, c = expected.source[i], task.source[place], of_tars.source[place]
+        assert a["caption"] == b["caption"] == c["caption"]
+        for other in (b, c):
+            np.testing.assert_array_equal(a["moments"], other["moments"])
+        np.testing.assert_array_equal(a["text/context"], c["text/context"])
+    _, batch = next(task.batches(0))
+    assert batch["moments"].shape == (8, 16, 16, 8) and batch["text"].context.shape == (8, 77, 64)
+    assert task.first_batch_picture(0).shape[2] == 3
+
+    config.data.conditions = dict(edges={})
+    with pytest.raises(
+        ValueError, match="data.conditions.edges is made of a picture, and .*tars ha"
+    ):
+        make_task(config)
+    config.data.conditions = {}
+    config.data.augment = ("flip",)
+    with pytest.raises(ValueError, match="data.augment: .*tars has no moments of mirror images"):
+        make_task(config)
+    config.data.augment = ()
+    config.evaluators.distance.every = 5
+    with pytest.raises(ValueError, match="evaluators.distance compares with pictures, and .*tars"):
+        make_task(config)
+    config.evaluators.distance.every, config.text_states = 0, "shards"
+    with pytest.raises(
+        ValueError, match="tars has no states of captions; use 'step' or 'memory', o"
+    ):
+        make_task(config)
+    config.data.image_size, config.text_states = 64, "step"
+    with pytest.raises(ValueError, match=r"npy has the shape \(8, 16, 16\), .* are \(8, 32, 32\)"):
+        make_task(config)
