@@ -62,13 +62,15 @@ class Shard:
     def _write(self, kind: str, array: np.ndarray, name: str) -> None:
         with np.errstate(over="ignore"):
             stored = array.astype(self._dtype)
-        exact, back = array.astype(np.float64), stored.astype(np.float64)
+        back = stored.astype(np.float32)
         if not np.isfinite(back).all():
             raise ValueError(
-                f"{kind} of {printable(name)}: {np.abs(exact).max():.4g} is beyond {self._dtype}; "
+                f"{kind} of {printable(name)}: {np.abs(array).max():.4g} is beyond {self._dtype}; "
                 "use --dtype=float32 or bfloat16"
             )
-        self._errors[kind] += (np.square(back - exact).sum(), np.square(exact).sum())
+        if self._dtype != np.float32:
+            sums = [np.square(x, dtype=np.float64).sum() for x in (back - array, array)]
+            self._errors[kind] += sums
         self._writer.write(stored.tobytes())
         self._records += 1
 

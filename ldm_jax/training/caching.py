@@ -89,7 +89,6 @@ def write_cache(config: Any, out: str | Path, options: Options | None = None) ->
         if is_first():
             stack.enter_context(locked(folder))
         check_processes(config_dict(config) | {"out": str(folder)} | dataclasses.asdict(options))
-        gather()  # now the folder is there
         check_shared(folder)
         task = _open_task(config, folder)
         work = _Work.of(task, options, folder)

@@ -1,5 +1,6 @@
 """Latents and states of captions on disk: as those in memory, interrupted, and refused."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -31,6 +32,7 @@ from tests.conftest import ROOT
 from tests.interop.systems import random_params, system
 from tests.models.published import config_file
 from tests.tiny_data_sets import write_tar
+from tests.training.test_processes import free_port
 from tests.training.variants import photographs
 
 SIZE = 32  # latents of 16, for these autoencoders halve once
@@ -208,6 +210,33 @@ def test_interrupted_at_any_file(config, cache, known, tmp_path, monkeypatch, mo
         with pytest.raises(KeyboardInterrupt):
             write_cache(config, tmp_path / "out", SMALL)
     write_cache(config, tmp_path / "out", SMALL)
+    assert files(tmp_path / "out") == files(cache)
+
+
+def test_worker_processes_read_the_same(config, cache):
+    config.data.augment = ("flip",)
+    batches = []
+    for workers in (0, 1):
+        config.data.workers = workers
+        with contextlib.closing(make_task(stored(config, cache, "shards")).batches(0)) as read:
+            _, batch = next(read)
+        batches.append(batch | {"text": batch["text"].context})
+    same(*batches)
+
+
+@pytest.mark.long
+def test_two_processes_by_the_command(cache, stable, pictures, tmp_path):
+    """Each writes its shards, and the first the report: the files are those of one process."""
+    port = free_port()
+    command = [
+        sys.executable, "-m", "ldm_jax.cache", f"--config={ROOT}/configs/finetune.py",
+        f"--config.init_from={stable}", f"--config.data.path={pictures}", "--shard_size=8",
+        "--config.data.held_out=0.2", f"--config.data.image_size={SIZE}", f"--out={tmp_path}/out",
+        f"--coordinator=localhost:{port}", "--processes=2",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    processes = [subprocess.Popen([*command, f"--process={i}"], env=environment) for i in (0, 1)]
+    assert [process.wait() for process in processes] == [0, 0]
     assert files(tmp_path / "out") == files(cache)
 
 
