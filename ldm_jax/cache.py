@@ -60,7 +60,8 @@ def main():
     if report:
         print(table(report))
         print(f"Written in {time.perf_counter() - began:.1f} s; train with", end=" ")
-        print(f"--config.latents=shards --config.cache={OUT.value}")
+        states = " --config.text_states=shards" if report["states"] else ""
+        print(f"--config.latents=shards{states} --config.cache={OUT.value}")
     part()
 
 

@@ -41,7 +41,6 @@ from ldm_jax.training.text_states import CachedStates, frozen_texts, text_finger
 from ldm_jax.training.workdir import check_processes, check_shared, config_dict
 
 log = logging.getLogger(__name__)
-LARGEST = 1_000_000_000  # examples: more are without end
 LOOKED_AT = 10_000  # examples whose names and captions show that the data are the same
 AHEAD = 2  # batches whose latents are computed before those of the first are written
 
@@ -134,12 +133,6 @@ def _open_task(config: Any, folder: Path) -> Any:
     task = make_task(config, folder / ".pictures.json")
     if is_first():
         gather()
-    for source in (task.source, task.held_out):
-        if len(source) > LARGEST:
-            raise ValueError(
-                f"data.source={config.data.source!r} has {len(source):,} pictures: a cache has "
-                f"{LARGEST:,} at most"
-            )
     return task
 
 
@@ -325,5 +318,6 @@ def _report(folder: Path, work: _Work) -> dict[str, Any]:
     report["relative_error"] = {n: float(np.sqrt(a / b)) for n, (a, b) in errors.items() if b}
     first = work.sources["train"]
     report |= dict(left_out=dict(first.left_out), lost_captions=dict(first.lost_captions))
+    report["states"] = [text.name for text in work.texts]
     write_whole(folder / "report.json", json.loads(json.dumps(report)))
     return report

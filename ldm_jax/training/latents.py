@@ -16,6 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from ldm_jax.data.condition_kinds import Condition, Sizes
+from ldm_jax.data.conditions import check_files
 from ldm_jax.data.latent_shards import CachedSource, read_options
 from ldm_jax.data.loader import batches_once
 from ldm_jax.data.moment_tars import TarMoments, find_tars
@@ -157,6 +158,7 @@ def stored_sources(
     Raises:
       ValueError: the cache is another one's, not finished or not whole; or something is needed that
         it has not.
+      FileNotFoundError: a condition's files are not beside the pictures.
     """
     pixels = "image" in needs or not all(isinstance(c, Sizes) for c in conditions)
     data, path = config.data, config.cache
@@ -169,10 +171,14 @@ def stored_sources(
             for split in ("train", "held_out")
         )
     _check_cache(config, section, params)
-    return tuple(
+    sources = tuple(
         CachedSource(path, split, functools.partial(open_source, data, split, index), pixels)
         for split in ("train", "held_out")
     )
+    if pixels:
+        for source in sources:
+            check_files(conditions, source.pictures)
+    return sources
 
 
 def _check_tars(config: Any, conditions: Sequence[Condition], needs: Sequence[str]) -> None:

@@ -163,6 +163,10 @@ def test_a_condition_of_pixels_reads_the_pictures(config, cache, pictures):
     task = make_task(stored(config, cache))
     made = task.conditions[0](example := task.source[0], None)
     assert made["edges"].shape == (SIZE, SIZE, 1) and np.asarray(example["moments"]).ndim == 3
+    config.data.conditions = dict(hint={})
+    with pytest.raises(FileNotFoundError, match="hint: 19 of 19 pictures have no file .hint.png"):
+        make_task(config)
+    config.data.conditions = dict(edges={})
     config.data.path = str(pictures / "rose")
     with pytest.raises(ValueError, match="in train, and data.source gives .* now: these are other"):
         make_task(config)
