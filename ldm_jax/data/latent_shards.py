@@ -75,6 +75,31 @@ class Stored:
         return np.asarray(self._read(), dtype)
 
 
+class _Texts:
+    """Many texts in little memory: `add` lists of them, then `whole`, then read by index."""
+
+    def __init__(self):
+        self._parts: list[bytes] = []
+        self._lengths: list[np.ndarray] = []
+
+    def add(self, texts: list[str]) -> None:
+        encoded = [text.encode() for text in texts]
+        self._parts.append(b"".join(encoded))
+        self._lengths.append(np.array([len(text) for text in encoded], np.int64))
+
+    def whole(self) -> "_Texts":
+        self._parts = [b"".join(self._parts)]
+        self._lengths = [np.cumsum(np.concatenate([np.zeros(1, np.int64), *self._lengths]))]
+        return self
+
+    def __len__(self) -> int:
+        return len(self._lengths[0]) - 1
+
+    def __getitem__(self, index: int) -> str:
+        start, end = self._lengths[0][index : index + 2]
+        return self._parts[0][start:end].decode()
+
+
 class CachedSource:
     """A split of a cache, as a source; examples also have `moments`, float32 (h, w, 2c), which are
     read when they are used, and of each text embedder NAME `NAME/context` and so on.
@@ -106,21 +131,24 @@ class CachedSource:
         self.options = read_options(path)
         report = json.loads(Path(self._root, "report.json").read_bytes())
         self._folder, self._open = Path(self._root, split), open_pictures
-        shards = [
-            read_contents(self._folder, number, LatentContents, MEND)
-            for number in range(report[split]["shards"])
-        ]
+        names, captions, files, first, columns = _Texts(), _Texts(), [], [0], []
+        for number in range(report[split]["shards"]):
+            shard = read_contents(self._folder, number, LatentContents, MEND)
+            names.add(shard.names)
+            captions.add(shard.captions)
+            numbers = shard.labels, shard.states, shard.placements
+            columns.append([np.array(column, np.int32) for column in numbers])
+            files.append(Records(str(shard_path(self._folder, number)), shard.records))
+            first.append(first[-1] + shard.records)
         self.classes = tuple(self.options["classes"])
         self.left_out = dict(report["left_out"])
         self.lost_captions = dict(report["lost_captions"])
-        self._names = [name for shard in shards for name in shard.names]
-        self._captions = [caption for shard in shards for caption in shard.captions]
-        self._labels = np.array([n for shard in shards for n in shard.labels], np.int32)
-        self._states = np.array([n for shard in shards for n in shard.states], np.int64)
-        self._placements = np.array([p for shard in shards for p in shard.placements], np.int32)
-        self._first = np.cumsum([0, *(shard.records for shard in shards)])
-        self._counts = [len(shard.names) for shard in shards]
-        files = [Records(str(shard_path(self._folder, n)), s.records) for n, s in enumerate(shards)]
+        self._names, self._captions, self._first = names.whole(), captions.whole(), first
+        self._counts = [len(labels) for labels, *_ in columns]
+        empty = [np.zeros(0, np.int32)] * 3
+        self._labels, self._states, self._placements = map(
+            np.concatenate, zip(*(columns or [empty]), strict=True)
+        )
         self._records = ArrayRecordDataSource(files) if files else ()
         self._dtype = np.dtype(self.options["dtype"])
         self._pixels = pixels
@@ -167,7 +195,7 @@ class CachedSource:
             example["placement"] = Placement(*map(tuple, numbers))
         flips = self.options["flips"]
         shard, place = divmod(index, self.options["shard_size"])
-        first = int(self._first[shard])
+        first = self._first[shard]
         at = first + place * (1 + flips)
         mirrored = functools.partial(Stored, functools.partial(self._moments, at + 1))
         here = functools.partial(self._moments, at)
