@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -245,33 +244,33 @@ def test_two_processes_by_the_command(cache, stable, pictures, tmp_path):
     assert files(tmp_path / "out") == files(cache)
 
 
-SLOW = """
-import sys, time
+DYING = """
+import itertools, os, signal, sys
 sys.path.insert(0, {root!r})
 from tests.training.test_cache import SMALL, finetune
 from ldm_jax.training import caching
-add = caching.Shard.add
-def slow(*args):
-    time.sleep(0.3)
-    add(*args)
-caching.Shard.add = slow
+events = itertools.count()
+def dying(function):
+    def called(*args):
+        if next(events) == {moment}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+    return called
+caching.Shard.add, os.replace = dying(caching.Shard.add), dying(os.replace)
 caching.write_cache(finetune({start!r}, {pictures!r}), {out!r}, SMALL)
 """
 
 
 @pytest.mark.long
-def test_killed_and_continued(config, cache, known, stable, pictures, tmp_path):
-    parts = dict(root=str(ROOT), start=str(stable), pictures=str(pictures))
-    script, out = tmp_path / "slow.py", tmp_path / "out"
-    script.write_text(SLOW.format(**parts, out=str(out)))
-    process = subprocess.Popen([sys.executable, script], cwd=ROOT)
-    finished, deadline = out / "train" / "shard-00000.array_record", time.monotonic() + 120
-    while not finished.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+@pytest.mark.parametrize("moment, shards", [(3, 0), (6, 1), (7, 1), (8, 2)])
+def test_killed_and_continued(config, cache, known, stable, pictures, tmp_path, moment, shards):
+    """While a shard is written, before its contents and before its records get their names."""
+    script, out = tmp_path / "dying.py", tmp_path / "out"
+    parts = dict(root=str(ROOT), start=str(stable), pictures=str(pictures), out=str(out))
+    script.write_text(DYING.format(**parts, moment=moment))
+    assert subprocess.run([sys.executable, script], cwd=ROOT).returncode == -signal.SIGKILL
     there = {p: p.stat().st_ino for p in out.rglob("*.array_record")}
-    assert 1 <= len(there) < 4
+    assert len(there) == shards
     with pytest.raises(ValueError, match="out is not finished: run the same command of ldm_jax.c"):
         make_task(stored(config.copy_and_resolve_references(), out))
     write_cache(config, out, SMALL)
