@@ -152,8 +152,11 @@ def small_diffusion(conditioning: dict, sampling: dict, **unet) -> ml_collection
     config = ml_collections.ConfigDict(dict(task="diffusion") | start())
     # A workdir or a file with a trained autoencoder; empty: the bundled one.
     config.first_stage = ""
-    config.latents = "memory"  # encoded once; "step": in every step, with augmented pictures
-    config.text_states = "step"  # of frozen text encoders; "memory": once for each caption
+    # Encoded once, "memory"; in every step, with augmented pictures, "step"; or read from `cache`,
+    # "shards". The states of frozen text encoders likewise.
+    config.latents = "memory"
+    config.text_states = "step"
+    config.cache = ""  # a folder of python -m ldm_jax.cache, or of tars with moments
     config.data = data()
     config.unet = dict(
         in_channels=16,
@@ -227,6 +230,7 @@ def from_model(held_out: float) -> ml_collections.ConfigDict:
     config.first_stage = ""  # another autoencoder of the same latents
     config.latents = "step"
     config.text_states = "step"  # "memory" keeps them: 240 kB a caption for Stable Diffusion 1
+    config.cache = ""  # of latents="shards", text_states="shards": see docs/data.md
     # image_size 0: the model's training size.
     config.data = data(source="folder", image_size=0, held_out=held_out)
     config.unet = {}  # empty sections are the model's own

@@ -190,6 +190,7 @@ def diffusion(
         first_stage="",
         latents="step",
         text_states="step",
+        cache="",
         trainable=trainable,
         data=common.folder(model.size, conditions=data_conditions(model.conditions)),
         autoencoder=dict(kind="kl", scale_factor=1.0) | model.autoencoder.fields,

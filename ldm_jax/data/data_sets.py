@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from ldm_jax.data.captions import BESIDE, UNREADABLE
 from ldm_jax.data.folder import EXTENSIONS, FolderSource
 from ldm_jax.data.index import list_files
+from ldm_jax.data.tars import groups
 from ldm_jax.data.text_files import printable
 
 CAPTIONS = ("text", "caption", "captions", "prompt")
@@ -219,22 +220,11 @@ def _label(entries: dict[str, Any], columns: Columns) -> str:
 def _read_tar(path: str, name: str, start: int, columns: Columns) -> Iterator[Item]:
     try:
         with tarfile.open(path, "r:") as tar:
-            members = (
-                m for m in tar if m.isfile() and not os.path.basename(m.name).startswith(".")
-            )
-            groups = itertools.groupby(members, key=lambda member: _key(member.name))
-            for number, (key, group) in enumerate(groups):
-                parts = {m.name[len(key) + 1 :].lower(): m for m in group}
+            for number, (key, parts) in enumerate(groups(tar)):
                 if number >= start:
                     yield _tar_item(tar, f"{name}/{printable(key)}", parts, columns)
     except (tarfile.TarError, EOFError) as error:
         yield Item(name, fault=f"a damaged or truncated tar: {error}")
-
-
-def _key(name: str) -> str:
-    """The name of a member up to the first dot of its last part, as in webdataset."""
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + base.partition(".")[0]
 
 
 def _tar_item(

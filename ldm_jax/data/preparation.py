@@ -6,9 +6,7 @@ but the data set and the options: a shard is a function of where its records sta
 pictures before it, both of which the finished shards tell.
 """
 
-import fcntl
 import itertools
-import json
 import multiprocessing
 import os
 import signal
@@ -16,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from ldm_jax.data.filters import Options, Result, prepare_item
 from ldm_jax.data.loader import end_with_parent
 from ldm_jax.data.shards import Contents, contents_path, read_contents, shard_path
 from ldm_jax.data.text_files import printable
+from ldm_jax.data.whole_files import begin, locked, publish, write_whole
 
 CHUNK = 8  # number of pictures that a process is given at once
 MAX_NAMES = 5  # of the pictures dropped for each reason
@@ -57,7 +56,7 @@ def prepare(source: str, out: str, options: Options, workers: int = 0) -> dict[s
       ChildProcessError: a worker was killed.
     """
     folder = Path(os.path.abspath(os.path.expanduser(out)))
-    with _locked(folder):
+    with locked(folder):
         data_set = open_data_set(
             source,
             options.kind,
@@ -69,7 +68,11 @@ def prepare(source: str, out: str, options: Options, workers: int = 0) -> dict[s
             ),
         )
         path = os.path.abspath(os.path.expanduser(source))
-        _check_options(folder, {"source": printable(path)} | asdict(options), data_set)
+        given = {"format": FORMAT, "source": printable(path)} | asdict(options)
+        changed = (
+            f"other data: the files or captions in --source={printable(path)} have changed since"
+        )
+        begin(folder, given | {"data_set": data_set.digest}, {"data_set": changed})
         shards = _shards(folder, data_set, options, workers)
         report = _report(shards, data_set.lost_captions, options.image_size)
         if not report["kept"]:
@@ -79,7 +82,7 @@ def prepare(source: str, out: str, options: Options, workers: int = 0) -> dict[s
             raise ValueError(
                 f"{printable(source)}: of {report['read']} pictures none is left ({reasons})"
             )
-        _write_whole(folder / "report.json", report)
+        write_whole(folder / "report.json", report)
     return report
 
 
@@ -181,8 +184,8 @@ class _Shard:
         self._writer.close()
         size = self._part.stat().st_size
         contents = Contents(size, following, read, dropped, dict(self._lost), *lists)
-        _write_whole(contents_path(self._folder, self._number), contents._asdict())
-        _publish(self._part, shard_path(self._folder, self._number))
+        write_whole(contents_path(self._folder, self._number), contents._asdict())
+        publish(self._part, shard_path(self._folder, self._number))
         return contents
 
 
@@ -251,65 +254,3 @@ def _report(
             entry["count"] += count
             entry["first"] = (entry["first"] + names)[:MAX_NAMES]
     return report | dict(image_size=image_size, dropped=dropped, lost_captions=dict(lost))
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Makes the folder and locks it against other processes.
-
-    Raises:
-      ValueError: another process writes there, or it holds the files of something else.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    others = sorted(
-        name
-        for name in os.listdir(folder)
-        if not name.startswith(".") and not name.endswith(".part")
-    )
-    if others and "options.json" not in others:
-        raise ValueError(
-            f"--out={printable(folder)} holds other files, such as {printable(others[0])}: choose "
-            "a new or empty folder"
-        )
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--out={printable(folder)}: another process writes there") from None
-        yield
-
-
-def _check_options(folder: Path, options: dict[str, Any], data_set: DataSet) -> None:
-    """Refuses other options than those with which the folder was begun; stores a new one's."""
-    now = {"format": FORMAT} | options | {"data_set": data_set.digest}
-    path = folder / "options.json"
-    if not path.exists():
-        _write_whole(path, now)
-        return
-    there = json.loads(path.read_bytes())
-    for name in now:
-        if there.get(name) == now[name]:
-            continue
-        begun = f"--out={printable(folder)} was begun with"
-        if name == "data_set":
-            raise ValueError(
-                f"{begun} other data: the files or captions in --source={options['source']} have "
-                "changed since; choose a new folder"
-            )
-        raise ValueError(
-            f"{begun} --{name}={there.get(name)}, now it is {now[name]}: give the same options to "
-            "continue, or choose a new folder"
-        )
-
-
-def _write_whole(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=None if "names" in content else 1) + "\n")
-    _publish(part, path)
-
-
-def _publish(part: Path, path: Path) -> None:
-    """Gives a file its name, after its content has reached the disk."""
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)

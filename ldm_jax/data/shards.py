@@ -72,23 +72,25 @@ def contents_path(folder: str | Path, number: int) -> Path:
     return shard_path(folder, number).with_suffix(".json")
 
 
-def read_contents(folder: str | Path, number: int) -> Contents:
-    """The contents of a shard.
+def read_contents(
+    folder: str | Path, number: int, kind: type[NamedTuple] = Contents, mend: str = MEND
+) -> Any:
+    """The contents of a shard, as a `kind` with the field `bytes`.
 
     Raises:
-      ValueError: a file of the shard is missing or not whole; names it.
+      ValueError: a file of the shard is missing or not whole; names it, and ends with `mend`.
     """
     path = contents_path(folder, number)
     try:
-        contents = Contents(**json.loads(path.read_bytes()))
+        contents = kind(**json.loads(path.read_bytes()))
         path = shard_path(folder, number)
         found = os.path.getsize(path)
     except FileNotFoundError:
-        raise ValueError(f"{printable(path)} is missing: {MEND}") from None
+        raise ValueError(f"{printable(path)} is missing: {mend}") from None
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{printable(path)} is damaged ({error}): {MEND}") from error
+        raise ValueError(f"{printable(path)} is damaged ({error}): {mend}") from error
     if found != contents.bytes:
-        raise ValueError(f"{printable(path)} has {found} bytes instead of {contents.bytes}: {MEND}")
+        raise ValueError(f"{printable(path)} has {found} bytes instead of {contents.bytes}: {mend}")
     return contents
 
 
@@ -183,7 +185,7 @@ class ShardSource:
         self.left_out = {reason: found["count"] for reason, found in report["dropped"].items()}
         self.lost_captions = dict(report["lost_captions"])
         self._records = ArrayRecordDataSource(
-            [_Shard(str(shard_path(self._root, n)), len(s.names)) for n, s in enumerate(shards)]
+            [Records(str(shard_path(self._root, n)), len(s.names)) for n, s in enumerate(shards)]
         )
         strict = on_error == "raise"
         self._replacements = Replacements(self._root, self._labels, self.left_out, strict)
@@ -216,8 +218,9 @@ class ShardSource:
         return f"the record {self._names[index]} in {printable(self._root)}"
 
 
-class _Shard(NamedTuple):
-    """A whole file, in the form in which ArrayRecordDataSource need not open it to count."""
+class Records(NamedTuple):
+    """A whole file of `take` records, in the form in which ArrayRecordDataSource need not open it
+    to count."""
 
     filename: str
     take: int

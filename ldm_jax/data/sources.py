@@ -43,6 +43,9 @@ class Source(Protocol):
       endless: optional; True where examples are made up, each by its index alone: they need no
         shuffling, and are too many to look at all of them.
       groups: optional; int (N,), or None: only examples of one group are in a batch together.
+      latents: optional; True where examples have `moments`: `latent_shards`, `moment_tars`.
+      on_disk: optional; True where `describe` reads from the disk, for more examples than can be
+        looked at.
     """
 
     classes: tuple[str, ...]
@@ -188,8 +191,9 @@ def of_classes(source: Source, wanted: Sequence[str]) -> Subset:
 
 
 def sample(source: Source, count: int = 10_000) -> Source:
-    """The source itself, or the first `count` examples of an endless one: all that can be read."""
-    if getattr(source, "endless", False) and len(source) > count:
+    """The source itself, or the first `count` examples of one that is too long to look at."""
+    long = getattr(source, "endless", False) or getattr(source, "on_disk", False)
+    if long and len(source) > count:
         return Subset(source, range(count))
     return source
 

@@ -26,10 +26,18 @@ def background(example: Example, rng: np.random.Generator) -> Example:
 
 
 def flip(example: Example, rng: np.random.Generator) -> Example:
-    """With probability ½, mirrors left and right; a caption that names a side becomes wrong."""
-    if rng.random() < 0.5:
-        return example | {"image": example["image"][:, ::-1]} | _placed(example, "flipped")
-    return example
+    """With probability ½, mirrors left and right; a caption that names a side becomes wrong.
+
+    Stored latents become those of the mirror image, which were stored with them.
+    """
+    if rng.random() >= 0.5:
+        return example
+    mirrored = {}
+    if "image" in example:
+        mirrored["image"] = example["image"][:, ::-1]
+    if "moments" in example:
+        mirrored["moments"] = example["moments"].mirrored()
+    return example | mirrored | _placed(example, "flipped")
 
 
 def shift(example: Example, rng: np.random.Generator) -> Example:

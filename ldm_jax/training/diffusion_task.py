@@ -19,6 +19,7 @@ from ldm_jax.interop.changes import separated
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.pictures import image_grid, to_uint8
 from ldm_jax.pipeline import Pipeline
+from ldm_jax.runtime.mesh import on_one_device
 from ldm_jax.training import validation
 from ldm_jax.training.accumulation import mean_over_parts
 from ldm_jax.training.batches import Prepare, about_data, training_loader
@@ -29,7 +30,7 @@ from ldm_jax.training.latents import LatentSource, moments, sample_latents
 from ldm_jax.training.mean_flow import MeanFlowTraining
 from ldm_jax.training.methods import Adapters
 from ldm_jax.training.state import Params
-from ldm_jax.training.summary import first_pictures, log_summary
+from ldm_jax.training.summary import first_latents, first_pictures, log_summary
 from ldm_jax.training.trainable import merge, split
 
 log = logging.getLogger(__name__)
@@ -78,8 +79,9 @@ class DiffusionTask:
     def entries(self) -> tuple[str, ...]:
         """The entries of a batch: the latents' moments, or the pictures to encode, the entries
         that the embedders need, and the mask of the loss if the data have one."""
-        pixels = "moments" if isinstance(self.source, LatentSource) else "image"
-        needs = (entry for embedder in self.model.embedders for entry in embedder.needs)
+        pixels = "moments" if getattr(self.source, "latents", False) else "image"
+        both = (*self.model.embedders, *self.embedders)
+        needs = (entry for embedder in both for entry in embedder.needs)
         return tuple(dict.fromkeys((pixels, *needs, *self._loss_mask)))
 
     @property
@@ -135,7 +137,20 @@ class DiffusionTask:
 
     def first_batch_picture(self, start):
         prepare = Prepare(self.config.data.augment, self.conditions)
-        return first_pictures(self.config, self.source, prepare, start)
+        if not hasattr(self.source, "states"):
+            return first_pictures(self.config, self.source, prepare, start)
+        return first_latents(self.config, self.source, prepare, start, self._decode)
+
+    def _decode(self, latents: np.ndarray) -> np.ndarray | None:
+        """Pictures of unscaled latents, from this process alone; None if it has not all of the
+        autoencoder."""
+        params = self.frozen["autoencoder"]
+        if not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params)):
+            return None
+        with on_one_device():
+            decode, params = jax.jit(self.model.decode), jax.tree.map(np.asarray, params)
+            scaled = latents * self.model.autoencoder.scale_factor
+            return to_uint8(np.asarray(decode({"autoencoder": params}, scaled)))
 
     def evaluate(self, ema):
         """The validation loss, see `validation.py`; with adapters, also that of the model without

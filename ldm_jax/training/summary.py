@@ -1,7 +1,7 @@
 """The summary of its data that a run logs before anything compiles."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,3 +54,25 @@ def first_pictures(config: Any, source: Any, prepare: Prepare, start: int) -> np
     pictures = getattr(source, "pictures", source)
     loader = training_loader(config, pictures, prepare, ("image",))
     return image_grid(loader.batch(start)["image"], COLUMNS)
+
+
+def first_latents(
+    config: Any,
+    source: Any,
+    prepare: Prepare,
+    start: int,
+    decode: Callable[[np.ndarray], np.ndarray | None],
+) -> np.ndarray:
+    """What the first of batch `start` are the latents of, in a row, uint8 (H, W, 3).
+
+    `decode` makes pictures of means (B, h, w, c). Where it gives None, three channels are shown as
+    colours.
+    """
+    batch = training_loader(config, source, prepare, ("moments",)).batch(start)
+    mean, _ = np.split(batch["moments"][:COLUMNS], 2, axis=-1)
+    images = decode(mean)
+    if images is None:
+        colours = mean[..., [i % mean.shape[-1] for i in range(3)]]
+        low, high = colours.min(), colours.max()
+        images = np.uint8(255.0 * (colours - low) / max(high - low, 1e-6))
+    return image_grid(images[..., :3], COLUMNS)

@@ -22,17 +22,16 @@ from ldm_jax.training.abstract import blank_source, first_stage_shapes
 from ldm_jax.training.autoencoder_task import DISCRIMINATOR_LOSSES, AutoencoderTask
 from ldm_jax.training.diffusion_task import DiffusionTask
 from ldm_jax.training.initialise import check_frozen, loaded_parameters
-from ldm_jax.training.latents import IN_MEMORY, LATENTS, LatentSource
+from ldm_jax.training.latents import IN_MEMORY, LatentSource, check_latents, stored_sources
 from ldm_jax.training.methods import begin, changed_config, read_methods
 from ldm_jax.training.precision import compute_type
 from ldm_jax.training.prior import with_prior
 from ldm_jax.training.state import Params, Task
-from ldm_jax.training.text_states import with_states
+from ldm_jax.training.text_states import check_states, with_states
 from ldm_jax.training.trainable import like, merge, split
 from ldm_jax.training.workdir import config_dict
 
 log = logging.getLogger(__name__)
-PICTURE_AUGMENTS = ("flip", "zoom", "shift", "color", "background")
 # Sections that come from the model that training starts from, if the config leaves them empty.
 OF_THE_MODEL = ("autoencoder", "unet", "conditioning", "diffusion")
 
@@ -92,18 +91,7 @@ def _autoencoder(config: Any, index: Path | None, abstract: bool) -> Autoencoder
 
 
 def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask:
-    if config.latents not in LATENTS:
-        raise ValueError(f"latents={config.latents!r}: choose one of {', '.join(LATENTS)}")
-    pictures = [name for name in config.data.augment if name in PICTURE_AUGMENTS]
-    if pictures and config.latents == "memory":
-        raise ValueError(
-            f"data.augment: {', '.join(pictures)} would change the pictures, but latents='memory' "
-            "encodes each once; use latents='step', or augment captions only"
-        )
-    if config.data.get("buckets") and config.latents == "memory":
-        raise ValueError(
-            "data.buckets: latents='memory' keeps latents of one shape; use latents='step'"
-        )
+    check_latents(config)
     opened = open_any(config.init_from) if config.init_from else None
     config, resolved = _resolved(config, opened)
     methods = read_methods(config)
@@ -115,7 +103,14 @@ def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask
     check_guidance(embedders, resolved["sampling"]["guidance"])  # previews and sampling
     resolved["autoencoder"], first_stage = _first_stage(config, resolved, opened, abstract)
 
-    source, held_out = _sources(config, index, abstract)
+    stored = config.latents == "shards" and not abstract
+    if stored:
+        needs = [entry for e in embedders for entry in e.needs]
+        section = resolved["autoencoder"]
+        parts = config, section, first_stage, conditions, needs, index
+        source, held_out = stored_sources(*parts)
+    else:
+        source, held_out = _sources(config, index, abstract)
     for kept in ("latents", "text_states"):
         if config[kept] == "memory" and len(source) > IN_MEMORY:
             raise ValueError(
@@ -149,8 +144,13 @@ def _diffusion(config: Any, index: Path | None, abstract: bool) -> DiffusionTask
     trains = adapters.networks if adapters else split(fresh, config.trainable)[0]
     if abstract:
         loaded, frozen = jax.eval_shape(lambda: (loaded, frozen))
-    embedders = with_states(model.embedders, config.text_states, frozen, trains)
-    if config.latents == "memory":
+    how, states = config.text_states, None
+    if how == "shards" and abstract:
+        how = "memory"  # of the same shapes
+    elif how == "shards":
+        states = check_states(config, source, resolved["conditioning"], frozen)
+    embedders = with_states(model.embedders, how, frozen, trains, states)
+    if config.latents != "step" and not stored:
         pixels = bool(conditions) or any("image" in e.needs for e in model.embedders)
         source, held_out = (
             LatentSource(pictures, make_autoencoder(resolved["autoencoder"]), params, pixels)

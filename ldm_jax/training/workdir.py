@@ -25,7 +25,7 @@ except ImportError:  # Windows
 log = logging.getLogger(__name__)
 
 # Settings of the reading of data, which processes may have of their own.
-OF_A_PROCESS = ("data.path", "data.workers")
+OF_A_PROCESS = ("data.path", "data.workers", "cache")
 # Settings that may differ when a run resumes, as dotted keys or sections: lengths and intervals,
 # devices, memory and precision, the location and reading of the data, previews and evaluators.
 HARMLESS = (
@@ -43,6 +43,7 @@ HARMLESS = (
     "data.path",
     "data.on_error",
     "data.workers",
+    "cache",
     "sampling",
     "evaluators",
 )

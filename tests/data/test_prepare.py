@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax.data import preparation
+from ldm_jax.data import preparation, whole_files
 from ldm_jax.data.filters import Options
 from ldm_jax.data.folder import FolderSource
 from ldm_jax.data.preparation import prepare
@@ -88,7 +88,7 @@ def test_fewer_pictures_than_workers(tmp_path):
 
 SLOW = """
 import sys, time
-from ldm_jax.data import preparation
+from ldm_jax.data import preparation, whole_files
 from ldm_jax.data.filters import Options
 items = preparation._items
 def slow(*args):
@@ -179,7 +179,7 @@ def test_other_files_in_out_are_refused(many):
 
 
 def test_two_commands_at_once(many):
-    with preparation._locked(many / "out"), pytest.raises(ValueError, match="another process"):
+    with whole_files.locked(many / "out"), pytest.raises(ValueError, match="another process"):
         run(many)
 
 

@@ -63,10 +63,11 @@ def test_the_shapes_are_those_of_a_real_task(name, pictures, tmp_path):
     assert described(abstract_state(task, config)[1].params) == described(loaded)
 
 
-def test_kept_text_states(pictures, tmp_path):
+@pytest.mark.parametrize("how", ["memory", "shards"])
+def test_kept_text_states(pictures, tmp_path, how):
     """The features of a frozen encoder are a part of the batch, and their null is traced."""
     config = reduced(variant("published:sd1"), pictures, tmp_path)
-    config.update(text_states="memory", latents="memory", first_stage="", init_from="")
+    config.update(text_states=how, latents=how, cache="/nowhere", first_stage="", init_from="")
     config.data.path = ""
     task = make_task(config, abstract=True)
     shapes = batch_shapes(task, 8)
