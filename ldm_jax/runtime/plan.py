@@ -11,6 +11,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from ldm_jax.runtime.hlo import traffic
-from ldm_jax.runtime.meters import Chip
+from ldm_jax.runtime.meters import Chip, chip_of
 
 # The number of sides that a family's slices have, and an example of each.
 FAMILIES = {"v5e": (2, "v5e:4x4"), "v5p": (3, "v5p:2x2x2"), "v6e": (2, "v6e:4x4")}
@@ -134,6 +135,16 @@ def compile_usage(lowered: Any) -> Usage:
         seconds=spent,
         compiled=compiled,
     )
+
+
+def capacity_of(devices: Sequence[Any]) -> float:
+    """Bytes that a program may use of each device: of a chip that is known all of its memory, else
+    what the device says, and of a CPU its share of the machine's."""
+    if (chip := chip_of(devices[0])) is not None:
+        return chip.memory
+    if limit := (devices[0].memory_stats() or {}).get("bytes_limit"):
+        return limit
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
 
 
 @dataclasses.dataclass(frozen=True)
