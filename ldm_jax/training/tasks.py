@@ -32,7 +32,7 @@ from ldm_jax.training.trainable import like, merge, split
 from ldm_jax.training.workdir import config_dict
 
 log = logging.getLogger(__name__)
-PICTURE_AUGMENTS = ("flip", "zoom", "shift", "color", "background")
+PICTURE_AUGMENTS = ("flip", "zoom", "shift", "color", "background", "unit_range")
 # Sections that come from the model that training starts from, if the config leaves them empty.
 OF_THE_MODEL = ("autoencoder", "unet", "conditioning", "diffusion")
 
