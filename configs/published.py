@@ -115,7 +115,7 @@ MLPERF = dict(lr=1.25e-7 * 512, warmup=1000, batch=512, steps=5000, ema=0.0, tra
 MLPERF |= dict(
     init_networks=("text",),
     latents="memory",
-    train=dict(checkpoint_every=1000, preview_every=1000),
+    train=dict(checkpoint_every=1000, preview_every=1000, mllog=True),
 )
 ADM = dict(lr=1e-4, batch=256, optimizer=dict(weight_decay=0.0))
 DIFFUSION = {
