@@ -179,7 +179,7 @@ def write_tables(root: Path, runs: dict, trained: dict, drawn: dict) -> None:
                 f"{row['loss'][-1][1]:.3f}",
                 f"{row['fd'][-1][1]:.1f}",
                 f"{max(kinds):.0%}" if kinds else "",
-                f"{after:,} pictures, {share * row['seconds']:.0f} s" if after else "–",
+                f"{after:,} pictures, {share * row['seconds']:.2g} s" if after else "–",
             ]
         )
     counts = sorted({n for numbers in drawn.values() for n in numbers})
