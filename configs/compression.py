@@ -36,7 +36,7 @@ UNETS = {
     4: dict(model_channels=32, channel_mult=(1, 1, 2), step=0.225, evaluations=6),
     16: dict(model_channels=64, channel_mult=(1,), step=0.087, evaluations=8),
     32: dict(model_channels=64, channel_mult=(1,), step=0.083, evaluations=8),
-    2: dict(model_channels=32, channel_mult=(1, 1, 1, 2), step=0.7, evaluations=2),
+    2: dict(model_channels=32, channel_mult=(1, 1, 1, 2), step=0.592, evaluations=2),
 }
 # Patches of at most 8 pixels, then levels of half the sides.
 AUTOENCODERS = {
