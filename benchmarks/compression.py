@@ -1,11 +1,15 @@
 """The comparison of the models that `configs/compression.py` trains.
 
     python -m benchmarks.compression --workdir=runs/compression
+    python -m benchmarks.compression --costs
 
 The sweep calls it when its runs are finished; alone it compares what there is. It draws with each
 model in several numbers of steps and measures the pictures, once: `drawn.json` keeps what was
-found. Then it writes `compression.md`, two tables, and the plots `training.png` and `steps.png`,
-of the kind of figures 6 and 7 of Rombach et al. 2022.
+found. Then it writes `compression.md`, two tables, the plots `training.png` and `steps.png`, of the
+kind of figures 6 and 7 of Rombach et al. 2022, and `pictures.png`, the same pictures of all models.
+
+The second prints what a training step of 32 pictures costs for each factor: GFLOP and seconds of a
+processor, the least of three steps.
 """
 
 import argparse
@@ -18,10 +22,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from configs.compression import UNETS
+from configs.compression import UNETS, get_config
 from ldm_jax.data.sources import open_source
 from ldm_jax.evaluation.drawing import drawn_metrics, real_pictures, spaced
 from ldm_jax.interop.opening import open_any
@@ -30,7 +35,11 @@ from ldm_jax.metrics.extractors import load_extractor
 from ldm_jax.metrics.scene_tasks import judge
 from ldm_jax.pictures import image_grid, save_png
 from ldm_jax.runtime.logging import read_metrics
+from ldm_jax.runtime.mesh import make_mesh
+from ldm_jax.runtime.plan import measure
+from ldm_jax.training.program import abstract_state, lower_step
 from ldm_jax.training.sweeps import finished
+from ldm_jax.training.tasks import make_task
 
 log = logging.getLogger("ldm_jax.benchmarks")
 
@@ -146,7 +155,7 @@ def compare(root: Path, steps: Sequence[int] | None = None, count: int | None = 
         for factor, run in runs.items()
     }
     write_tables(root, runs, trained, drawn)
-    write_plots(root, trained, drawn)
+    write_plots(root, runs, trained, drawn)
     print((root / "compression.md").read_text())
 
 
@@ -202,8 +211,8 @@ def _table(titles: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_plots(root: Path, trained: dict, drawn: dict) -> None:
-    """`training.png` and `steps.png`."""
+def write_plots(root: Path, runs: dict, trained: dict, drawn: dict) -> None:
+    """`training.png`, `steps.png` and `pictures.png`."""
     names = {factor: f"f{factor}" for factor in trained}
     by_pictures = {names[f]: row["fd"] for f, row in trained.items()}
     by_time = {
@@ -223,6 +232,20 @@ def write_plots(root: Path, trained: dict, drawn: dict) -> None:
         marks[names[factor]] = [str(n) for n in order]
     title = "processor ms a picture, drawing (labels: steps)"
     save_png(root / "steps.png", plot(costs, title, "Fréchet distance", colors, marks))
+    rows = {}
+    for factor, numbers in drawn.items():
+        same = [n for n in numbers if n <= 20]
+        if same:
+            with Image.open(root / f"pictures-{runs[factor].name}-{max(same)}.png") as image:
+                rows[names[factor]] = image.convert("RGB").crop((0, 0, image.width, 66))
+    if rows:
+        sheet = Image.new("RGB", (40 + max(row.width for row in rows.values()), 70 * len(rows)))
+        sheet.paste("white", (0, 0, *sheet.size))
+        pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+        for i, (name, row) in enumerate(rows.items()):
+            sheet.paste(row, (40, 70 * i))
+            pen.text((4, 70 * i + 33), name, "black", font, "lm")
+        save_png(root / "pictures.png", np.asarray(sheet))
 
 
 def plot(
@@ -278,12 +301,33 @@ def _ticks(low: float, high: float) -> list[float]:
     return [tick for tick in ticks if low <= tick <= high]
 
 
+def costs() -> None:
+    """Prints a row for each factor."""
+    print("     parameters   GFLOP   processor s")
+    for factor in sorted(UNETS):
+        config = get_config(f"f{factor}")
+        if factor > 1:
+            with config.unlocked():
+                first_stage = get_config(f"f{factor}-autoencoder").autoencoder
+                config.autoencoder = first_stage.to_dict() | dict(scale_factor=1.0)
+        task, mesh = make_task(config, abstract=True), make_mesh(config.mesh)
+        lowered = lower_step(task, config, mesh)
+        params = jax.tree.leaves(abstract_state(task, config)[1].params)
+        seconds = measure(lowered.lowered.compile(), clock=time.process_time)
+        count = sum(leaf.size for leaf in params)
+        print(f"f{factor:<3} {count:11,}  {lowered.flops / 1e9:6.2f}  {seconds:12.3f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", required=True, type=Path, help="the sweep's")
+    parser.add_argument("--workdir", type=Path, help="the sweep's")
+    parser.add_argument("--costs", action="store_true", help="of a step; trains nothing")
+    given = parser.parse_args()
+    if given.costs == (given.workdir is not None):
+        parser.error("give --workdir, or --costs")
     logging.basicConfig(level=logging.WARNING)
     log.setLevel(logging.INFO)
-    compare(parser.parse_args().workdir)
+    costs() if given.costs else compare(given.workdir)
 
 
 if __name__ == "__main__":

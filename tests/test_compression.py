@@ -63,6 +63,8 @@ def runs(tmp_path):
     numbers = {"fd": 60.0, "interval": [50, 70], "class": 0.5, "seconds": 0.01, "count": 8}
     drawn = {"f8/5": numbers, "f8/10": numbers | {"fd": 55.0, "seconds": 0.02}}
     (tmp_path / "drawn.json").write_text(json.dumps(drawn))
+    for steps in (5, 10):
+        Image.new("RGB", (526, 130), "red").save(tmp_path / f"pictures-f8-{steps}.png")
     return tmp_path
 
 
@@ -82,6 +84,8 @@ def test_the_comparison(runs, capsys):
     for name, width in (("training.png", 2), ("steps.png", 1)):
         with Image.open(runs / name) as plot:
             assert plot.size == (width * compression.WIDTH, compression.HEIGHT)
+    with Image.open(runs / "pictures.png") as sheet:
+        assert sheet.size == (566, 70)
 
 
 def test_no_runs(tmp_path):
