@@ -139,6 +139,7 @@ def train(**fields) -> dict:
             checkpoint_every=1000,
             preview_every=3000,
             keep=2,
+            mllog=False,  # also write mlperf.log, MLPerf's lines of events
         )
         | fields
     )

@@ -21,6 +21,14 @@ Variants
     models         sgm-cifar10_cond
     guided         adm-64, adm-128, adm-256, adm-256-uncond, adm-512, without their learned variance
     diffusion
+    benchmark      mlperf_sd2, Stable Diffusion 2 from random weights, as in MLPerf Training 4.0 to
+                   5.0, with the text encoder and autoencoder of --config.init_from=
+                   512-base-ema.ckpt. A batch of 512 and its rate; of another batch, set
+                   --config.optimizer.lr=1.25e-7 times it (3.2e-5 of 256). MLPerf's data were
+                   encoded by mistake from pixels in [0, 1], not [-1, 1] (mlcommons/training#721);
+                   pictures of your own are treated so with --config.latents=step and
+                   --config.data.augment="('unit_range',)". MLPerf's own tars of moments are read
+                   with --config.latents=shards --config.cache='DIR/*.tar'
 
 `ldm_jax/published` has the models and their sources; this file has only training. Values are those
 of the same configurations or, for batch, steps and learning rate, of the papers and model cards.
@@ -40,7 +48,7 @@ bfloat16 was compared with it on small models only.
 from functools import partial
 
 from configs import common
-from ldm_jax.published import AUTOENCODERS, MODELS
+from ldm_jax.published import AUTOENCODERS, MODELS, RECIPES
 
 UNPUBLISHED = 400_000
 KL = dict(kl_weight=1e-6, disc_start=50_001, disc_weight=0.5)
@@ -102,6 +110,14 @@ SGM = dict(lr=1e-4, warmup=10_000, ema=0.0, batch=64)
 EDM_OBJECTIVE = dict(weighting="edm", draw="log_normal", draw_mean=-1.2, draw_std=1.2)
 TOY = dict(lr=1e-4, ema=0.0, batch=512, objective=EDM_OBJECTIVE)
 MNIST, CIFAR = (dict(data=dict(source="tfds", path=name)) for name in ("mnist", "cifar10"))
+# 2.56 million pictures; submitters evaluate after each 512,000, and stop at an FID of 90 and a CLIP
+# score of 0.15.
+MLPERF = dict(lr=1.25e-7 * 512, warmup=1000, batch=512, steps=5000, ema=0.0, trainable=UNET)
+MLPERF |= dict(
+    init_networks=("text",),
+    latents="memory",
+    train=dict(checkpoint_every=1000, preview_every=1000, mllog=True),
+)
 ADM = dict(lr=1e-4, batch=256, optimizer=dict(weight_decay=0.0))
 DIFFUSION = {
     "celeba256": dict(lr=9.6e-5, batch=48, steps=410_000),
@@ -141,6 +157,7 @@ DIFFUSION = {
     "adm-256": ADM | dict(steps=1_980_000),
     "adm-256-uncond": ADM | dict(steps=1_980_000),
     "adm-512": ADM | dict(steps=1_940_000),
+    "mlperf_sd2": MLPERF,
 }
 
 # The arrays of conditions that training makes; all others are files, picture.NAME.npy.
@@ -183,8 +200,9 @@ def preview(conditioning):
 def diffusion(
     name, *, lr, batch, steps=UNPUBLISHED, warmup=0, ema=0.9999, trainable=common.ALL, **more
 ):
-    """The config of a diffusion model; `more` holds, by section, fields that differ."""
-    model = MODELS[name]
+    """The config of a diffusion model; `more` holds, by section, fields that differ, and settings
+    of no section."""
+    model = (MODELS | RECIPES)[name]
     config = common.start() | dict(
         task="diffusion",
         first_stage="",
@@ -202,7 +220,10 @@ def diffusion(
         train=train(batch, steps, ema),
         sampling=preview(model.conditions) | model.sampling,
     )
-    return config | {section: config[section] | fields for section, fields in more.items()}
+    return config | {
+        name: config[name] | value if isinstance(value, dict) else value
+        for name, value in more.items()
+    }
 
 
 VARIANTS = {name: partial(autoencoder, name, *row) for name, row in FIRST_STAGES.items()}

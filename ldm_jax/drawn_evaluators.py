@@ -1,10 +1,12 @@
 """Evaluators of training that draw pictures, for `loop.train`."""
 
+import functools
 from typing import Any
 
 from ldm_jax.conditions.kinds import SIZES
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.evaluation import clip_metrics, drawn_metrics, scene_metrics
+from ldm_jax.evaluation.drawing import Real, real_pictures
 from ldm_jax.metrics.clip_score import load_clip
 from ldm_jax.metrics.extractors import load_extractor
 from ldm_jax.pipeline import Pipeline
@@ -105,7 +107,14 @@ def _check_drawable(task: Any, name: str) -> None:
 
 def _drawn(task: Any, ema: Any, options: Options, held_out: Any = ()) -> dict[str, float]:
     pipe, source = _pipe(task, ema), _pictures(task.source)
-    return drawn_metrics(pipe, source, options["count"], held_out, steps=options["steps"]).metrics
+    asked = dict(real=_real(source, held_out), steps=options["steps"])
+    return drawn_metrics(pipe, source, options["count"], **asked).metrics
+
+
+@functools.lru_cache(maxsize=2)  # with held-out pictures and without
+def _real(source: Any, held_out: Any) -> Real:
+    """The features of a run's pictures, which are the same at each measurement."""
+    return real_pictures(source, held_out, load_extractor(), {"split": "train"})
 
 
 def _captions(task: Any) -> tuple[Any, str]:

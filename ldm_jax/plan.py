@@ -6,6 +6,9 @@ It compiles the training step and the program that draws, for the slice's chips,
 they need of each: memory, FLOPs, bytes, the least time. No data, weights or parameters are needed
 or made. The compiler is libtpu: pip install 'jax[tpu]', in an environment of its own. Without
 --topology it compiles for the devices that are there, and also measures. See docs/tpu-plan.md.
+
+With --suggest it looks for the batch, the recomputation and the mesh that train fastest, and prints
+a table of what it has compiled.
 """
 
 from collections.abc import Iterator
@@ -18,8 +21,17 @@ from ml_collections import config_flags
 from ldm_jax.runtime.console import config_file, run
 from ldm_jax.runtime.mesh import check_batch, make_mesh, parts_of_batch
 from ldm_jax.runtime.meters import TERA, Chip, chip_of
-from ldm_jax.runtime.plan import Usage, compile_usage, measure, roofline, size, topology_devices
-from ldm_jax.training.program import Lowered, lower_sampler, lower_step
+from ldm_jax.runtime.plan import (
+    Usage,
+    capacity_of,
+    compile_usage,
+    measure,
+    roofline,
+    size,
+    topology_devices,
+)
+from ldm_jax.runtime.suggestions import LIMIT, Choice, Outcome, fsdp_sizes, ranked, search
+from ldm_jax.training.program import Lowered, lower_sampler, lower_step, state_bytes
 from ldm_jax.training.tasks import make_task
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/TASK.py[:variant].")
@@ -28,6 +40,10 @@ BATCH = flags.DEFINE_integer("batch", 0, "Of training, on all chips; 0: the conf
 PROGRAMS = flags.DEFINE_list("programs", ["train", "sample"], "What to compile: train, sample.")
 PICTURES = flags.DEFINE_integer("pictures", 1, "Drawn at once for each part of a batch.", 1)
 STEPS = flags.DEFINE_integer("steps", None, "Of drawing; unset: the config's.", 1)
+SUGGEST = flags.DEFINE_bool(
+    "suggest", False, "Try batches, recomputation and meshes of the training step; a table."
+)
+COMPILATIONS = flags.DEFINE_integer("compilations", LIMIT, "Of --suggest, at most.", 1)
 PRICE = flags.DEFINE_float("price", None, "Of an hour of one chip, in any currency.", 0.0)
 flags.mark_flags_as_required(["config"])
 
@@ -43,9 +59,12 @@ def main():
         devices = topology_devices(TOPOLOGY.value)
     else:
         devices = jax.devices()
-    mesh = make_mesh(config.mesh, devices)
     if BATCH.value:
         config.train.batch_size = BATCH.value
+    if SUGGEST.value:
+        suggest(config, devices, measured=not TOPOLOGY.value)
+        return
+    mesh = make_mesh(config.mesh, devices)
     if "train" in PROGRAMS.value:
         check_batch(mesh, config.train.batch_size)
     chip = chip_of(devices[0])
@@ -72,6 +91,74 @@ def programs(config: Any, mesh: Any) -> Iterator[tuple[str, Lowered]]:
         steps = STEPS.value or task.resolved["sampling"]["steps"]
         title = f"Drawing {count} pictures in {steps} steps"
         yield title, lower_sampler(task, config, mesh, count, STEPS.value)
+
+
+def suggest(config: Any, devices: list[Any], measured: bool) -> None:
+    """Prints the outcome of each compilation of a search, and then all of them, the best first."""
+    chip, chips = chip_of(devices[0]), len(devices)
+    if not measured and chip is None:
+        raise ValueError(f"--suggest: nothing is known of the speed of {devices[0].device_kind}")
+    tensor = max(config.mesh.get("tensor", 1), 1)
+
+    def changed(choice: Choice) -> tuple[Any, Any]:
+        own = config.copy_and_resolve_references()
+        own.train.update(batch_size=choice.batch, remat=choice.remat)
+        own.mesh.update(data=-1, fsdp=choice.fsdp)
+        return own, make_mesh(own.mesh, devices)
+
+    def compiled(choice: Choice) -> Outcome:
+        own, mesh = changed(choice)
+        lowered = lower_step(make_task(own, abstract=True), own, mesh)
+        usage = compile_usage(lowered.lowered)
+        if not usage.fits or usage.needed > capacity:
+            return Outcome(choice, usage.needed, 0.0, seconds=usage.seconds)
+        if measured:
+            time, by = measure(usage.compiled), "measured"
+        else:
+            bound = roofline(usage, lowered.flops / chips, chip)
+            time, by = bound.seconds, bound.by
+        speed = lowered.images / time / chips
+        return Outcome(choice, usage.needed, speed, by, usage.seconds)
+
+    task, capacity = make_task(config, abstract=True), capacity_of(devices)
+    parts = chips // tensor
+    batch = max(config.train.batch_size // parts, 1) * parts
+    least = parts * config.train.get("accumulate", 1)
+    states = {
+        fsdp: state_bytes(task, config, changed(Choice(fsdp, "", batch))[1])
+        for fsdp in fsdp_sizes(parts)
+    }
+    print(f"{chips} chips of {size(capacity)}; the state takes of each:")
+    for fsdp, taken in states.items():
+        print(f"  {size(taken)} with mesh.fsdp={fsdp}", flush=True)
+    outcomes = []
+    for outcome in search(
+        compiled, -(-batch // least) * least, least, list(states), states.get, capacity,
+        COMPILATIONS.value,
+    ):  # fmt: skip
+        outcomes.append(outcome)
+        print(f"  compiled in {outcome.seconds:.0f} s: {_row(outcome, parts)}", flush=True)
+    print("\n| " + " | ".join(TITLES) + " |\n" + "|---" * len(TITLES) + "|")
+    for outcome in ranked(outcomes):
+        print(_row(outcome, parts))
+    if not any(outcome.fits for outcome in outcomes):
+        raise ValueError("nothing fits: use more chips, mesh.tensor, or train.accumulate")
+
+
+TITLES = ("images/s a chip", "train.batch_size", "train.remat", "mesh", "memory", "bound by")
+
+
+def _row(outcome: Outcome, parts: int) -> str:
+    choice = outcome.choice
+    values = (
+        f"{outcome.speed:.4g}" if outcome.fits else "does not fit",
+        str(choice.batch),
+        choice.remat or "–",
+        f"data {parts // choice.fsdp}, fsdp {choice.fsdp}",
+        size(outcome.needed),
+        outcome.by,
+    )
+    return f"| {' | '.join(values)} |"
 
 
 def report(

@@ -8,6 +8,17 @@
     def sweep():
         return [{"optimizer.lr": lr, "seed": seed} for lr in (1e-3, 3e-3) for seed in range(3)]
 
+A setting may name a variant of the config file, and start from the workdir of an earlier one. It is
+then called after the variant, and `sweep(variant)` gets that of --config:
+
+    from ldm_jax.training.sweeps import Earlier
+
+    def sweep(variant):
+        first = {"variant": "autoencoder"}
+        return [first, {"variant": "diffusion", "first_stage": Earlier("autoencoder")}]
+
+If the file has a function `after(root, variant)`, it is called when all runs are finished.
+
 Each setting trains in a process and a directory of its own, named after the setting. The same
 command goes on where a sweep was stopped; runs that are finished are not run again. After each run
 `results.md`, a table, and `results.html`, the curves, are written. A run that fails leaves its
@@ -18,6 +29,7 @@ With --print the commands are printed instead: "commands", or a job array for "s
 """
 
 import os
+import runpy
 import shlex
 from pathlib import Path
 
@@ -30,8 +42,10 @@ from ldm_jax.training.sweeps import (
     as_slurm,
     check,
     command,
+    config_of,
     finished,
     name_of,
+    needs,
     settings_of,
     train,
     write_results,
@@ -48,12 +62,18 @@ flags.mark_flags_as_required(["config"])
 def main() -> None:
     config = config_flags.get_config_filename(flags.FLAGS["config"])
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    path, root = config.partition(":")[0], Path(WORKDIR.value).expanduser()
-    settings = settings_of(path)
+    path, _, variant = config.partition(":")
+    root = Path(WORKDIR.value).expanduser()
+    settings = settings_of(path, variant)
     for setting in settings:
-        check(CONFIG.value, setting, path)
-    commands = [command(config, overrides, s, root / name_of(s)) for s in settings]
+        check(config_of(path, setting, CONFIG.value), setting, path)
+    commands = [command(config, overrides, s, root) for s in settings]
     if PRINT.value:
+        if PRINT.value != "commands" and any(map(needs, settings)):
+            raise ValueError(
+                f"--print={PRINT.value}: settings that start from others' workdirs have an order, "
+                "and the jobs of an array have none; use --print=commands"
+            )
         shown = {"slurm": as_slurm, "gke": as_gke}.get(
             PRINT.value, lambda all: "\n".join(map(shlex.join, all))
         )
@@ -63,10 +83,17 @@ def main() -> None:
         raise ValueError("there is no train.py here: start the sweep in its directory")
     root.mkdir(parents=True, exist_ok=True)
     failed: dict[str, int] = {}
+    left_out: list[str] = []
     for i, (setting, arguments) in enumerate(zip(settings, commands, strict=True)):
         name = name_of(setting)
         if finished(root / name):
             print(f"{i + 1}/{len(settings)} {name}: finished before", flush=True)
+            continue
+        if without := [other for other in needs(setting) if other in (*failed, *left_out)]:
+            left_out.append(name)
+            print(
+                f"{i + 1}/{len(settings)} {name}: left out, for it needs {without[0]}", flush=True
+            )
             continue
         print(f"{i + 1}/{len(settings)} {name}: trains, output in {root / name}.log", flush=True)
         code = train(arguments, root / f"{name}.log")
@@ -80,7 +107,10 @@ def main() -> None:
     write_results(root, settings, failed)
     print((root / "results.md").read_text() + f"Curves: {root / 'results.html'}")
     if failed:
-        raise ValueError(f"failed: {', '.join(failed)}; see their .log files in {root}")
+        rest = f"; left out: {', '.join(left_out)}" if left_out else ""
+        raise ValueError(f"failed: {', '.join(failed)}; see their .log files in {root}{rest}")
+    if after := runpy.run_path(path).get("after"):
+        after(root, variant)
 
 
 if __name__ == "__main__":

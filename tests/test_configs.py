@@ -17,7 +17,7 @@ from ldm_jax.models.text import TextTransformer
 from ldm_jax.models.tiny_autoencoder import TinyAutoencoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.vq import VQModel
-from ldm_jax.published import AUTOENCODERS, MODELS
+from ldm_jax.published import AUTOENCODERS, MODELS, RECIPES
 from ldm_jax.training.optimizer import learning_rate
 from ldm_jax.training.workdir import config_dict
 from tests.models.published import (
@@ -181,9 +181,29 @@ def test_settings_are_those_of_our_own_configs(name, own_config):
 
 def test_every_variant_is_counted_and_in_the_docstring():
     upsamplers = {"adm-64-256", "adm-128-512"}  # nothing makes their condition of a picture
-    assert CONFIGS.VARIANTS.keys() == (AUTOENCODERS.keys() | MODELS.keys()) - upsamplers
+    models = AUTOENCODERS.keys() | MODELS.keys() | RECIPES.keys()
+    assert CONFIGS.VARIANTS.keys() == models - upsamplers
     words = CONFIGS.__doc__.replace(",", " ").split()
     assert [name for name in CONFIGS.VARIANTS if name not in words] == []
+
+
+def test_mlperf_s_recipe():
+    """Facts of mlcommons/training, retired_benchmarks/stable_diffusion."""
+    config, model = CONFIGS.get_config("mlperf_sd2"), RECIPES["mlperf_sd2"]
+    assert unet_size(UNet(**model.unet)) == (model.networks["unet"], UNET_TENSORS["sd2"])
+    assert size(*conditioner(model.conditions["text"])) == (model.networks["text"], 372)
+    differs = {k for k, v in model.unet.items() if MODELS["sd2"].unet.get(k) != v}
+    assert differs == {"groups"} and config.unet.groups == 16
+    assert config.autoencoder.scale_factor == 0.18215 and config.data.image_size == 512
+    assert config.conditioning.text.dropout == 0 and config.trainable == ("^unet/",)
+    schedule = dict(name="linear", timesteps=1000, start=0.00085, end=0.012)
+    assert config.diffusion.schedule.to_dict() == schedule | dict(zero_terminal_snr=False)
+    assert config.diffusion.parameterization == "v"
+    optimizer, train = config.optimizer, config.train
+    assert (optimizer.b1, optimizer.b2, optimizer.weight_decay) == (0.9, 0.999, 0.01)
+    rate = learning_rate(optimizer, train.steps)
+    assert rate(2000) == rate(4999) == pytest.approx(6.4e-5) and rate(500) < 0.51 * 6.4e-5
+    assert train.ema_decay == 0 and train.batch_size * train.steps == 2_560_000
 
 
 def test_unknown_variant_is_refused_with_a_list():

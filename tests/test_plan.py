@@ -87,6 +87,20 @@ def test_the_report_of_a_measured_program(report, program):
 
 
 @pytest.mark.long
+def test_suggestions_for_the_devices_of_this_machine():
+    code, output, messages = command(f"--config={SMOKE}", "--suggest", "--compilations=2")
+    assert code == 0, messages
+    lines = output.splitlines()
+    assert lines[0].startswith("8 chips of ") and lines[1].endswith(" with mesh.fsdp=1")
+    assert output.count("compiled in") == 2
+    titles = lines.index(next(line for line in lines if line.startswith("| images/s a chip")))
+    rows = [line.strip("| ").split(" | ") for line in lines[titles + 2 :]]
+    speeds = [float(row[0]) for row in rows]
+    assert len(rows) == 2 and speeds == sorted(speeds, reverse=True)
+    assert {row[3] for row in rows} <= {"data 8, fsdp 1", "data 1, fsdp 8"}
+
+
+@pytest.mark.long
 def test_for_the_devices_of_this_machine():
     code, output, messages = command(f"--config={SMOKE}", "--price=1", "--steps=2")
     assert code == 0, messages

@@ -40,6 +40,22 @@ lines = [{"step": i, "kind": k, "loss": lr / i} for i in (1, 2) for k in ("train
 (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 (run / "model.safetensors").write_bytes(b"")
 """
+# A first stage, and what starts from it.
+TWO_STAGES = """
+import ml_collections
+from pathlib import Path
+from ldm_jax.training.sweeps import Earlier
+def get_config(variant="all"):
+    first_stage = {} if variant == "first" else {"first_stage": ""}
+    rest = {"train": {"steps": 2}, "optimizer": {"lr": 1e-3}}
+    return ml_collections.ConfigDict(rest | first_stage)
+def sweep(variant):
+    second = {"variant": "second", "optimizer.lr": 0.25, "first_stage": Earlier("first")}
+    first = {"variant": "first"}
+    return [first, second] if variant == "all" else [first]
+def after(root, variant):
+    (Path(root) / "after.txt").write_text(variant)
+"""
 
 
 @pytest.fixture
@@ -49,16 +65,14 @@ def home(tmp_path):
     return tmp_path
 
 
-def arguments(*more):
-    flags = ["--config=config.py", "--workdir=runs", "--config.train.steps=2", *more]
+def arguments(*more, config="config.py"):
+    flags = [f"--config={config}", "--workdir=runs", "--config.train.steps=2", *more]
     return [sys.executable, "-m", "ldm_jax.sweep", *flags]
 
 
-def run(home, *more):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        arguments(*more), cwd=home, env=environment, capture_output=True, text=True
-    )
+def run(home, *more, config="config.py"):
+    command, environment = arguments(*more, config=config), os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
 
 
 def calls(home):
@@ -128,6 +142,46 @@ def test_commands_for_a_shell_slurm_and_kubernetes_train_the_same(home):
     assert calls(home) == ["runs/optimizer.lr=0.25", "runs/optimizer.lr=0.5"]
 
 
+@pytest.fixture
+def two_stages(home):
+    (home / "config.py").write_text(TWO_STAGES)
+    return home
+
+
+def run_both(home, *more):
+    return run(home, "--config.optimizer.lr=0.5", *more, config="config.py:all")
+
+
+def test_a_setting_starts_from_the_workdir_of_an_earlier_one(two_stages):
+    done = run_both(two_stages)
+    assert done.returncode == 0, done.stderr
+    assert calls(two_stages) == ["runs/first", "runs/second,optimizer.lr=0.25"]
+    printed = run_both(two_stages, "--print=commands").stdout.splitlines()
+    assert printed[0].startswith("python train.py --config=config.py:first --workdir=runs/first")
+    assert "--config=config.py:second " in printed[1]
+    assert printed[1].endswith("--config.first_stage=runs/first")
+    table = (two_stages / "runs" / "results.md").read_text()
+    assert "| second | 0.25 | first | finished |" in table
+    assert (two_stages / "runs" / "after.txt").read_text() == "all"
+    one = run(two_stages, config="config.py:first")  # its `sweep` has the first stage alone
+    assert "1/1 first: finished before" in one.stdout and len(calls(two_stages)) == 2
+
+
+def test_what_starts_from_a_setting_that_failed_is_left_out(two_stages):
+    (two_stages / "fail").touch()
+    done = run_both(two_stages)
+    assert "2/2 second,optimizer.lr=0.25: left out, for it needs first" in done.stdout
+    assert "failed: first; see their .log files in runs; left out: second,op" in done.stderr
+    assert not (two_stages / "calls").exists() and not (two_stages / "runs/after.txt").exists()
+    (two_stages / "fail").unlink()
+    assert run_both(two_stages).returncode == 0 and len(calls(two_stages)) == 2
+
+
+def test_an_array_of_jobs_has_no_order(two_stages):
+    done = run_both(two_stages, "--print=slurm")
+    assert done.returncode == 1 and "--print=slurm: settings that start from others'" in done.stderr
+
+
 def test_names_are_of_the_setting_alone():
     assert sweeps.name_of({"optimizer.lr": 1e-3, "seed": 2}) == "optimizer.lr=0.001,seed=2"
     assert sweeps.name_of({"data.path": "/a b/c"}) == "data.path=_a_b_c"
@@ -142,6 +196,11 @@ def test_names_are_of_the_setting_alone():
         ("def sweep(): return []", "must return a list of dicts"),
         ("def sweep(): return [1]", "must return a list of dicts"),
         ("def sweep(): return [{'seed': 1}, {'seed': 1}]", "returns twice: seed=1"),
+        (
+            "from ldm_jax.training.sweeps import Earlier\n"
+            "def sweep(): return [{'variant': 'b', 'first_stage': Earlier('a')}, {'variant': 'a'}]",
+            "no setting a before b",
+        ),
     ],
 )
 def test_bad_sweeps(tmp_path, body, message):
@@ -173,7 +232,8 @@ def test_every_sweep_of_the_configs_fits_its_config():
             found += 1
             config = runpy.run_path(str(path))["get_config"]()
             for setting in sweeps.settings_of(str(path)):
-                sweeps.check(config, setting, str(path))
+                own = sweeps.config_of(str(path), setting, config)
+                sweeps.check(own, setting, str(path))
     assert found
 
 

@@ -378,3 +378,20 @@ MODELS = {
         "128_512_upsampler.pt", size=512),
 }
 # fmt: on
+# Models that a recipe trains and no file is released of, so that none is recognised.
+RECIPES = {
+    # As Stable Diffusion 2 at 512 pixels, but for the prediction, the groups of the UNet's norms
+    # and the captions, which are never dropped. Its evaluation guides with 8 all the same; our
+    # pipelines refuse a scale with which a model was not trained.
+    "mlperf_sd2": Model(
+        "Stable Diffusion 2 of MLPerf Training",
+        STABLE_2 | dict(groups=16),
+        SD_VAE,
+        {"text": text("openclip", clip_network(*VIT_H), dropout=0.0)},
+        SD_V_NOISE,
+        ddim(50),
+        dict(unet=865_910_724) | H_SIZE,
+        "mlcommons/training: retired_benchmarks/stable_diffusion/configs/train_01x08x08.yaml",
+        size=512,
+    ),
+}

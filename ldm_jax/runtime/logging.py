@@ -10,9 +10,13 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from ldm_jax.runtime.mllog import mlperf_log
+
 
 class MetricsLog:
     """Appends to `directory/metrics.jsonl`; lines after `start`, of a killed run, are dropped.
+
+    If the run's config asks for it, it also writes `mlperf.log` (see `mllog`).
 
     Raises OSError, here and in `write`, with the path, if the file cannot be written.
     """
@@ -27,6 +31,7 @@ class MetricsLog:
             os.replace(partial, self.path)
             self._file = self.path.open("ab", buffering=0)
         self._board = SummaryWriter(str(Path(directory) / "tensorboard"), purge_step=start or None)
+        self._mlperf = mlperf_log(Path(directory), start)
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
         """One report of `kind` ("train", "held_out", …) after `step` steps."""
@@ -34,10 +39,14 @@ class MetricsLog:
             self._file.write((json.dumps({"step": step, "kind": kind, **values}) + "\n").encode())
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._mlperf is not None:
+            self._mlperf.write(step, kind, values)
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        if self._mlperf is not None:
+            self._mlperf.close()
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:

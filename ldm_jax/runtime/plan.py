@@ -11,6 +11,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from ldm_jax.runtime.hlo import traffic
-from ldm_jax.runtime.meters import Chip
+from ldm_jax.runtime.meters import Chip, chip_of
 
 # The number of sides that a family's slices have, and an example of each.
 FAMILIES = {"v5e": (2, "v5e:4x4"), "v5p": (3, "v5p:2x2x2"), "v6e": (2, "v6e:4x4")}
@@ -136,6 +137,16 @@ def compile_usage(lowered: Any) -> Usage:
     )
 
 
+def capacity_of(devices: Sequence[Any]) -> float:
+    """Bytes that a program may use of each device: of a chip that is known all of its memory, else
+    what the device says, and of a CPU its share of the machine's."""
+    if (chip := chip_of(devices[0])) is not None:
+        return chip.memory
+    if limit := (devices[0].memory_stats() or {}).get("bytes_limit"):
+        return limit
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
+
+
 @dataclasses.dataclass(frozen=True)
 class Bound:
     """The least time that a chip needs for a program, and what for.
@@ -185,10 +196,11 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
 
 
-def measure(compiled: Any, runs: int = 3) -> float:
+def measure(compiled: Any, runs: int = 3, clock: Callable[[], float] = time.perf_counter) -> float:
     """The shortest time of a run of a compiled program, seconds, of `runs` after a first one.
 
-    Its arguments are zeros: programs of this package take as long with any numbers.
+    `clock` may be `time.process_time`, for the time of all processors. The program's arguments are
+    zeros: programs of this package take as long with any numbers.
     """
     shardings = compiled.input_shardings
 
@@ -203,7 +215,7 @@ def measure(compiled: Any, runs: int = 3) -> float:
     times = []
     for _ in range(runs + 1):
         args, kwargs = zeros()  # anew, because a program may use the memory of its arguments
-        began = time.perf_counter()
+        began = clock()
         jax.block_until_ready(compiled(*args, **kwargs))
-        times.append(time.perf_counter() - began)
+        times.append(clock() - began)
     return min(times[1:])

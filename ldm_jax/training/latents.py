@@ -32,7 +32,7 @@ from ldm_jax.training.workdir import config_dict
 log = logging.getLogger(__name__)
 LATENTS = ("memory", "step", "shards")
 IN_MEMORY = 2_000_000  # pictures
-PICTURE_AUGMENTS = ("flip", "zoom", "shift", "color", "background")
+PICTURE_AUGMENTS = ("flip", "zoom", "shift", "color", "background", "unit_range")
 OF_SHARDS = ("flip", "drop_tags", "shuffle_tags")  # the augmentations of what is stored
 # What of `config.data` says which pictures a cache has.
 OF_THE_DATA = ("source", "image_size", "classes", "held_out", "background")

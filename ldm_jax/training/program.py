@@ -1,6 +1,7 @@
 """The compiled programs of a run: the training step, and the two programs that a plan compiles."""
 
 import dataclasses
+import math
 from collections.abc import Hashable
 from typing import Any
 
@@ -97,6 +98,23 @@ def abstract_state(task: Task, config: Any) -> tuple[optax.GradientTransformatio
         lambda loaded: init_state(task, optimizer, config.seed, loaded, more), task.loaded
     )
     return optimizer, initial
+
+
+def state_bytes(task: Task, config: Any, mesh: Mesh) -> float:
+    """The bytes of each device that the state and the parameters that do not train take."""
+    _, state = abstract_state(task, config)
+    rules = config.get("sharding", ())
+    held = (state, task.frozen)
+    places = (
+        state_shardings(mesh, state, state.params, rules),
+        state_shardings(mesh, task.frozen, rules=rules),
+    )
+    counts = jax.tree.map(
+        lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+        held,
+        places,
+    )
+    return float(sum(jax.tree.leaves(counts)))
 
 
 def lower_step(task: Task, config: Any, mesh: Mesh) -> Lowered:

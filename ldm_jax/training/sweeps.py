@@ -1,8 +1,10 @@
 """Sweeps: the settings of a config's `sweep()`, their runs, and the comparison of the results."""
 
 import contextlib
+import dataclasses
 import difflib
 import hashlib
+import inspect
 import json
 import re
 import runpy
@@ -20,33 +22,71 @@ from ldm_jax.training.report import is_detail, read_series, write_comparison
 
 Setting = dict[str, Any]
 LONGEST_NAME = 120  # many file systems allow 255 bytes
+VARIANT = "variant"  # the key of a setting that names a variant of the config, and no field
 
 
-def settings_of(path: str) -> list[Setting]:
-    """What `sweep()` of a config file returns. Raises ValueError if it is not a list of dicts."""
+@dataclasses.dataclass(frozen=True)
+class Earlier:
+    """The value of a field that is the workdir of an earlier setting, here by its name."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def settings_of(path: str, variant: str = "") -> list[Setting]:
+    """What `sweep()` of a config file returns; one with a parameter gets the variant of --config.
+
+    Raises:
+      ValueError: it is not a list of dicts of different names, or an `Earlier` is not earlier.
+    """
     sweep = runpy.run_path(path).get("sweep")
     if sweep is None:
         raise ValueError(f"{path} defines no sweep(): see the docstring of ldm_jax/sweep.py")
-    settings = list(sweep())
+    settings = list(sweep(variant) if inspect.signature(sweep).parameters else sweep())
     if not settings or not all(isinstance(setting, dict) and setting for setting in settings):
         raise ValueError(f"sweep() of {path} must return a list of dicts {{field: value}}")
     names = [name_of(setting) for setting in settings]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ValueError(f"sweep() of {path} returns twice: {', '.join(sorted(twice))}")
+    for i, setting in enumerate(settings):
+        for needed in needs(setting):
+            if needed not in names[:i]:
+                raise ValueError(f"sweep() of {path}: no setting {needed} before {names[i]}")
     return settings
+
+
+def needs(setting: Setting) -> list[str]:
+    """The names of the settings whose workdirs a setting starts from."""
+    return [value.name for value in setting.values() if isinstance(value, Earlier)]
+
+
+def config_of(path: str, setting: Setting, default: Any) -> Any:
+    """The config of the variant that a setting names; `default` if it names none.
+
+    Raises:
+      ValueError: there is no such variant.
+    """
+    if VARIANT not in setting:
+        return default
+    return runpy.run_path(path)["get_config"](setting[VARIANT])
 
 
 def check(config: Any, setting: Setting, path: str) -> None:
     """Raises ValueError for a field that the config does not have, or a value of another type."""
     fields = list(flags_of(config.to_dict()))
     for field, value in setting.items():
+        if field == VARIANT:
+            continue
         if field not in fields:
             near = difflib.get_close_matches(field, fields, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"sweep() of {path}: the config has no {field}{hint}")
         try:
-            config.copy_and_resolve_references().update_from_flattened_dict({field: value})
+            plain = str(value) if isinstance(value, Earlier) else value
+            config.copy_and_resolve_references().update_from_flattened_dict({field: plain})
         except (TypeError, ValueError) as error:
             raise ValueError(f"sweep() of {path}: {field}={value!r}: {error}") from error
 
@@ -61,18 +101,27 @@ def flags_of(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def name_of(setting: Setting) -> str:
-    """The directory of a setting: "optimizer.lr=0.001,seed=2"."""
-    name = ",".join(f"{field}={value}" for field, value in setting.items())
+    """The directory of a setting: "optimizer.lr=0.001,seed=2". Of a variant its name stands alone,
+    and the workdir that it starts from is left out."""
+    parts = {field: value for field, value in setting.items() if not isinstance(value, Earlier)}
+    parts = [value if field == VARIANT else f"{field}={value}" for field, value in parts.items()]
+    name = ",".join(parts)
     name = re.sub(r"[^\w.=,+-]+", "_", name)
     if len(name) <= LONGEST_NAME:
         return name
     return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def command(config: str, overrides: Setting, setting: Setting, workdir: Path) -> list[str]:
-    """The training of one setting, from the directory of train.py."""
-    values = overrides | setting
-    more = [f"--config.{field}={value}" for field, value in values.items()]
+def command(config: str, overrides: Setting, setting: Setting, root: Path) -> list[str]:
+    """The training of one setting in its directory in `root`, from the directory of train.py."""
+    if VARIANT in setting:
+        config = f"{config.partition(':')[0]}:{setting[VARIANT]}"
+    values = overrides | {field: value for field, value in setting.items() if field != VARIANT}
+    more = [
+        f"--config.{field}={root / value.name if isinstance(value, Earlier) else value}"
+        for field, value in values.items()
+    ]
+    workdir = root / name_of(setting)
     return ["python", "train.py", f"--config={config}", f"--workdir={workdir}", *more]
 
 

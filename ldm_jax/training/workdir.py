@@ -34,6 +34,7 @@ HARMLESS = (
     "train.checkpoint_every",
     "train.preview_every",
     "train.keep",
+    "train.mllog",
     "train.accumulate",
     "train.remat",
     "precision",

@@ -82,3 +82,43 @@ def test_the_clock_leaves_out_pauses_and_counts_waiting(monkeypatch):
     assert clock.report(80) == pytest.approx({"images_per_second": 20.0, "data_wait": 0.25})
     spend(2)
     assert clock.report(10) == pytest.approx({"images_per_second": 5.0, "data_wait": 0.0})
+
+
+def test_mlperf_s_lines(tmp_path):
+    """They are in the form of its logs, and go on when a run resumes."""
+    train = {"batch_size": 4, "steps": 20, "mllog": True}
+    optimizer = {"name": "adamw", "lr": 1e-3, "warmup": 5, "b1": 0.9, "b2": 0.99}
+    config = {"seed": 7, "train": train, "optimizer": optimizer | {"weight_decay": 0.01}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for start in (0, 10):
+        log = MetricsLog(tmp_path, start=start)
+        log.write(start + 10, "train", {"loss": 0.5, "images_per_second": 8.0})
+        log.write(start + 10, "distance", {"fd": 90.0})
+        log.close()
+    marks, lines = zip(
+        *(line.split(" ", 1) for line in (tmp_path / "mlperf.log").read_text().splitlines()),
+        strict=True,
+    )
+    events = [json.loads(line) for line in lines]
+    assert set(marks) == {":::MLLOG"}
+    fields = ["namespace", "time_ms", "event_type", "key", "value", "metadata"]
+    assert all(list(event) == fields for event in events)
+    times = [event["time_ms"] for event in events]
+    assert times == sorted(times)
+    found = [(event["key"], event["value"]) for event in events]
+    assert ("global_batch_size", 4) in found and ("opt_adamw_beta_2", 0.99) in found
+    run = [key for key, _ in found[found.index(("run_start", None)) :]]
+    assert run == ["run_start", *2 * ["loss", "tracked_stats", "eval_accuracy", "run_stop"]]
+    ends = [event["metadata"] for event in events if event["key"] == "run_stop"]
+    assert ends == [
+        {"samples_count": 40, "status": "aborted"},
+        {"samples_count": 80, "status": "success"},
+    ]
+    accuracy = next(event for event in events if event["key"] == "eval_accuracy")
+    assert accuracy["metadata"] == {"samples_count": 40, "metric": "distance/fd"}
+
+
+def test_no_mlperf_log_unasked(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"train": {"steps": 1}}))
+    MetricsLog(tmp_path).close()
+    assert not (tmp_path / "mlperf.log").exists()

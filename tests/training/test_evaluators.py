@@ -323,6 +323,11 @@ def test_what_is_drawn_and_compared(monkeypatch):
     monkeypatch.setattr(drawn_evaluators, "clip_metrics", measured)
     monkeypatch.setattr(drawn_evaluators, "scene_metrics", measured)
     monkeypatch.setattr(drawn_evaluators, "drawn_metrics", measured)
+    read = []
+    monkeypatch.setattr(drawn_evaluators, "load_extractor", lambda: "features")
+    monkeypatch.setattr(
+        drawn_evaluators, "real_pictures", lambda *given: read.append(given) or given[:2]
+    )
     source, held_out = (Latents(name) for name in ("train", "held out"))
     fake = types.SimpleNamespace(
         source=source, held_out=held_out, conditions=(), pipelines=lambda ema: ["without", ema]
@@ -333,12 +338,18 @@ def test_what_is_drawn_and_compared(monkeypatch):
     assert found["novelty"] == {"copied": 0.5, "novelty_p": 0.25}
     assert calls == [
         (("averages", "held out", 2, ()), {"steps": 3}),
-        (("averages", "train", 2, ()), {"steps": 3}),
-        (("averages", "train", 2, "held out"), {"steps": 3}),
+        (("averages", "train", 2), {"real": ("train", ()), "steps": 3}),
+        (("averages", "train", 2), {"real": ("train", "held out"), "steps": 3}),
         (
             ("averages", "held out", "the CLIP of a file"),
             {"count": 2, "conditions": (), "steps": 3},
         ),
+    ]
+    for _ in range(2):  # the real pictures are those that were read before
+        DRAWN["distance"].measure(fake, "averages", options)
+        DRAWN["novelty"].measure(fake, "averages", options)
+    assert read == [
+        (s, h, "features", {"split": "train"}) for s, h in (("train", ()), ("train", "held out"))
     ]
 
 
