@@ -40,7 +40,12 @@ LABEL = flags.DEFINE_multi_string(
 )
 OUT = flags.DEFINE_string("out", "out", "Directory for the PNGs, the grid and the settings.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the parameters.")
-_DEFINE = {float: flags.DEFINE_float, str: flags.DEFINE_string, tuple: flags.DEFINE_list}
+_DEFINE = {
+    float: flags.DEFINE_float,
+    int: flags.DEFINE_integer,
+    str: flags.DEFINE_string,
+    tuple: flags.DEFINE_list,
+}
 # Fields of Sampling and Guidance, by their flags.
 OPTIONS = [
     _DEFINE[field.metadata["kind"]](name, None, field.metadata["help"])

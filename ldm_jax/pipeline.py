@@ -208,6 +208,7 @@ class Pipeline:
             run=run,
             latent_shape=shape,
             sampler=sampling.sampler,
+            branch=sampling.cache_branch,
             tile=self._tile(tile, shape),
             weak=None if weak is None else weak._weights,
             weak_model=None if weak is None else weak.model,
