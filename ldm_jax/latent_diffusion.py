@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
 from ldm_jax.conditions.base import (
     Conditioning,
@@ -42,6 +43,7 @@ from ldm_jax.diffusion.plan import GuidanceTable, Run
 from ldm_jax.diffusion.process import Diffusion
 from ldm_jax.diffusion.samplers import DDIM_INVERSE, get_sampler, sample
 from ldm_jax.diffusion.schedule import Level
+from ldm_jax.models.attention import IMAGES
 from ldm_jax.models.build import Autoencoder, make_autoencoder, tuples
 from ldm_jax.models.embedders import guidance_embedding
 from ldm_jax.models.low_rank import adding_factors
@@ -172,6 +174,9 @@ class LatentDiffusion:
             own["branch"] = options["branch"]
         residuals = added_residuals(self.embedders, params, x, t, condition, **own)
         variables, context = {"params": params["unet"]}, condition.context
+        if condition.images:
+            places = {f"{place}/pairs": pairs for place, pairs in condition.images.items()}
+            variables[IMAGES] = unflatten_dict(places, sep="/")
         more = dict(y=condition.vector, residuals=residuals, features=condition.features)
         return self.unet.apply(variables, x, t, context, **more, **options)
 

@@ -165,6 +165,15 @@ class Guidance:
             if scale.min() < 0.0 or scale.max() > 1.0:
                 raise ValueError(f"guidance={self.scale}: of cfg++ it must lie in 0…1")
 
+    def check_alone(self, distilled: bool, negative: bool) -> None:
+        """Raises ValueError for what needs an unconditional prediction, if there is none."""
+        own = self.weights is not None or self.rescale or self.method != "cfg"
+        if (distilled or self.weak is not None) and (negative or own):
+            raise ValueError(
+                "with weak, and on models distilled with guidance, there is no unconditional "
+                "prediction: no negative_prompt, weights, rescale or method"
+            )
+
     @classmethod
     def of(cls, asked: "Guidance | float | Sequence[float] | None", own: float) -> "Guidance":
         """`asked` as a complete `Guidance`; `own` is the model's own scale."""
