@@ -3,6 +3,8 @@
 `parity/test_cache.py` compares it with diffusers' UNet under the authors' rule.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,6 +118,34 @@ def test_several_prompts_and_a_worse_model(pipe):
     led = pipe("a cat", steps=3, sampler=CACHED, guidance=Guidance(2.0, weak=weak))
     alone = pipe("a cat", steps=3, sampler=CACHED, guidance=1.0)
     assert np.abs(led - alone).max() > 1e-3
+
+
+def test_a_controlnet_runs_up_to_the_branch():
+    """With the features of the same step, the outermost levels make what the whole UNet makes."""
+    network = dict(
+        unet=dict(tiny_models.STABLE["unet"]), hint_in=3, hint_channels=[4, 4], bgr=False
+    )
+    section = dict(kind="control", dropout=0.0, network=network)
+    sections = tiny_models.STABLE["conditioning"] | {"control": section}
+    pipe = pipeline(tiny_models.STABLE | {"conditioning": sections})
+    entries = {"caption": ["an apple"], "control": PICTURE[None]}
+    condition = embed(
+        pipe.model.embedders, pipe.params, inputs_for(pipe.model.embedders, entries, 1)
+    )
+    x, t = jnp.asarray(pipe.noise(0)), jnp.full(1, 500.0)
+
+    @jax.jit
+    def outputs(condition):
+        output = functools.partial(pipe.model.output, pipe.params, x, t)
+        whole, deep = output(condition, branch=1)
+        none = output(condition.replace(control={}), branch=1, deep=deep)[0]
+        return whole, output(condition, branch=1, deep=deep)[0], none
+
+    whole, outer, none = outputs(condition)
+    np.testing.assert_allclose(outer, whole, atol=1e-5)
+    assert np.abs(none - whole).max() > 1e-3
+    drawn = pipe("an apple", steps=2, sampler=CACHED, conditions={"control": PICTURE})
+    assert np.isfinite(drawn).all()
 
 
 @pytest.mark.parametrize("options, message", [
