@@ -1,7 +1,7 @@
 """IP-Adapters against diffusers': tokens of pictures, and whole pictures of both pipelines.
 
 Weights are random and networks tiny; files have the original's names, plain and Plus. Tokens agree
-to 1e-5 of the largest, and images, of the same pixels for the image encoder, to 1e-4.
+to 1e-5 of the largest, and images, of the same pixels for the image encoder, to 2e-5.
 """
 
 import diffusers
@@ -127,7 +127,7 @@ def test_pictures_with_a_picture(opened, agree, tmp_path, kind):
         PROMPT, negative_prompt=NEGATIVE, ip_adapter_image=pixels, num_inference_steps=STEPS,
         guidance_scale=4.0, latents=torch_noise, output_type="np", **SIZE,
     ).images  # fmt: skip
-    agree(made, expected, tolerance=1e-4)
+    agree(made, expected, tolerance=2e-5)
 
     # Tokens, of the same pixels and of none.
     hidden = kind == "plus"
@@ -172,4 +172,4 @@ def test_two_add_up(opened, agree, tmp_path):
         PROMPT, negative_prompt=NEGATIVE, ip_adapter_image=pictures, num_inference_steps=STEPS,
         guidance_scale=4.0, latents=torch_noise, output_type="np", **SIZE,
     ).images  # fmt: skip
-    agree(made, expected, tolerance=1e-4)
+    agree(made, expected, tolerance=2e-5)
