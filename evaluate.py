@@ -6,6 +6,7 @@ from pathlib import Path
 
 from absl import flags
 
+from ldm_jax.diffusion.plan import Sampling
 from ldm_jax.evaluation.curves import pareto_plot, settings_of, table
 from ldm_jax.evaluation.run import open_evaluation
 from ldm_jax.metrics.resizing import RESIZES
@@ -28,6 +29,12 @@ COUNT = flags.DEFINE_integer(
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; the model's own by default.")
 STEPS = flags.DEFINE_integer("steps", None, "Of the sampler; the model's own by default.")
 SAMPLER = flags.DEFINE_string("sampler", None, "The model's own by default.")
+CACHE_INTERVAL = flags.DEFINE_integer(
+    "cache_interval", 1, "DeepCache: every so many steps run the whole UNet; 1: all."
+)
+CACHE_BRANCH = flags.DEFINE_integer(
+    "cache_branch", 0, "DeepCache: the UNet's skip up to which every step runs."
+)
 SEED = flags.DEFINE_integer("seed", 0, "Of the pictures.")
 EXTRACTOR = flags.DEFINE_string(
     "extractor",
@@ -70,11 +77,16 @@ def main():
         LPIPS.value,
         CLIP.value,
     )
-    own = dict(guidance=GUIDANCE.value, steps=STEPS.value, seed=SEED.value, sampler=SAMPLER.value)
+    sampling = Sampling(
+        SAMPLER.value, cache_interval=CACHE_INTERVAL.value, cache_branch=CACHE_BRANCH.value
+    )
+    own = dict(guidance=GUIDANCE.value, steps=STEPS.value, seed=SEED.value, sampler=sampling)
     out = Path(OUT.value).expanduser() if OUT.value else None
     if out:
         out.mkdir(parents=True, exist_ok=True)
     if SWEEP.value:
+        if CACHE_INTERVAL.value > 1 and any("sampler" in setting for setting in settings):
+            raise ValueError("--cache_interval: not with a --sweep of samplers, which have none")
         if opened.pipe is None:
             raise ValueError("--sweep draws pictures: it needs a diffusion model and a --count")
         sweep(opened, settings, own, out)

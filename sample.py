@@ -26,6 +26,17 @@ CONTROL = flags.DEFINE_multi_string(
     "A ControlNet or T2I-Adapter, and a picture as its hint: PATH:HINT or PATH:HINT:SCALE; may be "
     "given several times.",
 )
+IP_ADAPTER = flags.DEFINE_multi_string(
+    "ip_adapter",
+    [],
+    "An IP-Adapter, and a picture as a prompt beside the text: PATH:PICTURE or PATH:PICTURE:SCALE; "
+    "may be given several times.",
+)
+IMAGE_ENCODER = flags.DEFINE_string(
+    "image_encoder",
+    "",
+    "CLIP's image encoder of every --ip_adapter, a file or folder; empty: image_encoder beside it.",
+)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", "", "A text file with one prompt a line.")
 SYNTAX = flags.DEFINE_enum(
@@ -40,7 +51,12 @@ LABEL = flags.DEFINE_multi_string(
 )
 OUT = flags.DEFINE_string("out", "out", "Directory for the PNGs, the grid and the settings.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the parameters.")
-_DEFINE = {float: flags.DEFINE_float, str: flags.DEFINE_string, tuple: flags.DEFINE_list}
+_DEFINE = {
+    float: flags.DEFINE_float,
+    int: flags.DEFINE_integer,
+    str: flags.DEFINE_string,
+    tuple: flags.DEFINE_list,
+}
 # Fields of Sampling and Guidance, by their flags.
 OPTIONS = [
     _DEFINE[field.metadata["kind"]](name, None, field.metadata["help"])
@@ -125,6 +141,8 @@ def main():
         loras=LORA.value,
         embeddings=EMBEDDING.value,
         controls=CONTROL.value,
+        ip_adapters=IP_ADAPTER.value,
+        image_encoder=_path(IMAGE_ENCODER),
         prompt_syntax=SYNTAX.value,
         interpolate=INTERPOLATE.value,
         previews=PREVIEWS.value,

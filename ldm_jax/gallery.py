@@ -72,20 +72,39 @@ def with_controls(pipe: Pipeline, given: Sequence[str]) -> tuple[Pipeline, dict[
     """
     hints: dict[str, str] = {}
     for text in given:
-        rest, scale = text, 1.0
-        with contextlib.suppress(ValueError):
-            head, _, tail = text.rpartition(":")
-            rest, scale = head, float(tail)
-        path, _, hint = rest.rpartition(":")
-        if not path or not hint:
-            raise ValueError(
-                f"--control={text}: name the hint, a picture, after a colon: PATH:HINT"
-            )
-        before = {embedder.name for embedder in pipe.model.embedders}
+        path, hint, scale = _with_picture("--control", text, "the hint", "HINT")
         pipe = pipe.with_control(path, scale)
-        (name,) = {embedder.name for embedder in pipe.model.embedders} - before
-        hints[name] = str(Path(hint).expanduser())
+        hints[pipe.model.embedders[-1].name] = hint
     return pipe, hints
+
+
+def with_ip_adapters(
+    pipe: Pipeline, given: Sequence[str], encoder: str = ""
+) -> tuple[Pipeline, dict[str, np.ndarray]]:
+    """The pipeline with IP-Adapters, each "PATH:PICTURE" or "PATH:PICTURE:SCALE", and the pictures
+    by name; see `Pipeline.with_ip_adapter`.
+
+    Raises ValueError for one without a picture.
+    """
+    pictures: dict[str, np.ndarray] = {}
+    for text in given:
+        path, picture, scale = _with_picture("--ip_adapter", text, "the prompt", "PICTURE")
+        pipe = pipe.with_ip_adapter(path, encoder, scale)
+        shown = composite(read_image(picture), (255, 255, 255))
+        pictures[pipe.model.embedders[-1].name] = shown
+    return pipe, pictures
+
+
+def _with_picture(flag: str, text: str, what: str, name: str) -> tuple[str, str, float]:
+    """(path, picture, scale) of "PATH:PICTURE" or "PATH:PICTURE:SCALE"."""
+    rest, scale = text, 1.0
+    with contextlib.suppress(ValueError):
+        head, _, tail = text.rpartition(":")
+        rest, scale = head, float(tail)
+    path, _, picture = rest.rpartition(":")
+    if not path or not picture:
+        raise ValueError(f"{flag}={text}: name {what}, a picture, after a colon: PATH:{name}")
+    return path, str(Path(picture).expanduser()), scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +187,8 @@ def draw(
     loras: Sequence[str] = (),
     embeddings: Sequence[str] = (),
     controls: Sequence[str] = (),
+    ip_adapters: Sequence[str] = (),
+    image_encoder: str = "",
     prompt_syntax: str = "plain",
     interpolate: int = 0,
     previews: int = 0,
@@ -181,14 +202,16 @@ def draw(
     `settings` are the flags of `sample.py` by their names: arguments of `Pipeline.__call__`, and
     fields of `Guidance` and `Sampling`; None is the default. `weak_pipe` is the pipeline of
     autoguidance, from the file `weak`. `files` are conditions, by their flags: see
-    `condition_arguments`. `loras`, `embeddings` and `controls` change the model: see `with_loras`,
-    `with_embeddings` and `with_controls`. `prompt_syntax` is one of `Pipeline.with_prompt_syntax`.
+    `condition_arguments`. `loras`, `embeddings`, `controls` and `ip_adapters`, with the last one's
+    `image_encoder`, change the model: see `with_loras` and the like. `prompt_syntax` is one of
+    `Pipeline.with_prompt_syntax`.
     `interpolate` draws this many pictures of one prompt between the noise of the seed and that of
     the next, and `interpolation.gif`. `previews` adds `previews.png`: the model's predictions at
     this many steps, a row for each picture.
     """
     out, pipe = Path(out), with_embeddings(with_loras(pipe, loras), embeddings)
     pipe, hints = with_controls(pipe, controls)
+    pipe, shown = with_ip_adapters(pipe, ip_adapters, image_encoder)
     if prompt_syntax != "plain":
         pipe = pipe.with_prompt_syntax(prompt_syntax)
     weak_pipe = None if weak_pipe is None else with_embeddings(weak_pipe, embeddings)
@@ -222,6 +245,7 @@ def draw(
     apart = flags(Sampling).keys() | flags(Guidance).keys()
     own = {k: v for k, v in settings.items() if v is not None and k not in apart}
     own |= condition_arguments(pipe, files, settings.get("height"), settings.get("width"), hints)
+    own |= {"conditions": own.get("conditions", {}) | shown} if shown else {}
     arguments |= own | {"sampler": sampling, "guidance": guidance}
     with watch:
         made = pipe(prompts or None, **arguments, progress=watch.callback)
@@ -234,6 +258,8 @@ def draw(
     about |= dict(files) | ({"lora": list(loras)} if loras else {})
     about |= {"embedding": list(embeddings)} if embeddings else {}
     about |= {"control": list(controls)} if controls else {}
+    about |= {"ip_adapter": list(ip_adapters)} if ip_adapters else {}
+    about |= {"image_encoder": image_encoder} if image_encoder else {}
     about |= {"interpolate": interpolate} if interpolate else {}
     about |= {"prompt_syntax": prompt_syntax} if prompt_syntax != "plain" else {}
     asked = {"prompts": prompts} | ({"classes": labels} if labels else {})

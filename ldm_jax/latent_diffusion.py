@@ -5,12 +5,13 @@ one program. Both are pure functions of `params`, a dict of every network's para
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from ldm_jax.conditions.base import (
     Conditioning,
@@ -22,6 +23,8 @@ from ldm_jax.conditions.base import (
 )
 from ldm_jax.conditions.control import added_residuals
 from ldm_jax.conditions.kinds import make_embedders
+from ldm_jax.conditions.tiles import in_tiles
+from ldm_jax.diffusion.cache import Cache
 from ldm_jax.diffusion.editing import keep_known, noised, tiled
 from ldm_jax.diffusion.guidance import (
     autoguidance,
@@ -39,6 +42,8 @@ from ldm_jax.diffusion.parameterization import Network, Prediction, x0_coefficie
 from ldm_jax.diffusion.plan import GuidanceTable, Run
 from ldm_jax.diffusion.process import Diffusion
 from ldm_jax.diffusion.samplers import DDIM_INVERSE, get_sampler, sample
+from ldm_jax.diffusion.schedule import Level
+from ldm_jax.models.attention import IMAGES
 from ldm_jax.models.build import Autoencoder, make_autoencoder, tuples
 from ldm_jax.models.embedders import guidance_embedding
 from ldm_jax.models.low_rank import adding_factors
@@ -165,8 +170,13 @@ class LatentDiffusion:
         if condition.vector is None:
             condition = self.over(condition, jnp.zeros(len(x)))
         own = {name: options[name] for name in ("deterministic", "rngs") if name in options}
+        if "deep" in options:
+            own["branch"] = options["branch"]
         residuals = added_residuals(self.embedders, params, x, t, condition, **own)
         variables, context = {"params": params["unet"]}, condition.context
+        if condition.images:
+            places = {f"{place}/pairs": pairs for place, pairs in condition.images.items()}
+            variables[IMAGES] = unflatten_dict(places, sep="/")
         more = dict(y=condition.vector, residuals=residuals, features=condition.features)
         return self.unet.apply(variables, x, t, context, **more, **options)
 
@@ -222,38 +232,26 @@ class LatentDiffusion:
         null: Conditioning,
         tile: int = 0,
         shares: jax.Array | None = None,
+        cache: Cache | None = None,
+        branch: int | None = None,
     ) -> Callable[..., Network]:
         """The network with guidance: `predict(guidance)(x, t)`, for any step's guidance.
 
         With `guidance` None only the first condition is evaluated. Projected guidance also takes
         `to_x0`: x0 is the first of the two plus the second times the output. With `tile`, latents
         with more rows or columns than this are processed in overlapping tiles. `shares` (B, K) are
-        further weights of K conditions, of each picture.
+        further weights of K conditions, of each picture. With `cache`, what meets the UNet's skip
+        `branch` is kept.
         """
 
         def network(x, t, condition: Conditioning, **more):
+            run = functools.partial(self.output, params)
+            if cache is not None:
+                run = functools.partial(run, x, t, condition, branch=branch, **more)
+                return cache.reuse(len(x), run, lambda deep: run(deep=deep)[0])
             if not tile:
-                return self.output(params, x, t, condition, **more)
-            if condition.features:
-                raise ValueError(
-                    "tile: a T2I-Adapter's features are of the whole picture, so it is drawn whole"
-                )
-            # Maps are cut into tiles with x.
-            maps = (beside(x, condition), condition.control)
-            leaves, structure = jax.tree.flatten(maps)
-            ends = np.cumsum([leaf.shape[-1] for leaf in leaves])[:-1]
-            rest = condition.replace(concat=None, control={})
-
-            def parts(joined):
-                def repeat(v):
-                    return jnp.tile(v, (len(joined) // len(t), *[1] * (v.ndim - 1)))
-
-                x, control = structure.unflatten(jnp.split(joined, ends, axis=-1))
-                given, options = jax.tree.map(repeat, (rest, more))
-                given = given.replace(control=control)
-                return self.output(params, x, repeat(t), given, **options)
-
-            return tiled(parts, jnp.concatenate(leaves, axis=-1), (tile, tile))
+                return run(x, t, condition, **more)
+            return in_tiles(run, x, t, condition, tile, **more)
 
         def under(guidance: GuidanceTable | None, to_x0: tuple = ()) -> Network:
             def plain(x, t, **more):
@@ -286,9 +284,10 @@ class LatentDiffusion:
                 *(network, conditions, null, guidance.scale, weights, guidance.rescale),
                 combine,
             )
-            return (
-                guided if guidance.active is None else where_guided(guided, plain, guidance.active)
-            )
+            if guidance.active is None:
+                return guided
+            where = where_guided if cache is None else cache.where_guided
+            return where(guided, plain, guidance.active)
 
         return under
 
@@ -307,6 +306,7 @@ class LatentDiffusion:
         shares: jax.Array | None = None,
         tile: int = 0,
         weak: "tuple[LatentDiffusion, Params] | None" = None,
+        branch: int = 0,
         callback: Any = None,
     ) -> jax.Array:
         """Pictures (B, H, W, C) in [0, 1]: embeds the conditions, samples and decodes.
@@ -320,7 +320,10 @@ class LatentDiffusion:
           shares: (B, K), further weights of the K sets of `inputs`, of each picture.
           tile: latents larger than this side are processed in tiles; 0: never.
           weak: a worse model and its parameters, for the negative side of guidance (autoguidance).
+          branch: of a run with a cache: see `Sampling.cache_branch`.
         """
+        if tile and "refresh" in run.table:
+            raise ValueError("cache_interval: a picture in tiles (tile) has no cache")
         if latents is None:
             latents = jax.vmap(lambda key: jax.random.normal(key, latent_shape))(keys)
         conditions = [embed(self.embedders, params, each) for each in inputs]
@@ -329,11 +332,17 @@ class LatentDiffusion:
             weak_model, weak_params = weak
             weak_condition = embed(weak_model.embedders, weak_params, inputs[0])
 
-        def denoise(x, level, guidance: GuidanceTable | None = None, span=0.0) -> Prediction:
+        def denoise(
+            x: jax.Array,
+            level: Level,
+            guidance: GuidanceTable | None = None,
+            span: float = 0.0,
+            cache: Cache | None = None,
+        ) -> Prediction:
             diffusion, span = self.diffusion, jnp.full(len(x), span)
             a, b = x0_coefficients(diffusion.parameterization, level, diffusion.sigma_data)
             *given, without = (self.over(each, span) for each in (*conditions, null))
-            predict = self.predict(params, given, without, tile, shares)
+            predict = self.predict(params, given, without, tile, shares, cache, branch)
             network = predict(guidance if weak is None else None, (a * x, b))
             if weak is not None and guidance is not None:
                 bad = self.over(weak_condition, span)

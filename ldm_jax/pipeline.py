@@ -30,6 +30,7 @@ from ldm_jax.first_stage import FirstStage, starting_point
 from ldm_jax.interop.changes import Lora
 from ldm_jax.interop.embeddings import add_embeddings
 from ldm_jax.interop.hints import add_control
+from ldm_jax.interop.ip_adapter import add_ip_adapter
 from ldm_jax.interop.lora import read_lora
 from ldm_jax.interop.opening import export
 from ldm_jax.latent_diffusion import LatentDiffusion
@@ -76,8 +77,7 @@ class Pipeline:
     def first_stage(self) -> FirstStage:
         """The autoencoder alone."""
         config = {"task": "autoencoder", "autoencoder": self.config["autoencoder"]}
-        params = {"autoencoder": self.params["autoencoder"]}
-        return FirstStage(self.autoencoder, params, config)
+        return FirstStage(self.autoencoder, {"autoencoder": self.params["autoencoder"]}, config)
 
     def __call__(
         self,
@@ -166,14 +166,7 @@ class Pipeline:
             check_guidance(embedders, asked.scale, asked.method)
         else:
             self.model.check_weak(asked.weak.model)
-        alone = asked.weak is not None or self.unet.time_cond_proj_dim is not None
-        own = asked.weights is not None or asked.rescale or asked.method != "cfg"
-        if alone and (negative_prompt or own):
-            raise ValueError(
-                "with weak, and on models distilled with guidance, there is no unconditional "
-                "prediction: no negative_prompt, weights, rescale or method"
-            )
-
+        asked.check_alone(self.unet.time_cond_proj_dim is not None, bool(negative_prompt))
         rows = parts(count, batch)
         if image is not None:
             image = as_images(image, count)
@@ -208,6 +201,7 @@ class Pipeline:
             run=run,
             latent_shape=shape,
             sampler=sampling.sampler,
+            branch=sampling.cache_branch,
             tile=self._tile(tile, shape),
             weak=None if weak is None else weak._weights,
             weak_model=None if weak is None else weak.model,
@@ -338,9 +332,20 @@ class Pipeline:
         """
         return self._changed(*add_control(path, self.config, self.params, scale, name))
 
+    def with_ip_adapter(
+        self, path: str | Path, encoder: str | Path = "", scale: float = 1.0, name: str = ""
+    ) -> "Pipeline":
+        """This pipeline with an IP-Adapter, a file, which needs a picture of any size beside the
+        prompt: `conditions={"image_prompt": picture}`. Several add up. Other arguments and errors
+        are those of `add_ip_adapter`; another scale compiles nothing.
+        """
+        return self._changed(*add_ip_adapter(path, encoder, self.config, self.params, scale, name))
+
     def _changed(self, config: dict[str, Any], params: dict[str, Any]) -> "Pipeline":
-        """This pipeline with another config and its parameters."""
+        """This pipeline with other conditions in its config, and their parameters."""
         model = LatentDiffusion.from_config(config, self.unet.dtype)
+        # Schedules are equal only to themselves, and an equal model compiles nothing.
+        model = dataclasses.replace(model, diffusion=self.model.diffusion)
         made = dataclasses.replace(self, model=model, params=jax.device_put(params), config=config)
         return made.with_prompt_syntax(self.prompt_syntax)
 

@@ -27,7 +27,7 @@ def merged(weights: Weights) -> dict[str, Any]:
 @functools.partial(
     jax.jit,
     static_argnums=0,
-    static_argnames=("latent_shape", "sampler", "tile", "weak_model", "callback"),
+    static_argnames=("latent_shape", "sampler", "tile", "branch", "weak_model", "callback"),
 )
 def generate(
     model: LatentDiffusion,

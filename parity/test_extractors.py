@@ -28,8 +28,9 @@ from ldm_jax.metrics.extractors import load_extractor
 from ldm_jax.metrics.image import ms_ssim
 from ldm_jax.metrics.lpips import load_lpips
 from ldm_jax.metrics.manifold import inception_score, manifold_metrics
-from ldm_jax.metrics.resizing import ON_DEVICE, clean, cubic_matrix
+from ldm_jax.metrics.resizing import ON_DEVICE, clean
 from ldm_jax.models.lpips import lpips
+from ldm_jax.pictures import cubic_matrix
 
 FEATURES = 1e-4
 DINO_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -36,7 +36,13 @@ def sample_commands():
     found = [
         shlex.split(line, comments=True)[2:] for line in lines if line.startswith("python sam")
     ]
-    own = ("--model", "--lora", "--embedding", "--control")  # files that the reader has
+    own = (
+        "--model",
+        "--lora",
+        "--embedding",
+        "--control",
+        "--ip_adapter",
+    )  # files that the reader has
     return [command for command in found if not any(a.startswith(own) for a in command)]
 
 

@@ -9,7 +9,9 @@ import ldm_jax
 from ldm_jax.data.conditions import make_conditions
 from ldm_jax.data.scenes import SceneSource
 from ldm_jax.data.sources import EmojiSource
+from ldm_jax.diffusion.plan import Sampling
 from ldm_jax.evaluation import clip_metrics, drawn_metrics, evaluate, scene_metrics
+from ldm_jax.evaluation.run import open_evaluation
 from ldm_jax.interop.files import write_safetensors
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.metrics.clip_score import load_clip
@@ -229,6 +231,9 @@ def test_the_clip_of_a_score_stands_in_its_protocol(clip_file, monkeypatch):
     assert metrics["protocol"]["drawing"]["steps"] == 50  # the model's own
     asked, _ = evaluate("", count=2, clip=str(clip_file), steps=3)
     assert asked["protocol"]["drawing"]["steps"] == 3
+    opened = open_evaluation("", count=2, clip=str(clip_file))
+    cached, _ = opened.measure(sampler=Sampling(cache_interval=3))
+    assert cached["protocol"]["drawing"]["cache"] == {"interval": 3, "branch": 0}
 
 
 def test_models_without_captions_have_no_clip_score(clip_file, tmp_path):

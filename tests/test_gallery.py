@@ -11,7 +11,7 @@ from PIL import Image
 
 import ldm_jax
 from ldm_jax.data.sources import EmojiSource
-from ldm_jax.gallery import Edit, draw, load_drawing, with_controls, with_loras
+from ldm_jax.gallery import Edit, draw, load_drawing, with_controls, with_ip_adapters, with_loras
 from ldm_jax.pictures import centre, fit_picture, fitted_size, to_uint8
 
 SETTINGS = dict(n=1, steps=4, seed=3, guidance=None, compose=None, height=None, width=None)
@@ -69,6 +69,9 @@ class Controlled:
     def with_control(self, *given):
         return Controlled(*self.added, given)
 
+    def with_ip_adapter(self, *given):
+        return Controlled(*self.added, given)
+
 
 @pytest.mark.parametrize("given, added, hint", [
     ("net.pth:edges.png", ("net.pth", 1.0), "edges.png"),
@@ -86,6 +89,18 @@ def test_a_controlnet_its_hint_and_its_scale(given, added, hint):
 def test_a_controlnet_without_a_hint(given):
     with pytest.raises(ValueError, match=f"--control={given}: name the hint, a picture, after a c"):
         with_controls(Controlled(), [given])
+
+
+def test_an_ip_adapter_its_picture_and_its_scale(tmp_path):
+    picture = tmp_path / "a.png"
+    Image.fromarray(np.full((3, 2, 3), 7, np.uint8)).save(picture)
+    given = [f"x.bin:{picture}:0.5", f"y.bin:{picture}"]
+    pipe, shown = with_ip_adapters(Controlled(), given, "encoder/")
+    assert pipe.added == (("x.bin", "encoder/", 0.5), ("y.bin", "encoder/", 1.0))
+    assert [*shown] == ["control_0", "control_1"]
+    np.testing.assert_array_equal(shown["control_0"], np.full((3, 2, 3), 7, np.uint8))
+    with pytest.raises(ValueError, match="--ip_adapter=x.bin: name the prompt, a picture, after a"):
+        with_ip_adapters(Controlled(), ["x.bin"])
 
 
 def test_previews_show_the_way_to_the_picture(pipe, tmp_path):

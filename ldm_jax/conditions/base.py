@@ -22,13 +22,17 @@ class Conditioning:
     """The UNet's inputs besides x and t: `context` (B, L, D) for cross-attention, `concat`
     (B, h, w, C) joined to x's channels, `vector`, numbers (B, D) or labels (B,), added to the time
     embedding; `control`, by the name of a ControlNet, what it makes of its hint (B, h, w, C);
-    `features`, maps (B, h', w', C') for the levels of the way down, of T2I-Adapters."""
+    `features`, maps (B, h', w', C') for the levels of the way down, of T2I-Adapters; `images`, by
+    the path of an attention, keys and values (B, N, C) of IP-Adapters."""
 
     context: jax.Array | None = None
     concat: jax.Array | None = None
     vector: jax.Array | None = None
     control: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
     features: tuple[jax.Array, ...] = ()
+    images: dict[str, tuple[tuple[jax.Array, jax.Array], ...]] = flax.struct.field(
+        default_factory=dict
+    )
 
 
 class Embedder(Protocol):
@@ -66,7 +70,8 @@ def embed(
     inputs: Inputs,
     dropout_key: jax.Array | None = None,
 ) -> Conditioning:
-    """Runs every embedder and joins outputs for the same field along channels; `features` add up.
+    """Runs every embedder and joins outputs for the same field along channels; `features` add up,
+    and `images` of several are all there.
     `dropout_key` turns the networks' own dropout on."""
     parts = []
     for i, embedder in enumerate(embedders):
@@ -86,7 +91,12 @@ def embed(
 
     control = {name: hint for part in parts for name, hint in part.control.items()}
     features = _sums([part.features for part in parts])
-    return Conditioning(joined("context"), joined("concat"), joined("vector"), control, features)
+    images: dict[str, tuple] = {}
+    for part in parts:
+        for place, pairs in part.images.items():
+            images[place] = (*images.get(place, ()), *pairs)
+    own = (joined(field) for field in ("context", "concat", "vector"))
+    return Conditioning(*own, control, features, images)
 
 
 def _sums(several: list[tuple[jax.Array, ...]]) -> tuple[jax.Array, ...]:

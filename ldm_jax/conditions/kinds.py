@@ -11,6 +11,7 @@ from flax import linen as nn
 from ldm_jax.conditions.added import added
 from ldm_jax.conditions.base import Conditioning, Embedder
 from ldm_jax.conditions.control import control, t2i
+from ldm_jax.conditions.image_prompt import ip_adapter
 from ldm_jax.conditions.tokenizer import (
     BytePair,
     FolderTokenizer,
@@ -374,6 +375,7 @@ EMBEDDERS = {
     "masked_image": _masked_image,
     "control": control,
     "t2i": t2i,
+    "ip_adapter": ip_adapter,
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ldm_jax.diffusion.cache import check_cache, refreshed
 from ldm_jax.diffusion.checks import check_finite, check_number
 from ldm_jax.diffusion.editing import skipped_steps
 from ldm_jax.diffusion.multistep import Table
@@ -20,7 +21,7 @@ from ldm_jax.diffusion.schedule import DiscreteSchedule, EDMSchedule, Level
 
 def option(default: Any, flag: str, help: str, example: str, kind: type = float) -> Any:
     """A field with its flag's name, a description, an example, and the type of its values: float,
-    str, or tuple (numbers with commas between)."""
+    int, str, or tuple (numbers with commas between)."""
     about = {"flag": flag, "help": help, "example": example, "kind": kind}
     return dataclasses.field(default=default, metadata=about)
 
@@ -164,6 +165,15 @@ class Guidance:
             if scale.min() < 0.0 or scale.max() > 1.0:
                 raise ValueError(f"guidance={self.scale}: of cfg++ it must lie in 0…1")
 
+    def check_alone(self, distilled: bool, negative: bool) -> None:
+        """Raises ValueError for what needs an unconditional prediction, if there is none."""
+        own = self.weights is not None or self.rescale or self.method != "cfg"
+        if (distilled or self.weak is not None) and (negative or own):
+            raise ValueError(
+                "with weak, and on models distilled with guidance, there is no unconditional "
+                "prediction: no negative_prompt, weights, rescale or method"
+            )
+
     @classmethod
     def of(cls, asked: "Guidance | float | Sequence[float] | None", own: float) -> "Guidance":
         """`asked` as a complete `Guidance`; `own` is the model's own scale."""
@@ -198,6 +208,9 @@ class Sampling:
       eta: of samplers that draw noise, 0: none, 1: as much as DDPM.
       churn, churn_min, churn_max, churn_scale: of "euler" and "heun": S_churn, S_tmin, S_tmax and
         S_noise of Karras et al. 2022, algorithm 2.
+      cache_interval: every so many steps run the whole UNet, the others its outermost levels alone,
+        with features that were kept (DeepCache, Ma et al. 2023). 1: no cache.
+      cache_branch: the number of the skip that the kept features meet, 0 the outermost.
       Options that are None are the sampler's own.
 
     Raises:
@@ -219,10 +232,22 @@ class Sampling:
     churn_min: float | None = option(None, "churn_min", "lowest σ/α with churn", "0.05")
     churn_max: float | None = option(None, "churn_max", "highest σ/α with churn", "50")
     churn_scale: float | None = option(None, "churn_scale", "standard deviation of churn", "1.003")
+    cache_interval: int = option(
+        1, "cache_interval", "DeepCache: every so many steps run the whole UNet", "3", int
+    )
+    cache_branch: int = option(
+        0,
+        "cache_branch",
+        "DeepCache: the skip up to which every step runs, 0 the outermost",
+        "1",
+        int,
+    )
 
     def __post_init__(self):
         taken = {} if self.sampler is None else get_sampler(self.sampler).options
         check_number(shift=self.shift)
+        evaluations = 1 if self.sampler is None else SAMPLERS[self.sampler].evaluations
+        check_cache(self.cache_interval, self.cache_branch, self.sampler, evaluations)
         for name, value in self.options.items():
             if self.sampler is not None and name not in taken:
                 raise ValueError(
@@ -335,13 +360,17 @@ def plan(
         raise ValueError("zero_steps: only the velocity of a flow model may be zero")
     zero_star = guidance.method == "cfg-zero*"
     on = on | (zero_star & (np.arange(steps) < guidance.zero_steps))
+    active = None if len(weights) > 1 or on.all() else on
+    if sampling.cache_interval > 1:
+        interval = sampling.cache_interval
+        table["refresh"] = refreshed(steps, interval, skip or 0, active)
     if len(weights) == 1 and not on.any():
         return Run(table, None, start, percentile)
     steps_of = GuidanceTable(
         scale=np.float32(scale),
         weights=np.tile(np.float32(weights), (steps, 1)),
         rescale=np.full(steps, guidance.rescale, np.float32),
-        active=None if len(weights) > 1 or on.all() else on,
+        active=active,
     )
     if guidance.method == "apg":
         both = (guidance.parallel, guidance.norm)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.diffusion import multistep, two_stage
+from ldm_jax.diffusion.cache import Cache, empty
 from ldm_jax.diffusion.grids import Grid
 from ldm_jax.diffusion.multistep import Table
 from ldm_jax.diffusion.parameterization import Denoiser
@@ -144,6 +145,9 @@ def sample(
     (S, …) arrays, such as guidance; `denoise` gets the row of the step as a third argument.
     `before_step(x, level, keys)` may change x before each step. `callback` is called on the host
     from inside the program with the number of finished steps and the step's first prediction of x0.
+
+    With a column "refresh" in the table, the first evaluation of each step gets `cache`, a
+    `Cache` of what the steps keep.
     """
     dtype = x.dtype
 
@@ -152,7 +156,7 @@ def sample(
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
 
         def step(carry):
-            x, history = carry
+            x, history, kept = carry
             if before_step is not None:
                 x = before_step(
                     x, c["level"], jax.vmap(jax.random.fold_in, (0, None))(step_keys, 1)
@@ -160,9 +164,11 @@ def sample(
             noise = None
             if "noise" in c or "churn" in c:
                 noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], dtype))(step_keys)
-            seen = []
+            seen, cache = [], None if kept is None else Cache(c["refresh"], kept)
 
             def watched(x, level, **span):
+                if cache is not None and not seen:
+                    span = span | {"cache": cache}
                 prediction = denoise(x, level, *row, **span)
                 seen.append(prediction.x0)
                 return prediction
@@ -170,7 +176,7 @@ def sample(
             x, history = sampler.step(x, history, c, watched, noise)
             if callback is not None:
                 jax.debug.callback(callback, i + 1, _whole(seen[0]))
-            return x, history
+            return x, history, None if cache is None else cache.value
 
         if "active" in c:
             return jax.lax.cond(c["active"], step, lambda carry: carry, carry), None
@@ -182,8 +188,13 @@ def sample(
 
     table = jax.tree.map(cast, table)
     steps = table["level"].t.shape[0]
-    carry = (x, (jnp.zeros_like(x),) * sampler.history)
     rows = (jnp.arange(steps), table, *(() if per_step is None else (per_step,)))
+    kept = None
+    if "refresh" in table:
+        _, c, *row = jax.tree.map(lambda v: v[0], rows)
+        span = {"span": c["span"]} if sampler.spans else {}
+        kept = empty(lambda cache: denoise(x, c["level"], *row, cache=cache, **span))
+    carry = (x, (jnp.zeros_like(x),) * sampler.history, kept)
     return jax.lax.scan(body, carry, rows)[0][0]
 
 

@@ -65,7 +65,7 @@ class Evaluation:
         guidance: float | None = None,
         steps: int | None = None,
         seed: int = 0,
-        sampler: str | None = None,
+        sampler: str | Sampling | None = None,
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """As `evaluate`, with these settings."""
         protocol, drawn = dict(self.protocol), Drawn({}, None, {}, {}, [])
@@ -82,14 +82,18 @@ class Evaluation:
                 drawn = drawn_metrics(
                     self.pipe, self.training, self.count, real=self.real, **options, **asked
                 )
+            sampling = Sampling.of(sampler, own)
             protocol["drawing"] = {
                 "count": len(drawn.images),
                 "image_size": list(drawn.images.shape[1:3]),
-                "sampler": Sampling.of(sampler, own).sampler,
+                "sampler": sampling.sampler,
                 "steps": steps,
                 "guidance": Guidance.of(guidance, own["guidance"]).scale,
                 "seed": seed,
             }
+            if sampling.cache_interval > 1:
+                cache = dict(interval=sampling.cache_interval, branch=sampling.cache_branch)
+                protocol["drawing"]["cache"] = cache
         protocol |= drawn.about
         if drawn.notes:
             protocol["notes"] = drawn.notes

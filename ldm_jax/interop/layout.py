@@ -23,6 +23,7 @@ from ldm_jax.models.build import AUTOENCODERS, make_autoencoder, tuples
 from ldm_jax.models.clip import CLIPText
 from ldm_jax.models.controlnet import ControlNet
 from ldm_jax.models.embedders import ClassEmbedder, Patches, SpatialRescaler
+from ldm_jax.models.ip_adapter import make_ip_adapter
 from ldm_jax.models.t2i_adapter import T2IAdapter
 from ldm_jax.models.text import TextTransformer
 from ldm_jax.models.unet import UNet
@@ -153,6 +154,11 @@ def _integers(*shape: int) -> jax.ShapeDtypeStruct:
 _BUILD: dict[str, Callable[..., tuple[nn.Module, list, dict]]] = {
     "unet": _unet,
     "control": _control,
+    "ip_adapter": lambda **fields: (
+        (net := make_ip_adapter(fields)),
+        [_floats(1, net.encoder.side, net.encoder.side, 3)],
+        {},
+    ),
     "t2i": lambda **fields: ((net := T2IAdapter(**fields)), [_floats(*net.smallest)], {}),
     "autoencoder": _autoencoder,
     "clip": lambda **fields: (CLIPText(**fields), [_integers(1, 1)], {}),

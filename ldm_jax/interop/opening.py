@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.interop import compvis, diffusers, native
+from ldm_jax.interop import compvis, diffusers, ip_adapter, native
 from ldm_jax.interop.adapted import with_base
 from ldm_jax.interop.files import Tensors, open_shards, open_state
 from ldm_jax.interop.hints import KINDS
@@ -236,7 +236,8 @@ def export(
             "'single_file', or write the model without it"
         )
     sections = config.get("conditioning", {}).items()
-    controls = [(KINDS[s["kind"]].title, name) for name, s in sections if s["kind"] in KINDS]
+    titles = {task: kind.title for task, kind in KINDS.items()} | {ip_adapter.TASK: "IP-Adapter"}
+    controls = [(titles[s["kind"]], name) for name, s in sections if s["kind"] in titles]
     if controls and layout != "single_file":
         raise ValueError(
             f"layout={layout!r} has no place for the {controls[0][0]} {controls[0][1]!r}: use "

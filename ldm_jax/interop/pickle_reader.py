@@ -320,6 +320,8 @@ def _weights(tree: Any) -> dict[str, _Tensor]:
     if isinstance(tree, _Module):
         tree = dict(_named(tree))
     if isinstance(tree, dict):
+        if set(tree) >= {"image_proj", "ip_adapter"} and all(has_tensors(n) for n in tree.values()):
+            return {f"{part}.{name}": t for part, n in tree.items() for name, t in n.items()}
         inner = [node for node in tree.values() if has_tensors(node)]
         only = inner[0] if len(inner) == 1 and not has_tensors(tree) else tree
         named = (tree.get(key) for key in ("state_dict", "string_to_param"))
@@ -338,8 +340,8 @@ def _weights(tree: Any) -> dict[str, _Tensor]:
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Stored]:
     """The tensors of a torch checkpoint by name.
 
-    They are at its top, in "state_dict", in "string_to_param" (textual inversions), or in its only
-    dict.
+    They are at its top, in "state_dict", in "string_to_param" (textual inversions), in its only
+    dict, or in "image_proj" and "ip_adapter" (IP-Adapters), whose names their names begin with.
 
     All other content is ignored. A tensor is read on access: a read-only view with the shape, dtype
     (bfloat16 by ml_dtypes) and memory order of the saved tensor.

@@ -47,6 +47,8 @@ OTHERS = {
     "model, --control=PATH:HINT",
     r"(adapter\.)?body\.\d+\.(block\d|in_conv|body|resnets)\.": "a T2I-Adapter: it is drawn with "
     "beside a model, --control=PATH:HINT",
+    r"(image_proj|ip_adapter)\.": "an IP-Adapter: it is drawn with beside a model, "
+    "--ip_adapter=PATH:PICTURE",
     r"(model\.diffusion_model\.)?(joint_blocks|double_blocks|single_blocks|blocks)\.": "a "
     "diffusion transformer, where UNets are supported",
     r"(down_blocks|mid_block|up_blocks|conv_in|time_embedding)\.": "one network of a diffusers "

@@ -1,7 +1,7 @@
 """How well pictures fit their captions, by a CLIP that holds both towers (Hessel et al. 2021).
 
 The file is transformers' or OpenCLIP's, and is read without torch. Pictures pass through CLIP's own
-preprocessing (`resizing.cropped`), captions through its tokenizer, without a prompt around them.
+preprocessing (`pictures.cropped`), captions through its tokenizer, without a prompt around them.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from ldm_jax.conditions.tokenizer import BytePair
 from ldm_jax.interop.fields import Shapes, text_fields
 from ldm_jax.interop.files import Tensors, open_shards, open_state
 from ldm_jax.interop.layout import read_params, slots
+from ldm_jax.interop.vision_transformers import config_beside, read_clip
 from ldm_jax.metrics.extractors import hash_of
-from ldm_jax.metrics.resizing import cropped
-from ldm_jax.metrics.vision_transformers import CLIP_MEAN, CLIP_STD, config_beside, read_clip
 from ldm_jax.models.clip import CLIPText
 from ldm_jax.models.vision_transformer import VisionTransformer
+from ldm_jax.pictures import CLIP_MEAN, CLIP_STD, cropped
 
 # By code, a tensor that only this tower has.
 IMAGE = {

@@ -19,12 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ldm_jax.interop import vision_transformers
 from ldm_jax.interop.files import Tensors, open_state
-from ldm_jax.metrics import efficientnet, inception, vision_transformers
+from ldm_jax.metrics import efficientnet, inception
 from ldm_jax.metrics.array_pickle import is_array_pickle, open_array_pickle
 from ldm_jax.metrics.resizing import ON_DEVICE, RESIZES, clean
 from ldm_jax.models.efficientnet import EfficientNetLite0
 from ldm_jax.models.inception import InceptionV3
+from ldm_jax.pictures import CLIP_MEAN, CLIP_STD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +192,7 @@ READERS = (
     ),
     (
         _has("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
-        _transformer(_CLIP, vision_transformers.CLIP_MEAN, vision_transformers.CLIP_STD),
+        _transformer(_CLIP, CLIP_MEAN, CLIP_STD),
     ),
     (_has("_blocks.0._depthwise_conv.weight"), _efficientnet),
 )

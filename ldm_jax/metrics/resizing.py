@@ -35,30 +35,6 @@ def bilinear_matrix(before: int, after: int, centres: bool) -> np.ndarray:
     return matrix
 
 
-def cubic_matrix(before: int, after: int, step: float | None = None, antialias: bool = False):
-    """float64 (after, before): torch's bicubic resizing of one axis, between half-pixel centres.
-
-    Keys' kernel (1981) with a = −¾, or −½ if antialiased. `step`: pixels before per pixel after;
-    None: before / after.
-    """
-    step = before / after if step is None else step
-    stretch, a = (max(step, 1.0), -0.5) if antialias else (1.0, -0.75)
-    at = (np.arange(after) + 0.5) * step - 0.5
-    first = np.floor(at).astype(int) - int(2 * stretch)
-    taps = first[:, None] + np.arange(2 * int(2 * stretch) + 2)
-    x = np.abs(taps - at[:, None]) / stretch
-    near = ((a + 2) * x - (a + 3)) * x**2 + 1
-    far = ((x - 5) * x + 8) * x * a - 4 * a
-    weights = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
-    if antialias:  # only pixels of the picture count; else its edges are repeated
-        weights = np.where((taps >= 0) & (taps < before), weights, 0.0)
-        weights /= weights.sum(axis=1, keepdims=True)
-    matrix = np.zeros((after, before))
-    rows = np.broadcast_to(np.arange(after)[:, None], taps.shape)
-    np.add.at(matrix, (rows, np.clip(taps, 0, before - 1)), weights)
-    return matrix
-
-
 def _bilinear(centres: bool) -> Callable[[jax.Array, int], jax.Array]:
     def resized(images, side):
         rows, columns = (bilinear_matrix(n, side, centres) for n in images.shape[1:3])
@@ -93,17 +69,3 @@ def clean(images: np.ndarray, side: int) -> np.ndarray:
             plane = Image.fromarray(image[..., c])
             resized[i, ..., c] = plane.resize((side, side), Image.Resampling.BICUBIC)
     return np.clip(resized, 0, 255, out=resized)
-
-
-def cropped(images: np.ndarray, side: int) -> np.ndarray:
-    """uint8 (N, H, W, C) → (N, side, side, C), as CLIP sees pictures: the shorter side to `side`,
-    by Pillow's bicubic in 8 bits, and of the longer one the middle."""
-    height, width = images.shape[1:3]
-    short = min(height, width)
-    size = (side * width // short, side * height // short)
-    top, left = (size[1] - side) // 2, (size[0] - side) // 2
-    resized = np.empty((len(images), side, side, images.shape[-1]), np.uint8)
-    for i, image in enumerate(images):
-        whole = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-        resized[i] = whole[top : top + side, left : left + side]
-    return resized

@@ -8,9 +8,17 @@ from ldm_jax.models.dot_product import attend
 from ldm_jax.models.layers import GroupNorm, conv, uniform_init
 from ldm_jax.models.remat import rematerialised
 
+# A collection of variables, by the path of an attention: see `Attention`.
+IMAGES = "images"
+
 
 class Attention(nn.Module):
-    """Attention on tokens (B, L, C) to themselves or to a `context` (B, S, D)."""
+    """Attention on tokens (B, L, C) to themselves or to a `context` (B, S, D).
+
+    In the collection `IMAGES` it may have `pairs` of keys and values, each (B, N, heads·head_dim),
+    of picture prompts: it attends to each of them as well, and adds what it gets (Ye et al. 2023,
+    eq. 5).
+    """
 
     heads: int
     head_dim: int
@@ -27,7 +35,11 @@ class Attention(nn.Module):
             projected = nn.Dense(width, use_bias=False, name=name, **options)(tokens)
             return projected.reshape(*tokens.shape[:-1], self.heads, self.head_dim)
 
-        out = attend(project("to_q", x), project("to_k", context), project("to_v", context))
+        query = project("to_q", x)
+        out = attend(query, project("to_k", context), project("to_v", context))
+        for pair in self.get_variable(IMAGES, "pairs", ()):
+            own = (v.astype(query.dtype) for v in pair)
+            out = out + attend(query, *(v.reshape(*v.shape[:2], *query.shape[2:]) for v in own))
         out = out.reshape(*x.shape[:-1], width)
         return nn.Dense(x.shape[-1], name="to_out", **options)(out)
 

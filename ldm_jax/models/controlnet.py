@@ -50,6 +50,8 @@ class ControlNet(nn.Module):
 
     `bgr`: whether the published weights expect hints' channels in the order blue, green, red.
 
+    With `branch`, the number of a skip, the residuals end with that skip's.
+
     Raises ValueError for hints of another size or number of channels, and as the UNet.
     """
 
@@ -84,6 +86,7 @@ class ControlNet(nn.Module):
         y: jax.Array | None = None,
         hint: jax.Array | None = None,
         embedded: jax.Array | None = None,
+        branch: int | None = None,
     ) -> tuple[jax.Array, ...]:
         unet = self.unet
         types = dict(dtype=unet.dtype, param_dtype=unet.param_dtype)
@@ -97,13 +100,13 @@ class ControlNet(nn.Module):
             )
             raise ValueError(f"a hint of {given} pixels for a picture of {wanted}")
         emb = time_and_vector(unet, x, t, y, None)
-        h, skips = encode(unet, x, emb, context, deterministic, embedded)
+        h, skips = encode(unet, x, emb, context, deterministic, embedded, branch=branch)
 
         def zero(name, h):
             return conv(h.shape[-1], 1, zero_init=True, name=name, **types)(h)
 
         residuals = [zero(f"zero_convs_{i}_0", skip) for i, skip in enumerate(skips)]
-        return (*residuals, zero("middle_block_out_0", h))
+        return (*residuals, *(() if h is None else (zero("middle_block_out_0", h),)))
 
 
 def initial(params: dict, unet: dict) -> dict:

@@ -4,14 +4,17 @@ Modules have the originals' names (`input_blocks_3_0` is their `input_blocks.3.0
 correspond to a checkpoint's keys.
 """
 
+import itertools
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ldm_jax.models.attention import SpatialTransformer, attend
+from ldm_jax.models.attention import SpatialTransformer
+from ldm_jax.models.blocks import AttentionBlock, ResBlock
 from ldm_jax.models.layers import (
     GroupNorm,
-    average_pool,
     check_channels,
     check_sides,
     conv,
@@ -22,66 +25,6 @@ from ldm_jax.models.layers import (
     with_feature,
 )
 from ldm_jax.models.remat import rematerialised
-
-
-class ResBlock(nn.Module):
-    """Residual block with the time embedding: (B, H, W, C) and (B, E) → (B, H', W', features).
-
-    `resize` "up" or "down" doubles or halves the picture inside the block (`resblock_updown`).
-    """
-
-    features: int
-    groups: int = 32
-    dropout: float = 0.0
-    scale_shift_norm: bool = False
-    resize: str = ""
-    dtype: jax.typing.DTypeLike | None = None
-    param_dtype: jax.typing.DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool = True) -> jax.Array:
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        resize = {"": lambda h: h, "up": upsample, "down": average_pool}[self.resize]
-        h = nn.silu(GroupNorm(self.groups, name="in_layers_0", **types)(x))
-        h = conv(self.features, name="in_layers_2", **types)(resize(h))
-        x = resize(x)
-
-        width = 2 * self.features if self.scale_shift_norm else self.features
-        dense = nn.Dense(width, kernel_init=uniform_init, name="emb_layers_1", **types)
-        emb = dense(nn.silu(emb))[:, None, None, :]
-        norm = GroupNorm(self.groups, name="out_layers_0", **types)
-        if self.scale_shift_norm:
-            scale, shift = jnp.split(emb, 2, axis=-1)
-            h = norm(h) * (1.0 + scale) + shift
-        else:
-            h = norm(h + emb)
-        h = nn.Dropout(self.dropout, deterministic=deterministic)(nn.silu(h))
-        h = conv(self.features, zero_init=True, name="out_layers_3", **types)(h)
-        if x.shape[-1] != self.features:
-            x = conv(self.features, 1, name="skip_connection", **types)(x)
-        return x + h
-
-
-class AttentionBlock(nn.Module):
-    """Multi-head self-attention over pixels, channels grouped head first, then q, k, v."""
-
-    heads: int
-    groups: int = 32
-    dtype: jax.typing.DTypeLike | None = None
-    param_dtype: jax.typing.DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        batch, height, width, channels = x.shape
-        h = GroupNorm(self.groups, name="norm", **types)(x)
-        h = h.reshape(batch, height * width, channels)
-        qkv = nn.Dense(3 * channels, kernel_init=uniform_init, name="qkv", **types)(h)
-        qkv = qkv.reshape(batch, height * width, self.heads, 3, channels // self.heads)
-        h = attend(qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :])
-        h = h.reshape(batch, height * width, channels)
-        h = nn.Dense(channels, kernel_init=nn.initializers.zeros, name="proj_out", **types)(h)
-        return x + h.reshape(batch, height, width, channels)
 
 
 class UNet(nn.Module):
@@ -113,6 +56,11 @@ class UNet(nn.Module):
     `features` are a T2I-Adapter's (see `t2i_adapter.py`): maps for the levels from the first, of
     `feature_places`, and at most one for the middle.
 
+    With `branch`, the number of a skip, 0 the outermost, the result is (output, deep): `deep` are
+    the features that meet this skip on the way up. Given as `deep` of another call, all that is
+    inside of the branch is left out (DeepCache, Ma et al. 2023, §3.2); `residuals` are then those
+    of the skips that remain.
+
     `remat` names what blocks keep for the backward pass: see `models/remat.py`.
 
     Raises ValueError for shapes that would fail late, or build another network.
@@ -142,16 +90,25 @@ class UNet(nn.Module):
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
+    @property
+    def skips(self) -> int:
+        """The number of skips between the way down and the way up."""
+        return (self.num_res_blocks + 1) * len(self.channel_mult)
+
     def _check(
         self,
         x: jax.Array,
         context: jax.Array | None,
         y: jax.Array | None,
         timestep_cond: jax.Array | None,
+        branch: int | None = None,
     ) -> None:
         check_channels(x, "UNet with in_channels", self.in_channels)
         for field in ("num_heads", "transformer_depth", "disable_self_attentions"):
             self._per_level(field)  # for its check
+        if branch is not None and not 0 <= branch < self.skips:
+            last = self.skips - 1
+            raise ValueError(f"cache_branch={branch}: this UNet has the branches 0…{last}")
         if self.resblock_updown:  # its blocks would drop the last pixel of an odd side
             check_sides(x, "UNet latents", 2 ** (len(self.channel_mult) - 1))
         width = None if context is None else context.shape[-1]
@@ -203,46 +160,51 @@ class UNet(nn.Module):
         timestep_cond: jax.Array | None = None,
         residuals: tuple[jax.Array, ...] | None = None,
         features: tuple[jax.Array, ...] = (),
-    ) -> jax.Array:
+        branch: int | None = None,
+        deep: jax.Array | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        self._check(x, context, y, timestep_cond)
+        self._check(x, context, y, timestep_cond, branch)
         widths = level_widths(self.model_channels, self.channel_mult)
         only_cross = self._per_level("disable_self_attentions")
-        levels = len(widths)
         emb = time_and_vector(self, x, t, y, timestep_cond)
-        h, skips = encode(self, x, emb, context, deterministic, features=features)
+        outermost = None if deep is None else branch
+        h, skips = encode(self, x, emb, context, deterministic, None, features, outermost)
         if residuals is not None:
-            if len(residuals) != len(skips) + 1:
+            inside = () if h is None else (h,)
+            if len(residuals) != len(skips) + len(inside):
                 raise ValueError(
                     f"UNet takes {len(skips)} + 1 residuals and got {len(residuals)}: they are of "
                     "a ControlNet of another UNet"
                 )
-            skips = [skip + more for skip, more in zip(skips, residuals[:-1], strict=True)]
-            h = h + residuals[-1]
+            added = [a + more for a, more in zip((*skips, *inside), residuals, strict=True)]
+            skips, h = added[: len(skips)], h if h is None else added[-1]
+        h = deep if h is None else h
 
         # Up: each block takes one skip.
-        for level in reversed(range(levels)):
+        for place in reversed(range(len(skips))):
+            level, first = divmod(place, self.num_res_blocks + 1)
             attends = 2**level in self.attention_resolutions
-            for i in range(self.num_res_blocks + 1):
-                # Numbered by the skips used so far.
-                name = f"output_blocks_{(self.num_res_blocks + 1) * levels - len(skips)}"
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = _resblock(self, f"{name}_0", widths[level])(h, emb, deterministic)
-                if attends:
-                    cross = only_cross[level]
-                    h = _attention(self, f"{name}_1", h, level, context, deterministic, cross)
-                if level and i == self.num_res_blocks:
-                    name = f"{name}_{2 if attends else 1}"
-                    if self.resblock_updown:
-                        h = _resblock(self, name, h.shape[-1], "up")(h, emb, deterministic)
-                    else:
-                        # Half of an odd side was rounded up.
-                        height, width = skips[-1].shape[1:3]
-                        doubled = upsample(h)[:, :height, :width]
-                        h = conv(h.shape[-1], name=name, **types)(doubled)
+            deep = h if place == branch else deep
+            name = f"output_blocks_{self.skips - 1 - place}"
+            h = jnp.concatenate([h, skips.pop()], axis=-1)
+            h = _resblock(self, f"{name}_0", widths[level])(h, emb, deterministic)
+            if attends:
+                cross = only_cross[level]
+                h = _attention(self, f"{name}_1", h, level, context, deterministic, cross)
+            if level and not first:
+                name = f"{name}_{2 if attends else 1}"
+                if self.resblock_updown:
+                    h = _resblock(self, name, h.shape[-1], "up")(h, emb, deterministic)
+                else:
+                    # Half of an odd side was rounded up.
+                    height, width = skips[-1].shape[1:3]
+                    doubled = upsample(h)[:, :height, :width]
+                    h = conv(h.shape[-1], name=name, **types)(doubled)
 
         h = nn.silu(GroupNorm(self.groups, name="out_0", **types)(h))
-        return conv(self.out_channels, zero_init=True, name="out_2", **types)(h)
+        h = conv(self.out_channels, zero_init=True, name="out_2", **types)(h)
+        return h if branch is None else (h, deep)
 
 
 # Parts of a UNet that a ControlNet has as well. They make modules within the compact method that
@@ -349,46 +311,65 @@ def encode(
     deterministic: bool = True,
     hint: jax.Array | None = None,
     features: tuple[jax.Array, ...] = (),
-) -> tuple[jax.Array, list[jax.Array]]:
+    branch: int | None = None,
+) -> tuple[jax.Array | None, list[jax.Array]]:
     """The way down and the middle of a UNet: (the middle's output, the skips).
 
     A ControlNet's `hint` (B, h, w, C) is added after the first convolution; `features` are those of
-    `UNet.__call__`.
+    `UNet.__call__`. With `branch`, the number of a skip, the way ends there: (None, the skips).
     """
     left = iter(features)
+    levels = len(unet.channel_mult)
+    down = _down(unet, x, emb, context, deterministic, hint, left)
+    if branch is not None:
+        return None, [*itertools.islice(down, branch + 1)]
+    skips = [*down]
+    h = _resblock(unet, "middle_block_0", skips[-1].shape[-1])(skips[-1], emb, deterministic)
+    h = _attention(unet, "middle_block_1", h, levels - 1, context, deterministic)
+    h = with_feature(_resblock(unet, "middle_block_2", h.shape[-1])(h, emb, deterministic), left)
+    if next(left, None) is not None:
+        raise ValueError(f"UNet takes {levels} + 1 features and got {len(features)}")
+    return h, skips
+
+
+def _down(
+    unet: UNet,
+    x: jax.Array,
+    emb: jax.Array,
+    context: jax.Array | None,
+    deterministic: bool,
+    hint: jax.Array | None,
+    left: Iterator[jax.Array],
+) -> Iterator[jax.Array]:
+    """The output of every block of the way down, in order: the skips."""
     types = dict(dtype=unet.dtype, param_dtype=unet.param_dtype)
     widths = level_widths(unet.model_channels, unet.channel_mult)
     only_cross = unet._per_level("disable_self_attentions")
-    # Down: every block's output is kept as a skip.
     # The first convolution is as wide as the first level (guided diffusion at 512: half).
     h = conv(widths[0], name="input_blocks_0_0", **types)(x)
     h = h if hint is None else h + hint
-    skips, levels = [h], len(widths)
+    yield h
+    number, levels = 1, len(widths)
     for level, width in enumerate(widths):
         attends = 2**level in unet.attention_resolutions
         inside = attends or level == levels - 1
         for i in range(unet.num_res_blocks):
-            name = f"input_blocks_{len(skips)}"
+            name = f"input_blocks_{number}"
             h = _resblock(unet, f"{name}_0", width)(h, emb, deterministic)
             if attends:
                 cross = only_cross[level]
                 h = _attention(unet, f"{name}_1", h, level, context, deterministic, cross)
             if inside and i == unet.num_res_blocks - 1:
                 h = with_feature(h, left)
-            skips.append(h)
+            yield h
+            number += 1
         if level < levels - 1:
-            name = f"input_blocks_{len(skips)}_0"
+            name = f"input_blocks_{number}_0"
             if unet.resblock_updown:
                 h = _resblock(unet, name, h.shape[-1], "down")(h, emb, deterministic)
             else:
                 h = conv(h.shape[-1], stride=2, name=name, **types)(h)
             if not inside:
                 h = with_feature(h, left)
-            skips.append(h)
-
-    h = _resblock(unet, "middle_block_0", h.shape[-1])(h, emb, deterministic)
-    h = _attention(unet, "middle_block_1", h, levels - 1, context, deterministic)
-    h = with_feature(_resblock(unet, "middle_block_2", h.shape[-1])(h, emb, deterministic), left)
-    if next(left, None) is not None:
-        raise ValueError(f"UNet takes {levels} + 1 features and got {len(features)}")
-    return h, skips
+            yield h
+            number += 1

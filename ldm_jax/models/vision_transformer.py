@@ -51,6 +51,8 @@ class VisionTransformer(nn.Module):
       patch_bias: whether the patches' convolution has a bias.
       pre_norm: whether a norm stands before the first block.
       layer_scale: whether each branch is scaled by a vector.
+      hidden: whether the result is all tokens, (B, 1 + patches, width), as they enter the last
+        block, which is left out with what follows.
       registers: number of tokens without a position after the class token.
     """
 
@@ -67,6 +69,7 @@ class VisionTransformer(nn.Module):
     layer_scale: bool = False
     registers: int = 0
     projection: int | None = None
+    hidden: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -85,7 +88,7 @@ class VisionTransformer(nn.Module):
             x = jnp.concatenate([x[:, :1], tokens("registers", self.registers), x[:, 1:]], axis=1)
         if self.pre_norm:
             x = layer_norm("norm_pre", self.epsilon)(x)
-        for i in range(self.depth):
+        for i in range(self.depth - self.hidden):
             block = ViTBlock(
                 self.heads,
                 self.inner,
@@ -95,6 +98,8 @@ class VisionTransformer(nn.Module):
                 name=f"layers_{i}",
             )
             x = block(x)
+        if self.hidden:
+            return x
         x = layer_norm("norm", self.epsilon)(x[:, 0])
         if self.projection is None:
             return x

@@ -15,8 +15,9 @@ from ldm_jax.interop.files import open_state, write_safetensors
 from ldm_jax.interop.layout import LAYOUTS, read_params, slots, write_params
 from ldm_jax.interop.networks import networks
 from ldm_jax.interop.reports import Report
+from ldm_jax.models.blocks import AttentionBlock
 from ldm_jax.models.text import TextTransformer
-from ldm_jax.models.unet import AttentionBlock, UNet
+from ldm_jax.models.unet import UNet
 from scripts.write_goldens import random_weights, uniform
 from tests.interop.make_names import GOLDEN, TOKENS
 from tests.interop.systems import SYSTEMS, system

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldm_jax.interop.files import write_safetensors
 from ldm_jax.metrics.clip_score import load_clip
-from ldm_jax.metrics.resizing import cropped
+from ldm_jax.pictures import cropped
 from tests.metrics.clip_file import image_tower, in_open_clip_names, in_transformers_names
 
 CAPTIONS = ["a red apple", "two cats left of a star", "a red apple"]

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax.metrics.resizing import ON_DEVICE, bilinear_matrix, clean, cubic_matrix
+from ldm_jax.metrics.resizing import ON_DEVICE, bilinear_matrix, clean
+from ldm_jax.pictures import cubic_matrix
 
 
 def test_bilinear_between_centres_and_corners():

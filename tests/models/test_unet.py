@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ldm_jax.models.blocks import AttentionBlock, ResBlock
 from ldm_jax.models.embedders import concat_timestep_embedding
 from ldm_jax.models.layers import average_pool, timestep_embedding
-from ldm_jax.models.unet import AttentionBlock, ResBlock, UNet
+from ldm_jax.models.unet import UNet
 from scripts.write_goldens import GOLDEN, uniform
 from tests.models.torch_layout import UNET, UNET_LABELS, diffusers_unet, leaves
 

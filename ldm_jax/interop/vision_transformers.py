@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.interop.files import Tensors
-from ldm_jax.metrics.resizing import cubic_matrix
 from ldm_jax.models.vision_transformer import VisionTransformer
+from ldm_jax.pictures import cubic_matrix
 
 DINO_SIDE = 224
 DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HEADS = {1280: 16, 1408: 16, 1664: 16}  # OpenCLIP's H, g and bigG; of all others width / 64
 
 
