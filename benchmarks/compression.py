@@ -221,8 +221,8 @@ def write_plots(root: Path, runs: dict, trained: dict, drawn: dict) -> None:
     }
     colors = {name: COLORS[factor] for factor, name in names.items()}
     panels = [
-        plot(by_pictures, "training pictures seen", "Fréchet distance", colors),
-        plot(by_time, "seconds of a processor, training", "Fréchet distance", colors),
+        plot(by_pictures, "training pictures seen", "Frechet distance", colors),
+        plot(by_time, "seconds of a processor, training", "Frechet distance", colors),
     ]
     save_png(root / "training.png", np.concatenate(panels, axis=1))
     costs, marks = {}, {}
@@ -231,13 +231,15 @@ def write_plots(root: Path, runs: dict, trained: dict, drawn: dict) -> None:
         costs[names[factor]] = [(1e3 * numbers[n]["seconds"], numbers[n]["fd"]) for n in order]
         marks[names[factor]] = [str(n) for n in order]
     title = "processor ms a picture, drawing (labels: steps)"
-    save_png(root / "steps.png", plot(costs, title, "Fréchet distance", colors, marks))
+    save_png(root / "steps.png", plot(costs, title, "Frechet distance", colors, marks))
     rows = {}
     for factor, numbers in drawn.items():
         same = [n for n in numbers if n <= 20]
         if same:
             with Image.open(root / f"pictures-{runs[factor].name}-{max(same)}.png") as image:
-                rows[names[factor]] = image.convert("RGB").crop((0, 0, image.width, 66))
+                rows[names[factor]] = image.convert("RGB").crop(
+                    (0, 0, min(image.width, 6 * 66), 66)
+                )
     if rows:
         sheet = Image.new("RGB", (40 + max(row.width for row in rows.values()), 70 * len(rows)))
         sheet.paste("white", (0, 0, *sheet.size))
@@ -289,16 +291,22 @@ def plot(
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colors[name])
             if marks:
                 pen.text((x + 4, y - 3), marks[name][j], colors[name], font, "lb")
-        pen.text((right - 48 * (len(curves) - i), 18), f"— {name}", colors[name], font, "lm")
+        pen.text((right - 48 * (len(curves) - i), 18), f"- {name}", colors[name], font, "lm")
     return np.asarray(sheet)
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten, and over more than two powers the powers alone."""
+    """1, 2 and 5 times powers of ten, over more than two powers the powers alone, and of a range
+    that has less than two of them multiples of one."""
     parts = (1,) if high / low > 300 else (1, 2, 5)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [part * 10.0**power for power in powers for part in parts]
-    return [tick for tick in ticks if low <= tick <= high]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    if len(ticks) < 2:
+        power = 10.0 ** math.floor(math.log10((high - low) / 2))
+        by = max(part * power for part in (1, 2, 5) if 2 * part * power <= high - low)
+        ticks = [by * i for i in range(math.ceil(low / by), math.floor(high / by) + 1)]
+    return ticks
 
 
 def costs() -> None:

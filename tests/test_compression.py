@@ -85,7 +85,7 @@ def test_the_comparison(runs, capsys):
         with Image.open(runs / name) as plot:
             assert plot.size == (width * compression.WIDTH, compression.HEIGHT)
     with Image.open(runs / "pictures.png") as sheet:
-        assert sheet.size == (566, 70)
+        assert sheet.size == (436, 70)
 
 
 def test_no_runs(tmp_path):
@@ -107,6 +107,7 @@ def test_a_plot_has_its_points_where_they_belong():
 def test_ticks():
     assert compression._ticks(0.9, 12) == [1, 2, 5, 10]
     assert compression._ticks(0.9, 1200) == [1, 10, 100, 1000]
+    assert compression._ticks(220, 257) == [220, 230, 240, 250]
 
 
 @pytest.mark.long
