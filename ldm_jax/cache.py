@@ -9,7 +9,6 @@ same command goes on where it was. See docs/data.md.
 """
 
 import time
-from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -33,25 +32,12 @@ PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes; 1: thi
 flags.mark_flags_as_required(["config"])
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report as text."""
-    lines = [
-        f"{split:>9}: {found['examples']:,} examples in {found['shards']:,} shards, "
-        f"{found['bytes'] / 1e6:,.1f} MB"
-        for split, found in report.items()
-        if isinstance(found, dict) and "shards" in found
-    ]
-    for name, error in report["relative_error"].items():
-        lines.append(f"{name:>9}: storing them has changed them by {error:.2g} of their size")
-    return "\n".join(lines)
-
-
 def main():
     use_compile_cache()
     config_file(flags.FLAGS["config"])
     join(COORDINATOR.value, PROCESS.value, PROCESSES.value, WAIT)
     # Imported here, so that a mistyped flag fails at once.
-    from ldm_jax.training.caching import Options, write_cache
+    from ldm_jax.training.caching import Options, table, write_cache
 
     given = {name: flags.FLAGS[name].value for name in Options.__dataclass_fields__}
     began = time.perf_counter()

@@ -321,3 +321,16 @@ def _report(folder: Path, work: _Work) -> dict[str, Any]:
     report["states"] = [text.name for text in work.texts]
     write_whole(folder / "report.json", json.loads(json.dumps(report)))
     return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text."""
+    lines = [
+        f"{split:>9}: {found['examples']:,} examples in {found['shards']:,} shards, "
+        f"{found['bytes'] / 1e6:,.1f} MB"
+        for split, found in report.items()
+        if isinstance(found, dict) and "shards" in found
+    ]
+    for name, error in report["relative_error"].items():
+        lines.append(f"{name:>9}: storing them has changed them by {error:.2g} of their size")
+    return "\n".join(lines)

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 
-from ldm_jax.cache import table
 from ldm_jax.data import whole_files
 from ldm_jax.data.latent_shards import CachedSource
 from ldm_jax.data.loader import example_rng
@@ -23,7 +22,7 @@ from ldm_jax.interop import diffusers
 from ldm_jax.interop.opening import open_any
 from ldm_jax.runtime.mesh import make_mesh
 from ldm_jax.training import caching
-from ldm_jax.training.caching import Options, write_cache
+from ldm_jax.training.caching import Options, table, write_cache
 from ldm_jax.training.latents import moments
 from ldm_jax.training.loop import train
 from ldm_jax.training.tasks import make_task

@@ -1,0 +1,68 @@
+"""The smallest variant of every config: two steps, a kill after the first, the second step again,
+pictures, and their evaluation. tests/test_end_to_end.py kills whole processes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import ldm_jax
+from ldm_jax.evaluation import evaluate
+from ldm_jax.interop.opening import open_any
+from tests.conftest import ROOT
+from tests.models.published import config_file
+from tests.training.variants import photographs
+
+FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+FILES = [name for name in FILES if name not in ("__init__", "common", "published")]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return photographs(tmp_path_factory.mktemp("photographs"))
+
+
+def small(file: str, pictures: Path):
+    get_config = config_file(ROOT / "configs" / f"{file}.py").get_config
+    config = get_config("smoke") if file != "finetune" else get_config()
+    if file == "finetune":
+        config.init_from = str(ROOT / "ldm_jax" / "weights" / "bundled.safetensors")
+    if config.data.source == "folder":
+        config.data.update(path=str(pictures), image_size=64, held_out=0.2)
+    if "scenes" in config.data:
+        config.data.scenes.update(train_scenes=32, held_out_scenes=8)
+    config.train.update(steps=2, batch_size=8, log_every=1, preview_every=2, checkpoint_every=1)
+    if "sampling" in config:
+        config.sampling.steps = 2
+    return config
+
+
+def lines(workdir: Path) -> list[dict]:
+    """What the run measured, without its times."""
+    timing = {"images_per_second", "data_wait", "tflops", "mfu", "memory_gb"}
+    read = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{key: line[key] for key in line.keys() - timing} for line in read]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("file", FILES)
+def test_a_run_killed_after_its_first_step_ends_as_it_would_have(file, pictures, tmp_path):
+    config = small(file, pictures)
+    metrics = ldm_jax.train(config, tmp_path)
+    whole, measured = open_any(tmp_path), lines(tmp_path)
+
+    # As a kill in the second step leaves it.
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    for left in tmp_path.glob("*.safetensors"):
+        left.unlink()
+    assert ldm_jax.train(config, tmp_path) == metrics
+    again = open_any(tmp_path)
+    assert lines(tmp_path) == measured
+    jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
+
+    own = config.data.held_out and config.data.source != "folder"
+    found, images = evaluate(tmp_path, source="" if own else "emoji", count=2, steps=2)
+    assert found and (images is None or np.isfinite(images).all())  # of an autoencoder none
