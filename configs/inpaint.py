@@ -38,7 +38,7 @@ def base() -> ml_collections.ConfigDict:
 
 
 def scenes() -> ml_collections.ConfigDict:
-    return common.from_bundled(base(), steps=800)
+    return common.from_bundled(base(), steps=4000)
 
 
 def folder() -> ml_collections.ConfigDict:
