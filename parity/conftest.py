@@ -170,6 +170,19 @@ def near(request):
     return check
 
 
+def pytest_sessionfinish(session):
+    """What a worker of pytest-xdist measured goes to the process that prints the tables."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["measured"] = [dict(_DIFFERENCES), dict(_ERRORS)]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for mine, theirs in zip((_DIFFERENCES, _ERRORS), node.workeroutput["measured"], strict=True):
+        for row, found in theirs.items():
+            mine[row] |= {key: max(value, mine[row].get(key, 0.0)) for key, value in found.items()}
+
+
 def pytest_terminal_summary(terminalreporter):
     """The tables of differences and errors."""
     tables = {
