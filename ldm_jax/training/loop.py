@@ -1,55 +1,43 @@
 """The loop: `train(config, workdir)` runs any task from its newest checkpoint to its last step."""
 
-import collections
 import contextlib
 import dataclasses
-import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-import optax
-from jax.sharding import Mesh
-from tqdm import tqdm
 
 from ldm_jax.interop.native import save_model
 from ldm_jax.pictures import save_png
 from ldm_jax.runtime.checkpoints import Checkpoints, abstract_like
-from ldm_jax.runtime.logging import Clock, MetricsLog
 from ldm_jax.runtime.mesh import (
     check_batch,
     make_mesh,
-    one_each,
     parts_of_batch,
     put,
-    put_batch,
     state_shardings,
     to_host,
 )
-from ldm_jax.runtime.meters import memory_in_use, rates
 from ldm_jax.runtime.processes import Together, gather, is_first, together
 from ldm_jax.training.accumulation import check_parts
-from ldm_jax.training.damage import find_damage, stop_if_damaged, stop_if_not_finite
+from ldm_jax.training.damage import find_damage, stop_if_damaged
 from ldm_jax.training.ema import more_averages
-from ldm_jax.training.evaluators import HELD_OUT, DrawnEvaluator, Evaluator, due, make_evaluators
+from ldm_jax.training.evaluators import HELD_OUT, DrawnEvaluator, make_evaluators
 from ldm_jax.training.optimizer import make_optimizer
-from ldm_jax.training.program import STOP, step_flops, step_program
 from ldm_jax.training.report import write_report
 from ldm_jax.training.signals import (
     Interrupted,
     StopRequest,
     in_thread,
-    signal_name,
-    signal_number,
     stop_on_signals,
 )
-from ldm_jax.training.snapshots import exported, write_snapshot
+from ldm_jax.training.snapshots import exported
 from ldm_jax.training.state import Params, State, Task, init_state
+from ldm_jax.training.steps import Run, compute, tell, train_steps
 from ldm_jax.training.tasks import make_task
 from ldm_jax.training.workdir import (
     check_config,
@@ -59,7 +47,6 @@ from ldm_jax.training.workdir import (
     locked,
     write_config,
 )
-from ldm_jax.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -106,25 +93,8 @@ def train(
                 path = Path(workdir).expanduser()
                 return _train(config, path, dry_run, drawn or {}, stack, stop, processes)
     except Interrupted as stopped:
-        _tell("%s", stopped)
+        tell("%s", stopped)
         raise
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """The constants of a run."""
-
-    config: Any
-    workdir: Path
-    task: Task
-    optimizer: optax.GradientTransformation
-    mesh: Mesh
-    abstract: State
-    shardings: State
-    frozen: Params
-    checkpoints: Checkpoints
-    stop: StopRequest
-    evaluators: tuple[Evaluator, ...]
 
 
 def _train(
@@ -142,6 +112,8 @@ def _train(
     mesh = make_mesh(config.mesh)
     check_batch(mesh, settings.batch_size)
     check_parts(settings, parts_of_batch(mesh))
+    if (most := settings.get("steps_per_call", 1)) < 1:
+        raise ValueError(f"train.steps_per_call={most}: choose 1 or more")
     check_shared(workdir)
     checkpoints = stack.enter_context(
         contextlib.closing(Checkpoints(workdir / "checkpoints", settings.keep))
@@ -164,7 +136,7 @@ def _train(
     frozen = put(task.frozen, state_shardings(mesh, task.frozen, rules=rules))
     if frozen:
         task = dataclasses.replace(task, frozen=frozen)
-    evaluators = _compute(mesh, make_evaluators, config, task, drawn)
+    evaluators = compute(mesh, make_evaluators, config, task, drawn)
     parts = config, workdir, task, optimizer, mesh, abstract, shardings, frozen
     run = Run(*parts, checkpoints, stop, evaluators)
 
@@ -172,26 +144,26 @@ def _train(
     start, state = (newest or 0), None
     if newest is not None and not dry_run:
         wanted = abstract_like(abstract, shardings)
-        start, state = _compute(mesh, checkpoints.restore_newest, wanted, find_damage)
+        start, state = compute(mesh, checkpoints.restore_newest, wanted, find_damage)
         log.info("Resuming %s at step %d", workdir, start)
         stop.is_saved(start, workdir)
     batches = None
     if is_first() and (start < settings.steps or dry_run):
-        _compute(mesh, _show_data, task, workdir, start)
+        compute(mesh, _show_data, task, workdir, start)
     if dry_run:
         return {}
     if start < settings.steps:
         batches = task.batches(start)
-        first = _compute(mesh, next, batches)
+        first = compute(mesh, next, batches)
         stack.callback(getattr(batches, "close", lambda: None))
         batches = itertools.chain([first], batches)
     if state is None:
-        state = _compute(mesh, jax.jit(initial, out_shardings=shardings), task.loaded)
+        state = compute(mesh, jax.jit(initial, out_shardings=shardings), task.loaded)
     _describe(state, frozen, settings)
 
     metrics = None
     if start < settings.steps:
-        step, state, metrics = _train_steps(run, start, state, batches, began)
+        step, state, metrics = train_steps(run, start, state, batches, began)
     else:
         step = start
         write_config(workdir, config_dict(config))
@@ -228,153 +200,6 @@ def _open_task(config: Any, workdir: Path) -> Task:
     return task
 
 
-def _train_steps(
-    run: Run, start: int, state: State, batches: Iterator, began: float
-) -> tuple[int, State, dict[str, float] | None]:
-    """Trains from step `start` to the last one or to a signal, and saves the state.
-
-    `began` is the start time of the run. Returns the step, its state, and the held-out metrics if
-    they were measured at this step.
-    """
-    task, stop, checkpoints, workdir = run.task, run.stop, run.checkpoints, run.workdir
-    settings, seed, mesh = run.config.train, run.config.seed, run.mesh
-    several = jax.process_count() > 1
-    about = {"config": config_dict(run.config), "version": __version__}
-    batches = (put_batch(mesh, batch) for _, batch in batches)
-    batch = next(batches)
-    program = (task.phase(start), _shapes(batch))
-    programs = {program: _compute(mesh, _compile_step, run, program[0], batch)}
-
-    with contextlib.ExitStack() as stack:
-        write_config(workdir, about["config"])
-        writing = contextlib.nullcontext()
-        if is_first():
-            writing = contextlib.closing(MetricsLog(workdir, start))
-        metrics_log = stack.enter_context(writing)
-        quiet = {} if is_first() else {"disable": True}
-        progress = stack.enter_context(
-            tqdm(total=settings.steps, initial=start, unit="step", dynamic_ncols=True, **quiet)
-        )
-        step, held_out, pending, under_way, clock = start, None, [], collections.deque(), Clock()
-        stop.training = True
-
-        def finish(left: int = 0):
-            """Waits until at most `left` steps are in flight, and counts the finished ones."""
-            while len(under_way) > left:
-                number, loss, asked = under_way.popleft()
-                _wait(loss)
-                if asked is not None:
-                    stop.agreed = stop.agreed or signal_name(int(asked))
-                progress.update()
-                if number == start:
-                    log.info("First step done %.1f s after the start", time.perf_counter() - began)
-
-        while step < settings.steps:
-            if (program := (task.phase(step), _shapes(batch))) not in programs:
-                finish()
-                with clock.paused():
-                    programs[program] = _compute(mesh, _compile_step, run, program[0], batch)
-            compiled, flops = programs[program]
-            asked = (one_each(mesh, signal_number(stop.requested)),) if several else ()
-            state, metrics = compiled(state, run.frozen, batch, np.int32(step), *asked)
-            under_way.append((step, metrics["loss"], metrics.pop(STOP, None)))
-            pending.append(metrics)
-            step += 1
-            last = step == settings.steps
-            if not last:
-                with clock.waiting():
-                    batch = next(batches)
-            finish(UNDER_WAY - 1)
-            if not several:
-                stop.agreed = stop.requested
-            if stop.agreed and not stop.requested:
-                _tell("%s to another process: stopping after this step", stop.agreed)
-
-            if due(settings.log_every, step) or last:
-                finish()
-                checkpoints.check()
-                values = _mean(pending)
-                stop_if_not_finite(task, state, step, seed, checkpoints)
-                speed = clock.report(len(pending) * settings.batch_size)
-                speed["data_wait"] = max(map(float, gather(str(speed["data_wait"]))))
-                seconds = settings.batch_size / speed["images_per_second"]
-                values |= rates(flops, seconds, jax.devices()) | memory_in_use(jax.local_devices())
-                if metrics_log:
-                    metrics_log.write(step, "train", values | speed)
-                progress.set_postfix_str(
-                    f"loss {values['loss']:.4g}, {speed['images_per_second']:.0f} images/s, "
-                    f"data_wait {speed['data_wait']:.0%}"
-                )
-                pending = []
-            if due(settings.preview_every, step) or last:
-                finish()
-                with clock.paused():
-                    picture = _compute(mesh, task.preview, state.ema)
-                    if is_first():
-                        save_png(workdir / "previews" / f"{step:07d}.png", picture)
-            for evaluator in (each for each in run.evaluators if each.due(step, last)):
-                finish()
-                with clock.paused():
-                    values = _compute(mesh, evaluator, state.ema, step)
-                if values and metrics_log:
-                    metrics_log.write(step, evaluator.kind, values)
-                held_out = values if evaluator.kind == HELD_OUT else held_out
-            if due(settings.checkpoint_every, step) or last or stop.agreed:
-                finish()
-                with clock.paused():
-                    stop_if_not_finite(task, state, step, seed, checkpoints)
-                    stop_if_damaged(state, step, checkpoints)
-                    saved = functools.partial(stop.is_saved, step, workdir)
-                    checkpoints.save(step, state, about, saved, wait=bool(last or stop.agreed))
-                    write_snapshot(workdir, step, state.averages)
-            if stop.agreed:
-                break
-    return step, state, held_out
-
-
-def _compile_step(run: Run, phase: Hashable, batch: dict[str, jax.Array]) -> tuple[Callable, float]:
-    """The training step of a phase, compiled ahead of time for the shapes of `batch`, and its
-    model's FLOPs."""
-    began = time.perf_counter()
-    still = jax.tree.map(lambda leaf: leaf.sharding, run.frozen)
-    asked = (one_each(run.mesh, 0),) if jax.process_count() > 1 else ()
-    train_step = step_program(
-        run.task, run.optimizer, run.config, run.mesh, run.shardings, still, phase, bool(asked)
-    )
-    traced = train_step.trace(run.abstract, run.frozen, batch, np.int32(0), *asked)
-    flops, program = step_flops(traced, run.optimizer, run.abstract), traced.lower().compile()
-    log.info("Compiled the training step in %.1f s", time.perf_counter() - began)
-    return program, flops
-
-
-def _shapes(batch: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
-    """The shapes of a batch's arrays, in their order. Text states that are kept hold several."""
-    return tuple(array.shape for array in jax.tree.leaves(batch))
-
-
-def _compute(mesh: Mesh, function: Callable, *args: Any) -> Any:
-    """`function(*args)`, which may compile, so that signals are handled meanwhile."""
-
-    def on_mesh():
-        with jax.set_mesh(mesh):  # a thread does not inherit it
-            return function(*args)
-
-    return in_thread(on_mesh)
-
-
-def _tell(message: str, *arguments: Any) -> None:
-    """Logs a message that every process shows."""
-    log.log(logging.INFO if is_first() else logging.WARNING, message, *arguments)
-
-
-def _wait(array: jax.Array) -> None:
-    """Waits until `array` is computed. `block_until_ready` would delay signals."""
-    pause = 1e-4
-    while not array.is_ready():
-        time.sleep(pause)
-        pause = min(2 * pause, 0.02)
-
-
 def _show_data(task: Task, workdir: Path, start: int) -> None:
     """Logs a summary of the data and writes the first batch."""
     task.summary()
@@ -388,12 +213,3 @@ def _describe(state: State, frozen: Params, settings: Any) -> None:
             count = sum(leaf.size for leaf in jax.tree.leaves(params))
             log.info("%s: %.2f M parameters, %s", name, count / 1e6, what)
     log.info("%d steps of %d images", settings.steps, settings.batch_size)
-
-
-def _mean(metrics: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Mean of every metric over the steps that reported it."""
-    values: dict[str, list] = {}
-    for step_metrics in jax.device_get(metrics):
-        for name, value in step_metrics.items():
-            values.setdefault(name, []).append(value)
-    return {name: float(np.mean(value)) for name, value in values.items()}

@@ -42,10 +42,11 @@ def step_program(
     phase: Hashable,
     ask: bool = False,
 ) -> Any:
-    """The training step of a phase, as `jax.jit` returns it: it donates the state.
+    """Training steps of a phase, as `jax.jit` returns them: they donate the state.
 
     `state` and `frozen` are the shardings of its first two arguments, the state and the parameters
-    that do not train; the others are the batch and the number of the step. With `ask` there is one
+    that do not train; the others are a tuple of batches, one for each step, and the number of the
+    first step. Metrics of several steps have an axis of them. With `ask` there is one argument
     more, the signal that each process got (`mesh.one_each`), and a metric `STOP`, the largest.
     """
     settings = config.train
@@ -53,25 +54,34 @@ def step_program(
         task, optimizer, config.seed, settings.ema_decay, phase, more_averages(settings)
     )
 
-    def step_and_ask(state, frozen, batch, number, *asked):
-        state, metrics = step(state, frozen, batch, number)
+    def steps_and_ask(state, frozen, batches, number, *asked):
+        if len(batches) == 1:
+            state, metrics = step(state, frozen, batches[0], number)
+        else:
+            stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *batches)
+            numbers = number + jnp.arange(len(batches), dtype=number.dtype)
+            state, metrics = jax.lax.scan(
+                lambda state, given: step(state, frozen, *given), state, (stacked, numbers)
+            )
         return state, metrics | ({STOP: jnp.max(asked[0])} if asked else {})
 
     signals = (NamedSharding(mesh, PartitionSpec(mesh.axis_names)),) if ask else ()
     return jax.jit(
-        step_and_ask,
+        steps_and_ask,
         donate_argnums=0,
         in_shardings=(state, frozen, batch_sharding(mesh), replicated(mesh), *signals),
         out_shardings=(state, replicated(mesh)),
     )
 
 
-def step_flops(traced: Any, optimizer: optax.GradientTransformation, state: State) -> float:
-    """FLOPs of the model's products in a traced step (`jax.jit(…).trace(…)`), on all devices: see
-    `meters.model_flops`. Those of the optimiser, which Muon has, do not count; `state` may be
-    shapes."""
+def step_flops(
+    traced: Any, optimizer: optax.GradientTransformation, state: State, steps: int = 1
+) -> float:
+    """FLOPs of the model's products in one of `steps` traced steps (`jax.jit(…).trace(…)`), on all
+    devices: see `meters.model_flops`. Those of the optimiser, which Muon has, do not count; `state`
+    may be shapes."""
     of_update = model_flops(optimizer.update, state.params, state.opt_state, state.params)
-    return jaxpr_flops(traced.jaxpr) - of_update
+    return jaxpr_flops(traced.jaxpr) / steps - of_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +143,7 @@ def lower_step(task: Task, config: Any, mesh: Mesh) -> Lowered:
     phase, batch = task.phase(config.train.steps - 1), batch_shapes(task, config.train.batch_size)
     program = step_program(task, optimizer, config, mesh, shardings, frozen, phase)
     with jax.set_mesh(mesh):  # for this alone: its devices may be described, and not there
-        traced = program.trace(state, task.frozen, batch, np.int32(0))
+        traced = program.trace(state, task.frozen, (batch,), np.int32(0))
         lowered = traced.lower()
     return Lowered(lowered, config.train.batch_size, step_flops(traced, optimizer, state))
 

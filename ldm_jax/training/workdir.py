@@ -35,6 +35,7 @@ HARMLESS = (
     "train.preview_every",
     "train.keep",
     "train.mllog",
+    "train.steps_per_call",
     "train.accumulate",
     "train.remat",
     "precision",

@@ -11,7 +11,7 @@ from configs import common, txt2img
 from ldm_jax.data.buckets import Grouped, bucket_shapes, nearest_bucket
 from ldm_jax.data.loader import Loader
 from ldm_jax.data.sources import open_source
-from ldm_jax.training import loop
+from ldm_jax.training import loop, steps
 from ldm_jax.training.tasks import make_task
 
 SIZES = {"wide": (160, 90), "tall": (60, 90), "square": (80, 80)}  # (width, height)
@@ -154,13 +154,13 @@ def config(folder, **fields):
 
 @pytest.mark.long
 def test_training_compiles_a_step_for_each_shape(folder, tmp_path, monkeypatch):
-    compiled, compile_step = [], loop._compile_step
+    compiled, compile_steps = [], steps._compile_steps
 
-    def count(run, phase, batch):
-        compiled.append(batch["image"].shape)
-        return compile_step(run, phase, batch)
+    def count(run, call):
+        compiled.append(call.batches[0]["image"].shape)
+        return compile_steps(run, call)
 
-    monkeypatch.setattr(loop, "_compile_step", count)
+    monkeypatch.setattr(steps, "_compile_steps", count)
     loop.train(config(folder), tmp_path)
     assert len(compiled) == len(set(compiled)) == 3
     assert {shape[1:3] for shape in compiled} == {(48, 88), (64, 64), (80, 56)}

@@ -16,7 +16,8 @@ from ldm_jax.drawn_evaluators import DRAWN
 from ldm_jax.interop.files import write_safetensors
 from ldm_jax.runtime.logging import read_metrics
 from ldm_jax.runtime.mesh import make_mesh
-from ldm_jax.training import loop, validation
+from ldm_jax.training import steps as training_steps
+from ldm_jax.training import validation
 from ldm_jax.training.evaluators import WITH_PREVIEWS, DrawnEvaluator, make_evaluators
 from ldm_jax.training.loop import train
 from ldm_jax.training.tasks import make_task
@@ -225,7 +226,7 @@ def test_reconstructions_need_features_for_their_distance(monkeypatch):
 
 
 def test_a_run_that_is_refused_compiles_nothing(with_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "_compile_step", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(training_steps, "_compile_steps", lambda *_: pytest.fail("compiled"))
     config, _, _ = counting(every=1)
     with pytest.raises(ValueError, match="evaluators.task draws pictures: train with train.py"):
         train(config, tmp_path)

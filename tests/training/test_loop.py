@@ -10,6 +10,7 @@ import pytest
 
 from ldm_jax.runtime.logging import read_metrics
 from ldm_jax.training import loop
+from ldm_jax.training import steps as training_steps
 from ldm_jax.training.loop import train
 from tests.training.least_squares import Crash, Task, a_config, model, reports, steps
 
@@ -65,7 +66,8 @@ def test_values_that_are_not_finite_are_damage(use, whole, resumable, caplog, pa
         return state.replace(**{part: bad})
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "stop_if_damaged", lambda *arguments: None)
+        for module in (loop, training_steps):
+            patch.setattr(module, "stop_if_damaged", lambda *arguments: None)
         write = loop.Checkpoints._write
         damaged = lambda c, n, state, a: write(c, n, damage(state), a)  # noqa: E731
         patch.setattr(loop.Checkpoints, "_write", damaged)
@@ -143,7 +145,7 @@ def test_the_bar_counts_finished_steps(use, tmp_path, monkeypatch):
     """Twenty steps that take long: a bar of dispatched ones would be full at once."""
     times, ahead = [], []
 
-    class Bar(loop.tqdm):
+    class Bar(training_steps.tqdm):
         def update(self, n=1):
             times.append(time.perf_counter())
 
@@ -157,7 +159,7 @@ def test_the_bar_counts_finished_steps(use, tmp_path, monkeypatch):
             ahead.append(step - len(times))
 
     use(Slow())
-    monkeypatch.setattr(loop, "tqdm", Bar)
+    monkeypatch.setattr(training_steps, "tqdm", Bar)
     train(steps(20, **{"train.log_every": 20, "train.preview_every": 20}), tmp_path)
     assert len(times) == 20
     assert max(ahead) <= 2
@@ -194,7 +196,7 @@ def no_compiling(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("the training step was compiled")
 
-    return lambda: monkeypatch.setattr(loop, "_compile_step", refuse)
+    return lambda: monkeypatch.setattr(training_steps, "_compile_steps", refuse)
 
 
 def test_a_finished_run_is_exported_without_compiling(use, resumable, no_compiling):
@@ -247,13 +249,13 @@ def test_a_dry_run_leaves_a_run_as_it_is(use, resumable):
 
 def test_a_run_shows_its_data_before_it_compiles(use, tmp_path, monkeypatch):
     task = use(Describing())
-    compile_step = loop._compile_step
+    compile_steps = training_steps._compile_steps
 
     def compile_after(*arguments):
         assert len(task.told) == 2
-        return compile_step(*arguments)
+        return compile_steps(*arguments)
 
-    monkeypatch.setattr(loop, "_compile_step", compile_after)
+    monkeypatch.setattr(training_steps, "_compile_steps", compile_after)
     train(steps(2), tmp_path)
     assert (tmp_path / "first_batch.png").exists()
 
