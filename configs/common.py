@@ -129,7 +129,7 @@ def train(**fields) -> dict:
         dict(
             steps=12000,
             batch_size=64,
-            steps_per_call=1,  # more, where a step is shorter than its dispatch
+            steps_per_call=1,  # more on accelerators, where a step is shorter than its dispatch
             accumulate=1,  # parts of a batch, one after the other, where it does not fit in memory
             remat="",  # recompute in place of keeping: blocks, dots, products (models/remat.py)
             ema_decay=0.999,

@@ -114,6 +114,8 @@ def _train(
     check_parts(settings, parts_of_batch(mesh))
     if (most := settings.get("steps_per_call", 1)) < 1:
         raise ValueError(f"train.steps_per_call={most}: choose 1 or more")
+    if most > 1 and jax.default_backend() == "cpu":
+        log.warning("train.steps_per_call=%d: on a CPU, XLA's loops are slower than calls", most)
     check_shared(workdir)
     checkpoints = stack.enter_context(
         contextlib.closing(Checkpoints(workdir / "checkpoints", settings.keep))
