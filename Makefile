@@ -58,7 +58,7 @@ long: $(TEST)  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m long -n 2 --durations=20
 
 parity: $(PARITY)  ## compare with diffusers, transformers, CompVis' code … (1.5 GB of torch)
-	$(PARITY_VENV)/bin/python -m pytest parity --disable-warnings
+	$(PARITY_VENV)/bin/python -m pytest parity -n 2 --disable-warnings
 
 plan: $(PLAN)  ## compile a training step and a sampler for a TPU slice, without a TPU
 	$(PLAN_VENV)/bin/python -m pytest tests/runtime/test_plan.py tests/test_plan_tpu.py
