@@ -4,7 +4,7 @@
 
 A run is one or two processes on 1 to 8 forced devices. One process gets a SIGKILL: in its start-up,
 between its checkpoints, or just after the folder of one appears. The other of two must end by
-itself within a minute. Then the same command, at times for other devices or processes, must resume
+itself within a minute, or two before they have met. Then the same command, at times for other devices or processes, must resume
 at the newest checkpoint that stood under its name, and end with the model of the run that nothing
 killed: bit for bit where devices and processes stay the same, else to 1e-5.
 
@@ -89,7 +89,8 @@ def kill(seed: int, folder: Path, whole: dict[Layout, tuple[float, dict]]) -> di
     killed = chance.choice(processes)
     killed.kill()
     at = time.monotonic()
-    outcomes = ended(*processes, timeout=MINUTE)
+    # One that has not met the other yet waits for it a minute (--wait) before it gives up.
+    outcomes = ended(*processes, timeout=MINUTE * (2 if moment == "start-up" else 1))
     waited = time.monotonic() - at
     hit = killed.returncode == -9
     newest = max(saved(workdir), default=0)
