@@ -88,22 +88,27 @@ class VectorQuantizer(nn.Module):
         )
 
 
-def revival_loss(table: jax.Array, z: jax.Array, indices: jax.Array, key: jax.Array) -> jax.Array:
+def revival_loss(table: jax.Array, z: jax.Array, indices: jax.Array) -> jax.Array:
     """Draws entries that a batch does not use towards latents of it, so that none stays unused.
 
-    Σ ‖e − sg[z_r]‖² / (n_embed · D) over these entries, with a random latent z_r for each: random
-    restarts (Dhariwal et al. 2020, §3.1) as a loss, which needs no counts from step to step.
+    Σ ‖e − sg[z_r]‖² / (n_embed · D) over these entries, each with the latent z_r that is nearest to
+    a point beside the entry, as far as latents are from their mean, in a direction of its own that
+    stays. An entry so moves to the same kind of latent in every step (Zheng & Vedaldi 2023, whose
+    nearest latents these are), and entries that start together move apart. A random latent in each
+    step would draw all of them to the mean of latents.
 
     Args:
       table: the codebook (n_embed, D).
       z: latents (B, h, w, D).
       indices: (B, h, w), of the entries that the batch uses.
-      key: of the choice of latents.
     """
     unused = jnp.bincount(indices.reshape(-1), length=len(table)) == 0
-    chosen = jax.random.randint(key, (len(table),), 0, indices.size)
-    latents = jax.lax.stop_gradient(z.reshape(-1, z.shape[-1])[chosen])
-    return jnp.mean(jnp.square(table - latents) * unused[:, None])
+    latents = jax.lax.stop_gradient(z.reshape(-1, z.shape[-1]))
+    direction = jax.random.normal(jax.random.key(0), table.shape)
+    points = jax.lax.stop_gradient(table) + jnp.std(latents, axis=0) * direction
+    distances = jnp.sum(jnp.square(latents), axis=-1) - 2.0 * points @ latents.T
+    nearest = latents[jnp.argmin(distances, axis=-1)]
+    return jnp.mean(jnp.square(table - nearest) * unused[:, None])
 
 
 class VQModel(nn.Module):

@@ -153,7 +153,7 @@ class AutoencoderTask:
                 codebook_loss = quantized.loss
                 if loss_config.get("revival_weight"):
                     table = autoencoder["quantize"]["embedding"]["embedding"]
-                    revival = revival_loss(table, z, quantized.indices, key)
+                    revival = revival_loss(table, z, quantized.indices)
                     codebook_loss += loss_config.revival_weight * revival
                 z, cost = quantized.latents, loss_config.codebook_weight * pixels * codebook_loss
                 used = {"perplexity": quantized.perplexity, "codebook_usage": quantized.usage}
