@@ -4,9 +4,10 @@
 
 A run is one or two processes on 1 to 8 forced devices. One process gets a SIGKILL: in its start-up,
 between its checkpoints, or just after the folder of one appears. The other of two must end by
-itself within a minute, or two before they have met. Then the same command, at times for other devices or processes, must resume
-at the newest checkpoint that stood under its name, and end with the model of the run that nothing
-killed: bit for bit where devices and processes stay the same, else to 1e-5.
+itself within a minute, or two before they have met. Then the same command, at times for other
+devices or processes, must resume at the newest checkpoint that stood under its name, and end with
+the model of the run that nothing killed: bit for bit where devices and processes stay the same,
+else to 1e-5.
 
 Prints the table of docs/pod.md. Kills in `--log` are not made again.
 """

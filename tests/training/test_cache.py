@@ -246,6 +246,7 @@ def test_two_processes_by_the_command(cache, stable, pictures, tmp_path):
 DYING = """
 import itertools, os, signal, sys
 sys.path.insert(0, {root!r})
+import tests.conftest  # first, as pytest does, for its flags
 from tests.training.test_cache import SMALL, finetune
 from ldm_jax.training import caching
 events = itertools.count()
