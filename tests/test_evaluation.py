@@ -16,8 +16,10 @@ from ldm_jax.interop.files import write_safetensors
 from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.metrics.clip_score import load_clip
 from ldm_jax.metrics.extractors import load_extractor
-from ldm_jax.metrics.reconstruction import reconstruction_quality
+from ldm_jax.metrics.reconstruction import codebook_entries, reconstruction_quality
 from ldm_jax.metrics.scene_tasks import bicubic
+from ldm_jax.models.build import make_autoencoder
+from ldm_jax.pictures import to_signed
 from ldm_jax.pipeline import Pipeline
 from tests import tiny_models
 from tests.metrics.clip_file import in_transformers_names
@@ -103,6 +105,24 @@ def test_reconstruction_quality_of_known_errors():
     same = reconstruction_quality(lambda x: x / 255.0, Few())
     assert same["ssim"] == pytest.approx(1.0) and same["ms_ssim"] == pytest.approx(1.0)
     assert same.keys() == {"psnr", "ssim", "ms_ssim"}
+
+
+def test_the_entries_of_a_codebook_that_pictures_use():
+    """Together, and not those of the pictures that fill the last batch."""
+    whole = {"task": "autoencoder", "autoencoder": tiny_models.VQ}
+    autoencoder = make_autoencoder(tiny_models.VQ)
+    params = tiny_models.random_params(whole)["autoencoder"]
+    entries = codebook_entries(autoencoder, params)
+    images = np.stack([Few()[i]["image"] for i in range(40)])
+    z = autoencoder.apply({"params": params}, to_signed(images), method="prequant")
+    table = np.asarray(params["quantize"]["embedding"]["embedding"])
+    by_hand = np.argmin(np.square(np.asarray(z)[..., None, :] - table).sum(-1), axis=-1)
+    np.testing.assert_array_equal(entries(images), by_hand)
+    quality = reconstruction_quality(lambda x: x / 255.0, Few(), entries=entries)
+    assert quality["codebook_used"] == len(np.unique(by_hand)) > 1
+    marked = reconstruction_quality(lambda x: x / 255.0, Few(), entries=lambda x: x[:, 32, 32, 0])
+    assert marked["codebook_used"] == len(np.unique(images[:, 32, 32, 0]))
+    assert codebook_entries(make_autoencoder(tiny_models.KL), {}) is None
 
 
 def test_reconstructions_in_features(monkeypatch):

@@ -26,7 +26,7 @@ from ldm_jax.metrics.clip_score import ClipScore, load_clip
 from ldm_jax.metrics.extractors import hash_of, load_extractor
 from ldm_jax.metrics.image import WINDOW, scales_of
 from ldm_jax.metrics.lpips import load_lpips
-from ldm_jax.metrics.reconstruction import reconstruction_quality
+from ldm_jax.metrics.reconstruction import codebook_entries, reconstruction_quality
 from ldm_jax.metrics.reference import Reference, describe, read_statistics
 from ldm_jax.models.build import make_autoencoder
 from ldm_jax.pictures import to_signed, to_unit
@@ -184,7 +184,8 @@ def open_evaluation(
     scored = load_clip(clip) if clip else None
     perceptual = load_lpips(*lpips.split(",")) if lpips else None
     extract = load_extractor(extractor, resize) if extractor or resize else None
-    quality = reconstruction_quality(reconstruct, held_out, perceptual, extract)
+    entries = codebook_entries(autoencoder, params["autoencoder"])
+    quality = reconstruction_quality(reconstruct, held_out, perceptual, extract, entries)
     about = dict(source=chosen["source"], path=path, image_size=size)
     protocol = {
         "version": __version__,
