@@ -10,7 +10,7 @@ Variants, as in --config=configs/autoencoder.py:smoke
     decoder the decoder alone, from --config.init_from=runs/autoencoder, on noisy latents, so that
             it forgives the errors of drawn ones. Latents stay bit for bit as they are, and models
             trained on them can go on
-    vq      a codebook of 1,024 entries in place of KL, 64 px → 16×16×4 latents (20 minutes)
+    vq      a codebook of 1,024 entries in place of KL, 64 px → 16×16×4 latents
     smoke   a few steps of a tiny network, for tests
 
 L1 + KL, and from `loss.disc_start` on the discriminator (by default, never). The perceptual term
