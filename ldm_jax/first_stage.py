@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ldm_jax.interop.opening import export
 from ldm_jax.latent_diffusion import Known
 from ldm_jax.models.build import Autoencoder
 from ldm_jax.pictures import as_images, to_signed, to_unit
+from ldm_jax.runtime.executables import Kept, kept
 from ldm_jax.runtime.mesh import to_host
 
 
@@ -31,30 +31,29 @@ class FirstStage:
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Pictures (B, H, W, C), uint8 or float [0, 1] → scaled latents (B, h, w, c)."""
-        return to_host(self._encode(self.params, to_signed(as_images(images))))
+        return to_host(self._run(_encode, to_signed(as_images(images))))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Scaled latents (B, h, w, c) → pictures (B, H, W, C), float32 [0, 1]."""
-        return np.float32(to_host(self._decode(self.params, latents)))
+        return np.float32(to_host(self._run(_decode, latents)))
 
     def save(self, path: str | Path, dtype: str = "float32", layout: str = "single_file") -> None:
         """As `Pipeline.save`."""
         export(path, self.config, self.params, dtype, layout)
 
-    @functools.cached_property
-    def _encode(self):
-        return jax.jit(
-            lambda p, x: self.autoencoder.apply({"params": p["autoencoder"]}, x, method="encode")
-        )
+    def _run(self, program: Kept, values: np.ndarray) -> jax.Array:
+        return program(self.params["autoencoder"], values, autoencoder=self.autoencoder)
 
-    @functools.cached_property
-    def _decode(self):
-        def decode(params, latents):
-            variables = {"params": params["autoencoder"]}
-            images = self.autoencoder.apply(variables, latents, method="decode")
-            return jnp.clip(to_unit(images), 0.0, 1.0)
 
-        return jax.jit(decode)
+@kept("autoencoder")
+def _encode(params: dict, images: jax.Array, *, autoencoder: Autoencoder) -> jax.Array:
+    return autoencoder.apply({"params": params}, images, method="encode")
+
+
+@kept("autoencoder")
+def _decode(params: dict, latents: jax.Array, *, autoencoder: Autoencoder) -> jax.Array:
+    images = autoencoder.apply({"params": params}, latents, method="decode")
+    return jnp.clip(to_unit(images), 0.0, 1.0)
 
 
 def starting_point(

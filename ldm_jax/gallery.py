@@ -231,7 +231,7 @@ def draw(
             pipe.noise(settings["seed"] + i, 1, settings.get("height"), settings.get("width"))[0]
             for i in (0, 1)
         ]
-        arguments["latents"] = np.asarray(slerp(*ends, np.linspace(0.0, 1.0, interpolate)))
+        arguments["latents"] = slerp(*ends, np.linspace(0.0, 1.0, interpolate))
     if edit is not None and edit.source and len(names) * settings["n"] != 1:
         raise ValueError("an inverted picture (--source) is drawn once, with one prompt")
     count = settings["n"] if settings.get("compose") else len(names) * settings["n"]

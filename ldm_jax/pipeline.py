@@ -23,7 +23,7 @@ from ldm_jax.conditions.requests import (
 )
 from ldm_jax.conditions.weighted import WeightedPrompts, of_one_length, weighting
 from ldm_jax.diffusion.checks import check_finite, check_number, whole
-from ldm_jax.diffusion.noise import example_keys
+from ldm_jax.diffusion.noise import seed_bits
 from ldm_jax.diffusion.plan import Guidance, Sampling, plan
 from ldm_jax.diffusion.samplers import DDIM_INVERSE
 from ldm_jax.first_stage import FirstStage, starting_point
@@ -37,7 +37,7 @@ from ldm_jax.latent_diffusion import LatentDiffusion
 from ldm_jax.models.build import Autoencoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.pictures import as_images, as_mask
-from ldm_jax.programs import Weights, generate, invert, merged, not_finite
+from ldm_jax.programs import Weights, generate, invert, merged, not_finite, starting_noise
 from ldm_jax.runtime.mesh import local_mesh, replicated, spread, to_host
 
 
@@ -192,12 +192,12 @@ class Pipeline:
 
         masked = known is not None and known.mask is not None
         run = plan(self.model.diffusion, steps, sampling, asked, strength=strength, masked=masked)
-        keys = example_keys(jax.random.key(seed), count)
-        each = (inputs, negatives, keys, known, latents, shares)
+        bits, index = seed_bits(seed), np.arange(count, dtype=np.int32)
+        each = (inputs, negatives, index, known, latents, shares)
         weak = None if asked.weak is None else asked.weak.with_prompt_syntax(syntax)
         draw = functools.partial(
             generate,
-            self.model,
+            model=self.model,
             run=run,
             latent_shape=shape,
             sampler=sampling.sampler,
@@ -211,17 +211,17 @@ class Pipeline:
             arguments = jax.tree.map(lambda v, part=part: v[part], each)
             mesh = local_mesh(len(part))
             if mesh is None:
-                images = draw(self._weights, *arguments, callback=progress)
+                images = draw(self._weights, bits, *arguments, callback=progress)
             else:
                 everywhere = self._on_all_devices
                 with jax.set_mesh(mesh):
-                    images = draw(everywhere, *spread(arguments), callback=progress)
+                    images = draw(everywhere, bits, *spread(arguments), callback=progress)
             images = np.float32(to_host(images))
             if progress is not None:
                 jax.effects_barrier()  # its last report comes before the next batch's first
             if not np.isfinite(images).all():
                 raise FloatingPointError(
-                    not_finite(functools.partial(draw, self._weights, *arguments), steps)
+                    not_finite(functools.partial(draw, self._weights, bits, *arguments), steps)
                 )
             drawn.append(images)
         images = np.concatenate(drawn)[:count]
@@ -231,8 +231,8 @@ class Pipeline:
         self, seed: int, n: int = 1, height: int | None = None, width: int | None = None
     ) -> np.ndarray:
         """The starting noise of `n` pictures of `seed`: unit Gaussian `latents` (n, h, w, c)."""
-        shape, keys = self._latent_shape(height, width), example_keys(jax.random.key(seed), n)
-        return np.asarray(jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
+        shape, index = self._latent_shape(height, width), np.arange(n, dtype=np.int32)
+        return np.asarray(starting_noise(seed_bits(seed), index, latent_shape=shape))
 
     def invert(
         self,
@@ -255,7 +255,7 @@ class Pipeline:
         inputs = inputs_for(embedders, entries, count)
         grid = diffusion.grid(steps, "ddim")
         table = DDIM_INVERSE.coefficients(diffusion.schedule, grid)
-        latents = invert(self.model, self._weights, inputs, self.encode(images), table)
+        latents = invert(self._weights, inputs, self.encode(images), table, model=self.model)
         spread = np.hypot(grid.here.alpha[0], grid.here.sigma[0])
         return np.asarray(latents) / spread.astype(np.float32)
 

@@ -1,6 +1,5 @@
 """The compiled programs of a pipeline."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +7,11 @@ import jax
 import numpy as np
 
 from ldm_jax.conditions.base import Inputs
+from ldm_jax.diffusion.noise import Examples, example_keys
 from ldm_jax.diffusion.plan import Run
 from ldm_jax.interop.changes import Lora, merge
 from ldm_jax.latent_diffusion import Known, LatentDiffusion
+from ldm_jax.runtime.executables import kept
 
 # Parameters, and LoRAs to be added to them, each with its scale.
 Weights = tuple[dict[str, Any], tuple[tuple[Lora, Any], ...]]
@@ -24,27 +25,26 @@ def merged(weights: Weights) -> dict[str, Any]:
     return params
 
 
-@functools.partial(
-    jax.jit,
-    static_argnums=0,
-    static_argnames=("latent_shape", "sampler", "tile", "branch", "weak_model", "callback"),
-)
+@kept("model", "latent_shape", "sampler", "tile", "branch", "weak_model", "callback")
 def generate(
-    model: LatentDiffusion,
     weights: Weights,
+    seed: jax.Array,
     inputs: list[Inputs],
     negatives: Inputs,
-    keys: jax.Array,
+    index: jax.Array,
     known: Known | None,
     latents: jax.Array | None,
     shares: jax.Array | None = None,
     *,
+    model: LatentDiffusion,
     run: Run,
     weak: Weights | None,
     weak_model: LatentDiffusion | None,
     **static,
 ):
-    """Pictures (B, H, W, C) in [0, 1], see `LatentDiffusion.generate`."""
+    """Pictures (B, H, W, C) in [0, 1], see `LatentDiffusion.generate`; picture `index[i]` (B,) of a
+    seed is always the same."""
+    keys = _keys(seed, index)
     weak = None if weak is None else (weak_model, merged(weak))
     options = dict(known=known, latents=latents, shares=shares, weak=weak) | static
     return model.generate(merged(weights), inputs, negatives, keys, run, **options)
@@ -66,7 +66,17 @@ def not_finite(draw: Callable, steps: int) -> str:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def invert(model: LatentDiffusion, weights: Weights, *args):
+@kept("model")
+def invert(weights: Weights, *args, model: LatentDiffusion):
     """Starting noise (B, h, w, c), see `LatentDiffusion.invert`."""
     return model.invert(merged(weights), *args)
+
+
+@kept("latent_shape")
+def starting_noise(seed: jax.Array, index: jax.Array, *, latent_shape: tuple[int, ...]):
+    """The unit Gaussian noise (B, h, w, c) from which `generate` starts."""
+    return jax.vmap(lambda key: jax.random.normal(key, latent_shape))(_keys(seed, index))
+
+
+def _keys(seed: jax.Array, index: jax.Array) -> jax.Array:
+    return example_keys(jax.random.key(seed), Examples(index, len(index)))

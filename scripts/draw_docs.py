@@ -114,7 +114,7 @@ def edits(pipe: ldm_jax.Pipeline) -> None:
     inverted, _ = Edit(path, source="a cat left of a star").arguments(pipe, 50)
     Path(path).unlink()
     ends = [pipe.noise(seed)[0] for seed in (4, 5)]
-    between = np.asarray(slerp(*ends, np.linspace(0.0, 1.0, 7)))
+    between = slerp(*ends, np.linspace(0.0, 1.0, 7))
     hidden = np.where(half[..., None], np.uint8(200), scene)
     others = ("star", "rocket", "red apple", "banana", "house")
 

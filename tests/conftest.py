@@ -19,8 +19,10 @@ import jax  # noqa: E402
 
 import ldm_jax  # noqa: E402
 from ldm_jax.runtime.compile_cache import use_compile_cache  # noqa: E402
+from ldm_jax.runtime.executables import keep_programs  # noqa: E402
 
 use_compile_cache(CACHE)
+keep_programs(None)  # tests count what is traced
 ROOT = Path(ldm_jax.__file__).parents[1]
 
 MAPPINGS = Path("/proc/self/maps")  # of Linux

@@ -44,13 +44,13 @@ def lora(tmp_path_factory):
 def test_a_lora_beside_the_model_is_the_one_merged_into_it(stable, lora):
     plain = stable("a cat", steps=2)
     with_lora = stable.with_lora(lora, scale=0.5)
-    before = generate._cache_size()
+    before = generate.jitted._cache_size()
     half = with_lora("a cat", steps=2)
     assert np.abs(half - plain).max() > 1e-3
     whole = with_lora.with_scales(1.0)("a cat", steps=2)
     assert np.abs(whole - half).max() > 1e-3
     np.testing.assert_allclose(with_lora.with_scales(0.0)("a cat", steps=2), plain, atol=1e-5)
-    assert generate._cache_size() == before + 1, "another scale is another input, no more"
+    assert generate.jitted._cache_size() == before + 1, "another scale is another input, no more"
     np.testing.assert_allclose(with_lora.merged()("a cat", steps=2), half, atol=1e-5)
     kernel = "input_blocks_1_1", "transformer_blocks_0", "attn2", "to_v", "kernel"
     theirs, ours = with_lora.merged().params["unet"], stable.params["unet"]

@@ -55,12 +55,12 @@ def test_a_picture_does_not_depend_on_its_company(pipe, four):
 
 
 def test_nothing_recompiles_for_prompt_seed_guidance_or_eta(pipe, four):
-    before = generate._cache_size()
+    before = generate.jitted._cache_size()
     pipe(["tulip", "octopus"], "blue", n=2, steps=4, seed=8, guidance=1.5,
          sampler=Sampling(eta=0.5))  # fmt: skip
     pipe(["tulip", "octopus"], n=2, steps=4, guidance=Guidance([1.5, 2, 3, 4], rescale=0.5))
     pipe(["tulip", "octopus"], n=2, steps=4, sampler=Sampling(spacing="karras"))
-    assert generate._cache_size() == before
+    assert generate.jitted._cache_size() == before
 
 
 def test_latents_replace_the_seed(pipe):
@@ -83,11 +83,11 @@ def test_other_sizes_are_drawn(pipe):
 def test_strength_goes_from_the_picture_itself_to_a_new_one(pipe, pictures):
     """One program for every strength; 0 is what the autoencoder gives back."""
     prompts = ["rainbow", "cat face"]
-    before = generate._cache_size()
+    before = generate.jitted._cache_size()
     # Without guidance, which overshoots in a few steps.
     settings = dict(guidance=1.0, steps=4)
     drawn = [pipe(prompts, image=pictures, strength=s, **settings) for s in (0.0, 0.5, 1.0)]
-    assert generate._cache_size() == before + 1
+    assert generate.jitted._cache_size() == before + 1
     np.testing.assert_allclose(drawn[0], pipe.decode(pipe.encode(pictures)), atol=1e-4)
     change = [np.abs(d - pictures / 255.0).mean() for d in drawn]
     assert change[0] < change[1] < change[2]
@@ -99,11 +99,11 @@ def test_a_mask_keeps_what_it_does_not_cover(pipe, pictures):
     mask = np.zeros((64, 64), bool)
     mask[20:, :30] = True
     drawn = pipe(["rainbow", "cat face"], image=pictures, mask=mask, steps=4)
-    before = generate._cache_size()
+    before = generate.jitted._cache_size()
     np.testing.assert_array_equal(drawn[:, ~mask], (pictures / np.float32(255.0))[:, ~mask])
     assert np.abs(drawn - pictures / 255.0)[:, mask].mean() > 0.02
     pipe(["tulip", "octopus"], image=pictures, mask=255 * mask[:, ::-1].astype(np.uint8), steps=4)
-    assert generate._cache_size() == before
+    assert generate.jitted._cache_size() == before
 
 
 def test_inversion_finds_noise_that_draws_the_picture_again(pipe, pictures):
@@ -164,9 +164,9 @@ def test_projected_guidance_is_plain_guidance_if_nothing_is_projected(pipe):
     plain = pipe("cat face", steps=2, guidance=3.0)
     apg = Guidance(3.0, method="apg", parallel=1.0)
     np.testing.assert_allclose(pipe("cat face", steps=2, guidance=apg), plain, atol=1e-3)
-    before = generate._cache_size()
+    before = generate.jitted._cache_size()
     projected = pipe("cat", steps=2, guidance=dataclasses.replace(apg, parallel=0.0, norm=9.0))
-    assert generate._cache_size() == before  # its numbers are traced
+    assert generate.jitted._cache_size() == before  # its numbers are traced
     assert np.abs(projected - plain).mean() > 0.01
 
 
@@ -302,9 +302,9 @@ def test_a_batch_changes_no_picture(pipe, pictures):
     mask[0, 20:], mask[1, :, :30], mask[2, 30:40] = True, True, True
     each = dict(image=image, mask=mask, latents=pipe.noise(5, 3), steps=4, guidance=2.0)
     whole = pipe(prompts, "blue", **each)
-    before = generate._cache_size()
+    before = generate.jitted._cache_size()
     parts = pipe(prompts, "blue", batch=2, **each)
-    assert generate._cache_size() == before + 1 and parts.shape == whole.shape
+    assert generate.jitted._cache_size() == before + 1 and parts.shape == whole.shape
     np.testing.assert_allclose(parts, whole, atol=1e-3)
     np.testing.assert_array_equal(pipe(prompts, "blue", batch=3, **each), whole)
     np.testing.assert_array_equal(pipe(prompts, "blue", batch=64, **each), whole)

@@ -79,12 +79,12 @@ def test_it_is_the_textbook_loop(pipe, guidance):
 def test_an_interval_of_one_changes_no_bit_and_others_compile_nothing(pipe):
     asked = dict(prompt="a red apple", steps=4, guidance=2.0)
     plain = pipe(**asked, sampler="dpmpp_2m")
-    before = generate._cache_size()
+    before = generate.jitted._cache_size()
     one = pipe(**asked, sampler=Sampling("dpmpp_2m", cache_interval=1))
     np.testing.assert_array_equal(one, plain)
-    assert generate._cache_size() == before
+    assert generate.jitted._cache_size() == before
     drawn = [pipe(**asked, sampler=Sampling("dpmpp_2m", cache_interval=i)) for i in (2, 3, 9)]
-    assert generate._cache_size() == before + 1
+    assert generate.jitted._cache_size() == before + 1
     errors = [np.abs(one - plain).mean() for one in drawn]
     assert 0.0 < errors[0] < errors[2]
 

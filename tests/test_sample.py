@@ -105,3 +105,39 @@ def test_mistakes_are_one_sentence(root, home, arguments, message):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert message in done.stderr
     assert not (home / "never").exists()
+
+
+COUNTED = """
+import collections, runpy, sys, jax
+counts = collections.Counter()
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: counts.update([name.rpartition("/")[2]])
+)
+try:
+    runpy.run_path("sample.py", run_name="__main__")
+finally:
+    print("counted", counts["jaxpr_trace_duration"], counts["backend_compile_duration"])
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--interpolate=2"], ["--image=~/picture.png", "--source=a dog"]]
+)
+def test_a_second_process_neither_traces_nor_compiles(root, home, tmp_path, arguments):
+    """Not even for its random numbers, nor to encode a picture and to invert it."""
+    env = os.environ | {"HOME": str(home), "LDM_JAX_CACHE": str(tmp_path / "cache")}
+    pictures, counts = [], []
+    for i in range(2):
+        out = tmp_path / str(i)
+        arguments = ["--prompt=cat", "--steps=2", f"--out={out}", *arguments]
+        done = subprocess.run(
+            [sys.executable, "-c", COUNTED, *arguments],
+            cwd=root, env=env, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        with Image.open(out / "grid.png") as grid:
+            pictures.append(np.array(grid))
+        traced, compiled = done.stdout.rpartition("counted")[2].split()
+        counts.append((int(traced), int(compiled)))
+    assert min(counts[0]) > 1 and counts[1] == (0, 0)
+    np.testing.assert_array_equal(*pictures)

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from ldm_jax.data.degradations import DEGRADATIONS, degraded
 from ldm_jax.data.masks import RECIPES, draw_mask
@@ -325,6 +324,8 @@ def edges(image: np.ndarray, sigma: float = 0.7, gain: float = 4.0) -> np.ndarra
     """The edges of a picture, uint8 (H, W, 3) → float32 (H, W, 1) in [0, 1], white on black: the
     size of the gradient of its brightness, after a Gaussian of `sigma` pixels, times `gain`."""
     grey = np.float32(image).mean(axis=-1) / 255.0
+    from scipy import ndimage  # slow to import
+
     size = ndimage.gaussian_gradient_magnitude(grey, sigma, mode="nearest")
     return np.clip(gain * size, 0.0, 1.0)[..., None].astype(np.float32)
 

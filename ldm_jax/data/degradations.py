@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 Rng = np.random.Generator
 FILTERS = {f"pil_{kind.name.lower()}": kind for kind in Image.Resampling}
@@ -82,6 +81,8 @@ def degrade(image: np.ndarray, factor: int, recipe: Recipe, rng: Rng) -> np.ndar
             return np.clip(resize(x, size, rng.choice(INTERPOLATIONS)), 0.0, 1.0)
         kernel = gaussian_kernel(25, np.eye(2) * rng.uniform(0.1, 0.6 * factor) ** 2)
         # Every `factor`-th pixel of a picture that is moved, so that they lie in the middle.
+        from scipy import ndimage  # slow to import
+
         kernel = ndimage.shift(kernel, (factor - 1) / -2.0, order=1, mode="nearest")
         return np.clip(_filtered(x, kernel / kernel.sum())[::factor, ::factor], 0.0, 1.0)
 
@@ -191,6 +192,8 @@ def _cubic(distance: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _filtered(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    from scipy import ndimage  # slow to import
+
     return ndimage.convolve(x, kernel[..., None], mode="mirror")
 
 

@@ -45,21 +45,21 @@ def keep_known(
     return put_back
 
 
-def slerp(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
+def slerp(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """From a (weight 0) to b (weight 1) on the great circle between them (Shoemake 1985).
 
     Gaussian noise lies near a sphere, and points of a straight line do not. `a` and `b` have one
     shape (…), the result (weight's shape, …). Parallel ends are interpolated linearly.
     """
-    cosine = jnp.sum(a * b) / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
-    angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))
-    weight = jnp.asarray(weight, a.dtype)
+    cosine = np.sum(a * b) / (np.linalg.norm(a) * np.linalg.norm(b))
+    angle = np.arccos(np.clip(cosine, -1.0, 1.0))
+    weight = np.asarray(weight, a.dtype)
     weight = weight.reshape(weight.shape + (1,) * a.ndim)
-    sine = jnp.sin(angle)
+    sine = np.sin(angle)
     straight = sine < 1e-4
-    safe = jnp.where(straight, 1.0, sine)
-    of_a = jnp.where(straight, 1.0 - weight, jnp.sin((1.0 - weight) * angle) / safe)
-    of_b = jnp.where(straight, weight, jnp.sin(weight * angle) / safe)
+    safe = np.where(straight, 1.0, sine)
+    of_a = np.where(straight, 1.0 - weight, np.sin((1.0 - weight) * angle) / safe)
+    of_b = np.where(straight, weight, np.sin(weight * angle) / safe)
     return of_a * a + of_b * b
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Examples(NamedTuple):
@@ -16,6 +17,11 @@ class Examples(NamedTuple):
 
     index: jax.Array
     total: int
+
+
+def seed_bits(seed: int) -> np.uint32:
+    """The part of a seed that `jax.random.key` uses, its lower 32 bits, for a compiled program."""
+    return np.uint32(seed & 0xFFFFFFFF)
 
 
 def all_examples(count: int) -> Examples:

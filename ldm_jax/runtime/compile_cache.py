@@ -5,9 +5,12 @@ from pathlib import Path
 
 import jax
 
+from ldm_jax.runtime.executables import keep_programs
+
 
 def use_compile_cache(directory: str | os.PathLike | None = None) -> Path:
-    """Stores every compiled program in `directory` and reuses it in later processes.
+    """Stores every compiled program in `directory` and reuses it in later processes; those that
+    draw, and those of an autoencoder, without tracing them again (`executables`).
 
     Default: $LDM_JAX_CACHE, else ~/.cache/ldm_jax. jax's own defaults skip programs that compile in
     less than a second, which for a small model are nearly all.
@@ -17,4 +20,5 @@ def use_compile_cache(directory: str | os.PathLike | None = None) -> Path:
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    keep_programs(path / "programs")
     return path

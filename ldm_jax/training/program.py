@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ldm_jax.diffusion.noise import example_keys
+from ldm_jax.diffusion.noise import seed_bits
 from ldm_jax.diffusion.plan import Guidance, Sampling, plan
 from ldm_jax.programs import generate
 from ldm_jax.runtime.mesh import (
@@ -157,16 +157,15 @@ def lower_sampler(task: Any, config: Any, mesh: Mesh, count: int, steps: int | N
     run = plan(task.model.diffusion, steps or own["steps"], sampling, guidance)
     _, state = abstract_state(task, config)
     params = _placed(merge(task.frozen, state.params), replicated(mesh))
-    keys = jax.eval_shape(lambda: example_keys(jax.random.key(0), count))
-    inputs, keys = _placed(
-        (input_shapes(task, task.model.embedders, count), keys), batch_sharding(mesh)
+    index = jax.ShapeDtypeStruct((count,), np.int32)
+    inputs, index = _placed(
+        (input_shapes(task, task.model.embedders, count), index), batch_sharding(mesh)
     )
-    arguments = ((params, ()), [inputs], inputs, keys, None, None)
+    arguments = ((params, ()), seed_bits(0), [inputs], inputs, index, None, None)
     static = dict(latent_shape=task.latent_shape, sampler=sampling.sampler, tile=0, callback=None)
+    options = dict(model=task.model, run=run, weak=None, weak_model=None)
     with jax.set_mesh(mesh):
-        traced = generate.trace(
-            task.model, *arguments, run=run, weak=None, weak_model=None, **static
-        )
+        traced = generate.jitted.trace(*arguments, **options, **static)
         return Lowered(traced.lower(), count, jaxpr_flops(traced.jaxpr))
 
 

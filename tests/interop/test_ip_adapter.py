@@ -111,10 +111,10 @@ def test_a_picture_and_its_scale(pipe, tmp_path, plus):
     plain = pipe("an apple", **asked)
     none = pipe.with_ip_adapter(path, scale=0.0)("an apple", **asked, **shown)
     np.testing.assert_array_equal(none, plain)
-    before = generate._cache_size()
+    before = generate.jitted._cache_size()
     whole = pipe.with_ip_adapter(path)("an apple", **asked, **shown)
     half = pipe.with_ip_adapter(path, scale=0.5)("an apple", **asked, **shown)
-    assert generate._cache_size() == before
+    assert generate.jitted._cache_size() == before
     assert np.abs(whole - plain).max() > 1e-2 and np.abs(whole - half).max() > 1e-3
     other = pipe.with_ip_adapter(path)(
         "an apple", **asked, conditions={"image_prompt": PICTURE[::-1]}
