@@ -51,8 +51,17 @@ class Kept:
     """
 
     def __init__(self, function: Callable, static: Sequence[str]):
-        self.jitted, self.static = jax.jit(function, static_argnames=static), static
-        self._programs: dict[str, Callable | None] = {}
+        self.function, self.static = function, static
+        self._programs: dict[str, Callable] = {}
+
+    @functools.cached_property
+    def jitted(self) -> Callable:
+        """The function under `jax.jit`, for the devices of this process."""
+        return jax.jit(self.function, static_argnames=self.static, compiler_options=_options())
+
+    def trace(self, *args: Any, **options: Any) -> jax.stages.Traced:
+        """As `jax.jit(…).trace`, for any devices."""
+        return jax.jit(self.function, static_argnames=self.static).trace(*args, **options)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         fixed = {name: options.pop(name) for name in self.static if name in options}
@@ -69,10 +78,10 @@ class Kept:
         except TypeError:
             return None
         leaves, tree = jax.tree.flatten((args, options))
-        parts = (_name(self.jitted), static, str(tree), *map(_array, leaves), _context())
+        parts = (_name(self.function), static, str(tree), *map(_array, leaves), _context())
         key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         if key not in self._programs:
-            path = _directory / f"{self.jitted.__name__}-{key}"
+            path = _directory / f"{self.function.__name__}-{key}"
             program = _read(path, tree, leaves)
             if program is None:
                 lowered = self.jitted.lower(*args, **options, **fixed)
@@ -100,6 +109,14 @@ def _without_cache():
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
         reset_cache()
+
+
+def _options() -> dict[str, int]:
+    """On a CPU, LLVM's level 1 compiles a sampling program in half the time, and it runs as fast,
+    for what takes time there is in libraries; a training step gains nothing (docs/speed.md)."""
+    chosen = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
+    on_cpu = jax.default_backend() == "cpu"
+    return {"xla_backend_optimization_level": 1} if on_cpu and not chosen else {}
 
 
 def _read(path: Path, tree: Any, leaves: list) -> Callable | None:

@@ -165,7 +165,7 @@ def lower_sampler(task: Any, config: Any, mesh: Mesh, count: int, steps: int | N
     static = dict(latent_shape=task.latent_shape, sampler=sampling.sampler, tile=0, callback=None)
     options = dict(model=task.model, run=run, weak=None, weak_model=None)
     with jax.set_mesh(mesh):
-        traced = generate.jitted.trace(*arguments, **options, **static)
+        traced = generate.trace(*arguments, **options, **static)
         return Lowered(traced.lower(), count, jaxpr_flops(traced.jaxpr))
 
 
