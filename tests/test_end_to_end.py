@@ -94,7 +94,8 @@ def wait_for_first_checkpoint(process, workdir):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("config", ["txt2img", pytest.param("autoencoder", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("config", ["txt2img", "autoencoder"])
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(root, tmp_path, request, config):
     whole, workdir = request.getfixturevalue(config), tmp_path / "killed"
     arguments = smoke(config, workdir)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ldm_jax.models.dot_product import attend
-from ldm_jax.models.layers import GroupNorm, conv, uniform_init
+from ldm_jax.models.layers import Dense, GroupNorm, Layer, LayerNorm, conv, uniform_init
 from ldm_jax.models.remat import rematerialised
 
 # A collection of variables, by the path of an attention: see `Attention`.
@@ -32,7 +32,7 @@ class Attention(nn.Module):
         width = self.heads * self.head_dim
 
         def project(name, tokens):
-            projected = nn.Dense(width, use_bias=False, name=name, **options)(tokens)
+            projected = Dense(width, use_bias=False, name=name, **options)(tokens)
             return projected.reshape(*tokens.shape[:-1], self.heads, self.head_dim)
 
         query = project("to_q", x)
@@ -41,10 +41,10 @@ class Attention(nn.Module):
             own = (v.astype(query.dtype) for v in pair)
             out = out + attend(query, *(v.reshape(*v.shape[:2], *query.shape[2:]) for v in own))
         out = out.reshape(*x.shape[:-1], width)
-        return nn.Dense(x.shape[-1], name="to_out", **options)(out)
+        return Dense(x.shape[-1], name="to_out", **options)(out)
 
 
-class GatedDense(nn.Module):
+class GatedDense(Layer):
     """A linear layer that returns value and gate separately: (…, C) → 2 × (…, features).
 
     It uses two products on slices of the kernel: with one product that is split, XLA:CPU recomputes
@@ -86,10 +86,10 @@ class FeedForward(nn.Module):
             value, gate = GatedDense(width, name="proj_in", **types)(x)
             h = value * nn.gelu(gate, approximate=False)
         else:
-            h = nn.Dense(width, name="proj_in", **options)(x)
+            h = Dense(width, name="proj_in", **options)(x)
             h = nn.gelu(h, approximate=False)
         h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
-        return nn.Dense(x.shape[-1], name="proj_out", **options)(h)
+        return Dense(x.shape[-1], name="proj_out", **options)(h)
 
 
 class TransformerBlock(nn.Module):
@@ -114,7 +114,7 @@ class TransformerBlock(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
 
         def norm(name):
-            return nn.LayerNorm(epsilon=1e-5, name=name, use_fast_variance=False, **types)
+            return LayerNorm(epsilon=1e-5, name=name, use_fast_variance=False, **types)
 
         def attention(name):
             return Attention(self.heads, self.head_dim, name=name, **types)
@@ -155,7 +155,7 @@ class SpatialTransformer(nn.Module):
         h = GroupNorm(self.groups, 1e-6, name="norm", **types)(x)
         h = h.reshape(batch, height * width, channels)
         inner = self.heads * self.head_dim
-        h = nn.Dense(inner, name="proj_in", kernel_init=uniform_init, **types)(h)
+        h = Dense(inner, name="proj_in", kernel_init=uniform_init, **types)(h)
         for i in range(self.depth):
             block = rematerialised(TransformerBlock, self.remat, static=(3,))(
                 self.heads,
@@ -166,7 +166,7 @@ class SpatialTransformer(nn.Module):
                 **types,
             )
             h = block(h, context, deterministic)
-        h = nn.Dense(channels, name="proj_out", kernel_init=nn.initializers.zeros, **types)(h)
+        h = Dense(channels, name="proj_out", kernel_init=nn.initializers.zeros, **types)(h)
         return x + h.reshape(batch, height, width, channels)
 
 

@@ -17,6 +17,7 @@ from flax import linen as nn
 from ldm_jax.models.attention import SpatialSelfAttention
 from ldm_jax.models.layers import (
     GroupNorm,
+    LayerNorm,
     check_channels,
     check_sides,
     conv,
@@ -30,7 +31,7 @@ def norm(groups: int, name: str, **types) -> nn.Module:
     """Normalisation over groups of channels and all pixels; with no groups, of each pixel alone."""
     if groups:
         return GroupNorm(groups, 1e-6, name=name, **types)
-    return nn.LayerNorm(1e-6, use_fast_variance=False, name=name, **types)
+    return LayerNorm(1e-6, use_fast_variance=False, name=name, **types)
 
 
 class ResnetBlock(nn.Module):

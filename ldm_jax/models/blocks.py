@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ldm_jax.models.dot_product import attend
-from ldm_jax.models.layers import GroupNorm, average_pool, conv, uniform_init, upsample
+from ldm_jax.models.layers import Dense, GroupNorm, average_pool, conv, uniform_init, upsample
 
 
 class ResBlock(nn.Module):
@@ -31,7 +31,7 @@ class ResBlock(nn.Module):
         x = resize(x)
 
         width = 2 * self.features if self.scale_shift_norm else self.features
-        dense = nn.Dense(width, kernel_init=uniform_init, name="emb_layers_1", **types)
+        dense = Dense(width, kernel_init=uniform_init, name="emb_layers_1", **types)
         emb = dense(nn.silu(emb))[:, None, None, :]
         norm = GroupNorm(self.groups, name="out_layers_0", **types)
         if self.scale_shift_norm:
@@ -60,9 +60,9 @@ class AttentionBlock(nn.Module):
         batch, height, width, channels = x.shape
         h = GroupNorm(self.groups, name="norm", **types)(x)
         h = h.reshape(batch, height * width, channels)
-        qkv = nn.Dense(3 * channels, kernel_init=uniform_init, name="qkv", **types)(h)
+        qkv = Dense(3 * channels, kernel_init=uniform_init, name="qkv", **types)(h)
         qkv = qkv.reshape(batch, height * width, self.heads, 3, channels // self.heads)
         h = attend(qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :])
         h = h.reshape(batch, height * width, channels)
-        h = nn.Dense(channels, kernel_init=nn.initializers.zeros, name="proj_out", **types)(h)
+        h = Dense(channels, kernel_init=nn.initializers.zeros, name="proj_out", **types)(h)
         return x + h.reshape(batch, height, width, channels)

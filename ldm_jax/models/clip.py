@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ldm_jax.models.layers import Dense, Layer, LayerNorm
 from ldm_jax.models.tokens import TokenEmbed
 
 
@@ -44,9 +45,9 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu}
 LAYERS = {"last": -1, "penultimate": -2}
 
 
-def layer_norm(name: str, epsilon: float, **types) -> nn.LayerNorm:
+def layer_norm(name: str, epsilon: float, **types) -> LayerNorm:
     """With the two-pass variance."""
-    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, name=name, **types)
+    return LayerNorm(epsilon=epsilon, use_fast_variance=False, name=name, **types)
 
 
 def layer_index(layer: int | str, depth: int) -> int:
@@ -85,14 +86,14 @@ class CausalAttention(nn.Module):
 
         def project(name):
             init = nn.initializers.normal(width**-0.5)
-            projected = nn.Dense(width, kernel_init=init, name=name, **types)(x)
+            projected = Dense(width, kernel_init=init, name=name, **types)(x)
             return projected.reshape(*x.shape[:-1], self.heads, width // self.heads)
 
         query, key, value = (project(name) for name in ("q_proj", "k_proj", "v_proj"))
         # Scaled by head_dim^−½, softmax in float32 whatever the dtype.
         out = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         init = nn.initializers.normal((2 * width * self.depth) ** -0.5)
-        return nn.Dense(width, kernel_init=init, name="out_proj", **types)(out.reshape(x.shape))
+        return Dense(width, kernel_init=init, name="out_proj", **types)(out.reshape(x.shape))
 
 
 class MLP(nn.Module):
@@ -109,10 +110,10 @@ class MLP(nn.Module):
         width = x.shape[-1]
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         init = nn.initializers.normal((2 * width) ** -0.5)
-        h = nn.Dense(self.inner, kernel_init=init, name="fc1", **types)(x)
+        h = Dense(self.inner, kernel_init=init, name="fc1", **types)(x)
         init = nn.initializers.normal((2 * width * self.depth) ** -0.5)
         h = ACTIVATIONS[self.activation](h)
-        return nn.Dense(width, kernel_init=init, name="fc2", **types)(h)
+        return Dense(width, kernel_init=init, name="fc2", **types)(h)
 
 
 class CLIPLayer(nn.Module):
@@ -135,7 +136,7 @@ class CLIPLayer(nn.Module):
         return x + mlp(layer_norm("layer_norm2", self.epsilon, **types)(x))
 
 
-class CLIPText(nn.Module):
+class CLIPText(Layer):
     """Tokens (B, L ≤ max_length), int32 → `TextFeatures`: Radford et al. 2021, §2.4.
 
     Pre-norm blocks with learned absolute positions; the causal mask is the only one, so padding
@@ -207,7 +208,7 @@ class CLIPText(nn.Module):
         pooled = norm(jnp.take_along_axis(hidden[-1], ends[:, None, None], axis=1)[:, 0])
         if self.projection is not None:
             init = nn.initializers.normal(self.width**-0.5)
-            project = nn.Dense(
+            project = Dense(
                 self.projection, use_bias=False, kernel_init=init, name="text_projection", **types
             )
             pooled = project(pooled)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ldm_jax.models.layers import Conv, Layer
+
 
 class PatchDiscriminator(nn.Module):
     """Images (B, H, W, 3) in [−1, 1] → one logit per overlapping patch, (B, h, w, 1), float32.
@@ -23,7 +25,7 @@ class PatchDiscriminator(nn.Module):
 
         def conv(x, features, stride, name, use_bias=True):
             options = dict(use_bias=use_bias, kernel_init=normal, name=name, dtype=self.dtype)
-            return nn.Conv(features, (4, 4), stride, 1, **options)(x)
+            return Conv(features, (4, 4), stride, 1, **options)(x)
 
         h = nn.leaky_relu(conv(x, self.ndf, 2, "conv_0"), 0.2)
         for i in range(1, self.n_layers + 1):
@@ -33,7 +35,7 @@ class PatchDiscriminator(nn.Module):
         return conv(h, 1, 1, "conv_out").astype(jnp.float32)
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(Layer):
     """Batch normalisation over (B, H, W, C) by the batch's own statistics, ε = 1e-5."""
 
     @nn.compact

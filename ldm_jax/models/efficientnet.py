@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ldm_jax.models.layers import Conv, Layer
+
 # Repeats, kernel size, stride of the first, expansion, output channels.
 STAGES = (
     (1, 3, 1, 1, 16),
@@ -21,7 +23,7 @@ STAGES = (
 )
 
 
-class Depthwise(nn.Module):
+class Depthwise(Layer):
     """A depthwise convolution, padded as "SAME".
 
     Written as a sum over the window because XLA's grouped convolution is 18 times slower on a CPU.
@@ -57,9 +59,9 @@ class InvertedResidual(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         h, hidden = x, x.shape[-1] * self.expansion
         if self.expansion > 1:
-            h = nn.relu6(nn.Conv(hidden, (1, 1), name="expand")(h))
+            h = nn.relu6(Conv(hidden, (1, 1), name="expand")(h))
         h = Depthwise(self.kernel, self.stride, name="depthwise")(h)
-        h = nn.Conv(self.features, (1, 1), name="project")(nn.relu6(h))
+        h = Conv(self.features, (1, 1), name="project")(nn.relu6(h))
         return x + h if h.shape == x.shape else h
 
 
@@ -68,7 +70,7 @@ class EfficientNetLite0(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = nn.relu6(nn.Conv(32, (3, 3), 2, name="stem")(images))
+        x = nn.relu6(Conv(32, (3, 3), 2, name="stem")(images))
         block = 0
         for repeats, kernel, stride, expansion, features in STAGES:
             for i in range(repeats):
@@ -76,7 +78,7 @@ class EfficientNetLite0(nn.Module):
                 name = f"blocks_{block}"
                 x = InvertedResidual(features, kernel, step, expansion, name=name)(x)
                 block += 1
-        return nn.relu6(nn.Conv(1280, (1, 1), name="head")(x)).mean(axis=(1, 2))
+        return nn.relu6(Conv(1280, (1, 1), name="head")(x)).mean(axis=(1, 2))
 
 
 def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:

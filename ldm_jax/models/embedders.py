@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ldm_jax.models.layers import average_pool, check_sides, conv, timestep_embedding
+from ldm_jax.models.layers import Embed, average_pool, check_sides, conv, timestep_embedding
 
 
 class ClassEmbedder(nn.Module):
@@ -28,7 +28,7 @@ class ClassEmbedder(nn.Module):
             )
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         normal = nn.initializers.normal(1.0)
-        embed = nn.Embed(
+        embed = Embed(
             self.n_classes, self.embed_dim, embedding_init=normal, name="embedding", **types
         )
         return embed(labels[:, None])

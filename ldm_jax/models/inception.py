@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ldm_jax.models.layers import Conv, Dense
+
 CLASSES = 1008
 WIDTH = 2048
 # A convolution: its name, output channels, kernel (height, width), stride, padding (height, width).
@@ -177,13 +179,13 @@ class InceptionV3(nn.Module):
         for name in BLOCKS:
             x = MixedBlock(name=name)(x)
         features = x.mean(axis=(1, 2))
-        return features, nn.Dense(CLASSES, use_bias=False, name="fc")(features)
+        return features, Dense(CLASSES, use_bias=False, name="fc")(features)
 
 
 def _convolved(x: jax.Array, layer: Convolution) -> jax.Array:
     name, features, kernel, stride, (high, wide) = layer
     padding = ((high, high), (wide, wide))
-    return nn.relu(nn.Conv(features, kernel, stride, padding, name=name)(x))
+    return nn.relu(Conv(features, kernel, stride, padding, name=name)(x))
 
 
 def _mean(x: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from flax import linen as nn
 from ldm_jax.models.build import tuples
 from ldm_jax.models.clip import layer_norm
 from ldm_jax.models.dot_product import attend
+from ldm_jax.models.layers import Dense, Layer
 from ldm_jax.models.vision_transformer import VisionTransformer
 
 HEAD = 64  # the width of a resampler's heads
@@ -28,11 +29,11 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Dense(self.tokens * self.width, name="proj")(x)
+        x = Dense(self.tokens * self.width, name="proj")(x)
         return layer_norm("norm", 1e-5)(x.reshape(-1, self.tokens, self.width))
 
 
-class Resampler(nn.Module):
+class Resampler(Layer):
     """A picture's patches (B, L, D) → tokens (B, tokens, width), of IP-Adapter Plus.
 
     Learned queries attend to the patches and to themselves, `depth` times (Flamingo's perceiver,
@@ -50,10 +51,10 @@ class Resampler(nn.Module):
         shape = (1, self.tokens, self.inner)
         queries = self.param("latents", nn.initializers.normal(self.inner**-0.5), shape)
         h = jnp.broadcast_to(queries, (len(x), *shape[1:])).astype(x.dtype)
-        x = nn.Dense(self.inner, name="proj_in")(x)
+        x = Dense(self.inner, name="proj_in")(x)
 
         def dense(features, name, h):
-            return nn.Dense(features, use_bias=False, name=name)(h)
+            return Dense(features, use_bias=False, name=name)(h)
 
         def heads(h):
             return h.reshape(*h.shape[:2], self.heads, HEAD)
@@ -69,7 +70,7 @@ class Resampler(nn.Module):
             h = h + dense(self.inner, f"{name}_to_out", out.reshape(*h.shape[:2], total))
             wide = dense(4 * self.inner, f"{name}_fc1", layer_norm(f"{name}_norm3", 1e-5)(h))
             h = h + dense(self.inner, f"{name}_fc2", nn.gelu(wide, approximate=False))
-        return layer_norm("norm_out", 1e-5)(nn.Dense(self.width, name="proj_out")(h))
+        return layer_norm("norm_out", 1e-5)(Dense(self.width, name="proj_out")(h))
 
 
 class IPAdapter(nn.Module):
@@ -103,7 +104,7 @@ class IPAdapter(nn.Module):
             tokens = Resampler(*sizes, name="image_proj")(x)
 
         def project(name, width):
-            return nn.Dense(width, use_bias=False, name=name)(tokens)
+            return Dense(width, use_bias=False, name=name)(tokens)
 
         return tuple(
             (project(f"to_k_{i}", width), project(f"to_v_{i}", width))

@@ -6,16 +6,54 @@ parameters; normalisation statistics are always float32.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 # PyTorch's default for convolutions and linear layers, U(±1/√fan_in), which the originals use.
 uniform_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-class GroupNorm(nn.Module):
+class Layer(nn.Module):
+    """A module that reads a parameter by the shape that it is declared with.
+
+    Flax traces the initialiser of every parameter in every call to learn that shape, which takes
+    most of the time of tracing a network.
+
+    Raises flax.errors.ScopeParamShapeError for a parameter of another shape.
+    """
+
+    def param(self, name: str, init_fn: Callable, *init_args: Any, **options: Any) -> Any:
+        if not self.has_variable("params", name):
+            return super().param(name, init_fn, *init_args, **options)
+        value, shape = self.get_variable("params", name), tuple(init_args[0])
+        if np.shape(value) != shape:
+            path = "/" + "/".join(self.scope.path)
+            raise flax.errors.ScopeParamShapeError(name, path, np.shape(value), shape)
+        return value
+
+
+class Dense(Layer, nn.Dense):
+    """`nn.Dense`."""
+
+
+class Conv(Layer, nn.Conv):
+    """`nn.Conv`."""
+
+
+class LayerNorm(Layer, nn.LayerNorm):
+    """`nn.LayerNorm`."""
+
+
+class Embed(Layer, nn.Embed):
+    """`nn.Embed`."""
+
+
+class GroupNorm(Layer):
     """Group normalisation over (B, ..., C) with float32 statistics (Wu & He 2018, eq. 1).
 
     Two-pass variance: the one-pass form E[x²] − E[x]² loses half the digits of float32. Each pass
@@ -64,9 +102,9 @@ def conv(
     zero_init: bool = False,
     kernel_init: Callable = uniform_init,
     **options,
-) -> nn.Conv:
+) -> Conv:
     """A square 2-D convolution, zero-padded to keep its size; biases start at zero."""
-    return nn.Conv(
+    return Conv(
         features,
         (kernel, kernel),
         strides=stride,

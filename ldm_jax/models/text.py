@@ -5,10 +5,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ldm_jax.models.attention import Attention, FeedForward
+from ldm_jax.models.layers import Layer, LayerNorm
 from ldm_jax.models.tokens import TokenEmbed
 
 
-class TextTransformer(nn.Module):
+class TextTransformer(Layer):
     """Tokens (B, L ≤ max_length), int → (B, L, width): Rombach et al. 2022, §D.3 and §E.2.
 
     Pre-norm blocks with learned absolute positions and no mask: padding is attended to, as in the
@@ -34,7 +35,7 @@ class TextTransformer(nn.Module):
         normal = nn.initializers.normal(0.02)
 
         def norm(name):
-            return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name, **types)
+            return LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name, **types)
 
         embed = TokenEmbed(self.vocab_size, self.width, self.added, name="token_emb", **types)
         positions = self.param("pos_emb", normal, (self.max_length, self.width), self.param_dtype)

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ldm_jax.models.layers import Layer
+
 ADDED = "added_"  # beside "embedding": "added_0" (n, width) are the vectors of the first new token
 
 
-class TokenEmbed(nn.Module):
+class TokenEmbed(Layer):
     """Ids (B, L), int → (B, L, width).
 
     The ids from `vocab_size` on are the vectors of added tokens, `added` of each, in their order,

@@ -14,6 +14,8 @@ from flax import linen as nn
 from ldm_jax.models.attention import SpatialTransformer
 from ldm_jax.models.blocks import AttentionBlock, ResBlock
 from ldm_jax.models.layers import (
+    Dense,
+    Embed,
     GroupNorm,
     check_channels,
     check_sides,
@@ -271,7 +273,7 @@ def time_and_vector(
 
     def dense(name, values):
         width = 4 * unet.model_channels
-        return nn.Dense(width, kernel_init=uniform_init, name=name, **types)(values)
+        return Dense(width, kernel_init=uniform_init, name=name, **types)(values)
 
     def perceptron(name, values):
         values = values.astype(unet.dtype or x.dtype)
@@ -281,7 +283,7 @@ def time_and_vector(
     if unet.time_cond_proj_dim is not None:
         if timestep_cond is None:
             timestep_cond = jnp.zeros((len(x), unet.time_cond_proj_dim))
-        project = nn.Dense(
+        project = Dense(
             unet.model_channels,
             use_bias=False,
             kernel_init=uniform_init,
@@ -299,7 +301,7 @@ def time_and_vector(
     elif unet.num_classes is not None:
         normal = nn.initializers.normal(1.0)
         shape = (unet.num_classes, emb.shape[-1])
-        emb += nn.Embed(*shape, embedding_init=normal, name="label_emb", **types)(y)
+        emb += Embed(*shape, embedding_init=normal, name="label_emb", **types)(y)
     return emb
 
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ldm_jax.models.clip import ACTIVATIONS, layer_norm
+from ldm_jax.models.layers import Conv, Dense, Layer
 
 
-class ViTBlock(nn.Module):
+class ViTBlock(Layer):
     """x + s₁·attention(norm x), x + s₂·MLP(norm x) on (B, L, C); s is 1 unless `layer_scale`."""
 
     heads: int
@@ -33,15 +34,15 @@ class ViTBlock(nn.Module):
 
         h = layer_norm("norm1", self.epsilon)(x)
         split = (*x.shape[:-1], self.heads, width // self.heads)
-        parts = [nn.Dense(width, name=name)(h).reshape(split) for name in ("query", "key", "value")]
+        parts = [Dense(width, name=name)(h).reshape(split) for name in ("query", "key", "value")]
         h = jax.nn.dot_product_attention(*parts).reshape(x.shape)
-        x = x + scaled("scale1", nn.Dense(width, name="out")(h))
-        h = nn.Dense(self.inner, name="fc1")(layer_norm("norm2", self.epsilon)(x))
-        h = nn.Dense(width, name="fc2")(ACTIVATIONS[self.activation](h))
+        x = x + scaled("scale1", Dense(width, name="out")(h))
+        h = Dense(self.inner, name="fc1")(layer_norm("norm2", self.epsilon)(x))
+        h = Dense(width, name="fc2")(ACTIVATIONS[self.activation](h))
         return x + scaled("scale2", h)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Layer):
     """Images (B, side, side, 3) → the class token after the final norm, (B, width); through a
     projection, (B, projection), if there is one.
 
@@ -74,7 +75,7 @@ class VisionTransformer(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         patch, count, init = (self.patch, self.patch), len(images), nn.initializers.normal(0.02)
-        x = nn.Conv(self.width, patch, patch, "VALID", use_bias=self.patch_bias, name="patches")(
+        x = Conv(self.width, patch, patch, "VALID", use_bias=self.patch_bias, name="patches")(
             images
         ).reshape(count, -1, self.width)
         positions = self.param("positions", init, (1 + x.shape[1], self.width))
@@ -103,4 +104,4 @@ class VisionTransformer(nn.Module):
         x = layer_norm("norm", self.epsilon)(x[:, 0])
         if self.projection is None:
             return x
-        return nn.Dense(self.projection, use_bias=False, name="projection")(x)
+        return Dense(self.projection, use_bias=False, name="projection")(x)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ldm_jax.models.autoencoder import depth_to_space, encoder_and_decoder
-from ldm_jax.models.layers import check_channels, conv
+from ldm_jax.models.layers import Embed, check_channels, conv
 
 
 class Quantized(NamedTuple):
@@ -56,7 +56,7 @@ class VectorQuantizer(nn.Module):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         check_channels(z, "VectorQuantizer with embed_dim", self.embed_dim)
-        codebook = nn.Embed(
+        codebook = Embed(
             self.n_embed,
             self.embed_dim,
             jnp.float32,
