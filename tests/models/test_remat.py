@@ -52,7 +52,7 @@ def compiled(kind, remat):
 @pytest.mark.parametrize(
     "kind, remat",
     [
-        ("transformer", "blocks"),
+        pytest.param("transformer", "blocks", marks=pytest.mark.long),
         ("attention", "blocks"),
         ("autoencoder", "blocks"),
         pytest.param("transformer", "dots", marks=pytest.mark.long),
