@@ -28,7 +28,7 @@ def emoji() -> ml_collections.ConfigDict:
 
 
 def scenes() -> ml_collections.ConfigDict:
-    return common.from_bundled(common.scenes_diffusion({}, {}), steps=800)
+    return common.from_bundled(common.scenes_diffusion({}, {}), steps=4000)
 
 
 def folder() -> ml_collections.ConfigDict:

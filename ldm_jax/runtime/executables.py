@@ -71,7 +71,7 @@ class Kept:
         return program(*args, **options)
 
     def _program(self, args: tuple, options: dict, fixed: dict) -> Callable | None:
-        if _directory is None or jax.process_count() > 1:
+        if _directory is None or jax.config.jax_disable_jit or jax.process_count() > 1:
             return None
         try:
             static = _text(fixed)

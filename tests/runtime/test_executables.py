@@ -153,6 +153,8 @@ def test_no_file_for_what_cannot_be_kept(folder):
     found = process()(X, callback=seen.append)
     jax.effects_barrier()
     same(found["each"][0], process()(X, of=lambda: 0)["each"][0])
+    with jax.disable_jit():
+        same(found["each"][0], process()(X)["each"][0])
     assert len(seen) == 1 and not folder.exists()
 
 
