@@ -129,9 +129,9 @@ def test_a_second_process_neither_traces_nor_compiles(root, home, tmp_path, argu
     pictures, counts = [], []
     for i in range(2):
         out = tmp_path / str(i)
-        arguments = ["--prompt=cat", "--steps=2", f"--out={out}", *arguments]
+        command = [sys.executable, "-c", COUNTED, "--prompt=cat", "--steps=2", f"--out={out}"]
         done = subprocess.run(
-            [sys.executable, "-c", COUNTED, *arguments],
+            [*command, *arguments],
             cwd=root, env=env, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
