@@ -323,9 +323,9 @@ class Array(Named):
 def edges(image: np.ndarray, sigma: float = 0.7, gain: float = 4.0) -> np.ndarray:
     """The edges of a picture, uint8 (H, W, 3) → float32 (H, W, 1) in [0, 1], white on black: the
     size of the gradient of its brightness, after a Gaussian of `sigma` pixels, times `gain`."""
-    grey = np.float32(image).mean(axis=-1) / 255.0
     from scipy import ndimage  # slow to import
 
+    grey = np.float32(image).mean(axis=-1) / 255.0
     size = ndimage.gaussian_gradient_magnitude(grey, sigma, mode="nearest")
     return np.clip(gain * size, 0.0, 1.0)[..., None].astype(np.float32)
 

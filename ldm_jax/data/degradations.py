@@ -64,6 +64,8 @@ def shrink(image: np.ndarray, factor: int, name: str = "pil_bicubic") -> np.ndar
 
 def degrade(image: np.ndarray, factor: int, recipe: Recipe, rng: Rng) -> np.ndarray:
     """uint8 (H, W, 3) → uint8 (H/factor, W/factor, 3), by a recipe."""
+    from scipy import ndimage  # slow to import
+
     x = image.astype(np.float64) / 255.0
     if factor == 4 and rng.random() < 0.25:
         kind = rng.choice(INTERPOLATIONS) if rng.random() < 0.5 else "antialiased"
@@ -81,8 +83,6 @@ def degrade(image: np.ndarray, factor: int, recipe: Recipe, rng: Rng) -> np.ndar
             return np.clip(resize(x, size, rng.choice(INTERPOLATIONS)), 0.0, 1.0)
         kernel = gaussian_kernel(25, np.eye(2) * rng.uniform(0.1, 0.6 * factor) ** 2)
         # Every `factor`-th pixel of a picture that is moved, so that they lie in the middle.
-        from scipy import ndimage  # slow to import
-
         kernel = ndimage.shift(kernel, (factor - 1) / -2.0, order=1, mode="nearest")
         return np.clip(_filtered(x, kernel / kernel.sum())[::factor, ::factor], 0.0, 1.0)
 

@@ -25,9 +25,13 @@ import numpy as np
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
+from ldm_jax.data.whole_files import publish
+
 log = logging.getLogger(__name__)
 
 UNUSED_DAYS = 30  # after which a file is deleted
+# Libraries whose version, or code, is part of what a file is found by.
+LIBRARIES = {"ldm_jax", "builtins", "jax", "numpy", "flax"}
 _directory: Path | None = None
 
 
@@ -46,8 +50,8 @@ class Kept:
 
     A file is found by all that its program depends on: the static arguments; the shapes, types and
     devices of the others; the code of this library; versions; jax's settings; the machine. The
-    jitted function runs instead where a program cannot be kept: one with a callback, or in several
-    processes. Static arguments are given by name.
+    jitted function runs instead where a program cannot be kept: one with a callback, with a class
+    of other code than `LIBRARIES`, or in several processes. Static arguments are given by name.
     """
 
     def __init__(self, function: Callable, static: Sequence[str]):
@@ -74,11 +78,11 @@ class Kept:
         if _directory is None or jax.config.jax_disable_jit or jax.process_count() > 1:
             return None
         try:
-            static = _text(fixed)
+            static = _text((self.function, fixed))
         except TypeError:
             return None
         leaves, tree = jax.tree.flatten((args, options))
-        parts = (_name(self.function), static, str(tree), *map(_array, leaves), _context())
+        parts = (static, str(tree), *map(_array, leaves), _context())
         key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         if key not in self._programs:
             path = _directory / f"{self.function.__name__}-{key}"
@@ -140,9 +144,9 @@ def _write(path: Path, program: jax.stages.Compiled) -> None:
         content, _, out_tree = serialize(program)
         out_tree = jax.tree.unflatten(out_tree, range(out_tree.num_leaves))
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f"{path.name}.{os.getpid()}")
-        new.write_bytes(zlib.compress(pickle.dumps((content, out_tree)), 1))
-        os.replace(new, path)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_bytes(zlib.compress(pickle.dumps((content, out_tree)), 1))
+        publish(part, path)
         for other in path.parent.iterdir():
             if time.time() - other.stat().st_mtime > UNUSED_DAYS * 86_400:
                 other.unlink(missing_ok=True)
@@ -168,7 +172,8 @@ def _array(leaf: Any) -> str:
 def _text(value: Any) -> str:
     """A text that is equal for equal static arguments in every process, and for no others.
 
-    Raises TypeError for a value without one, such as a function within a function.
+    Raises TypeError for a value without one: a function within a function, or of other code than
+    `LIBRARIES`, which may change.
     """
     if value is None or isinstance(value, bool | int | float | str | bytes | np.generic | np.dtype):
         return repr(value)
@@ -192,8 +197,8 @@ def _text(value: Any) -> str:
 
 def _name(value: Any) -> str:
     name = f"{value.__module__}.{value.__qualname__}"
-    if "<" in name:
-        raise TypeError(f"{name} has no name of its own")
+    if "<" in name or name.partition(".")[0] not in LIBRARIES:
+        raise TypeError(f"{name} may be something else in another process")
     return name
 
 
@@ -211,7 +216,7 @@ def _process() -> str:
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(path.read_bytes())
-    versions = [f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "flax")]
+    versions = [f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "flax", "numpy")]
     flags = [f"{name}={os.environ.get(name)}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     devices = [(device.device_kind, device.client.platform_version) for device in jax.devices()]
     return f"{code.hexdigest()} {versions} {flags} {devices} {_machine()}"

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ldm_jax.models.unet import UNet
+from ldm_jax.runtime import executables
 from ldm_jax.runtime.executables import UNUSED_DAYS, Kept, _text, keep_programs
 
 TRACED = []
@@ -32,6 +33,11 @@ def process() -> Kept:
     function = types.FunctionType(scaled.__code__, globals(), scaled.__name__)
     function.__kwdefaults__ = scaled.__kwdefaults__
     return Kept(function, ("by", "of", "callback"))
+
+
+@pytest.fixture(autouse=True)
+def own_code(monkeypatch):
+    monkeypatch.setattr(executables, "LIBRARIES", executables.LIBRARIES | {__name__.split(".")[0]})
 
 
 @pytest.fixture
@@ -83,9 +89,10 @@ def test_programs_of_one_and_of_several_devices(folder):
         assert len(found["each"][0].sharding.device_set) == devices
         expected = expected or found
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
-    on_another = process()(jax.device_put(X, jax.devices()[3]))
-    assert on_another["sum"].devices() == {jax.devices()[3]}
-    assert len(list(folder.iterdir())) == 4
+    for device in jax.devices()[:4:3]:
+        process()(jax.device_put(X, device))
+        assert process()(jax.device_put(X, device))["sum"].devices() == {device}
+    assert len(list(folder.iterdir())) == 5
 
 
 OTHERS = {
@@ -156,6 +163,15 @@ def test_no_file_for_what_cannot_be_kept(folder):
     with jax.disable_jit():
         same(found["each"][0], process()(X)["each"][0])
     assert len(seen) == 1 and not folder.exists()
+
+
+def test_no_file_for_code_that_may_change(folder, monkeypatch):
+    """A network of the user's own has the same name and fields after a change."""
+    monkeypatch.undo()
+    process()(X)
+    with pytest.raises(TypeError, match="One may be something else in another process"):
+        _text((UNet(), One(0)))
+    assert _text((UNet(), np.float32)) and not folder.exists()
 
 
 DAMAGE = {
