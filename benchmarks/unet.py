@@ -58,7 +58,7 @@ CASES = {
 
 
 class Denoising:
-    """A task with one network and no data."""
+    """A task with one network and no data; its parameters are drawn, or those `loaded`."""
 
     ema_networks, frozen, loaded = ("unet",), {}, {}
 
@@ -66,6 +66,8 @@ class Denoising:
         self.unet, self.batch = unet, batch
 
     def init(self, key, loaded):
+        if loaded:
+            return loaded
         inputs = (self.batch["x"], self.batch["t"], self.batch["context"])
         return {"unet": self.unet.init(key, *inputs)["params"]}
 

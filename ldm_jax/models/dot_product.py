@@ -1,9 +1,9 @@
 """Dot-product attention that never holds all its weights, forward or backward.
 
 The weights softmax(QKᵀ/√d) of a part of the heads, or of a part of the queries, are computed at a
-time, and again in the backward pass (Rabe & Staats 2021, arXiv 2112.05682): a training step keeps
-queries, keys and values alone. The batch is never cut, so that each device of a mesh keeps its own
-rows.
+time, and again in the backward pass (Rabe & Staats 2021, arXiv 2112.05682; Dao et al. 2022, arXiv
+2205.14135): a training step keeps queries, keys, values, the output, and a number for each query.
+The batch is never cut, so that each device of a mesh keeps its own rows.
 
 The backward pass is written out, which forbids forward derivatives; `forward_derivatives` allows
 them.
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 # Bytes of float32 weights that are held at a time: what a CPU's caches hold, and elsewhere what
 # memory bears.
-AT_A_TIME = {"cpu": 2**23, "other": 2**29}
+AT_A_TIME = {"cpu": 2**22, "other": 2**29}
 FEWEST_QUERIES = 64  # that are worth a product of their own
 
 
@@ -46,28 +46,36 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     Args: query (B, L, heads, d); key and value (B, S, heads, d). Returns (B, L, heads, d).
     """
     if _both_ways.get():
-        return _value(query, key, value, again=jax.checkpoint)
+        return _value(query, key, value, again=jax.checkpoint)[0]
     return _attend(query, key, value)
 
 
 def _value(query, key, value, again=lambda function: function):
+    """The output (B, L, heads, d), and of each softmax the logarithm of its sum (B, heads, L)."""
+
     def parts(limit, *arrays):
         return _attend_parts(limit, *arrays, again)
 
-    return _by_heads(_on_platform(parts, *(_by_heads(a) for a in (query, key, value))))
+    out, sums = _on_platform(parts, *(_by_heads(a) for a in (query, key, value)))
+    return _by_heads(out), sums
 
 
 @jax.custom_vjp
 def _attend(query, key, value):
-    return _value(query, key, value)
+    return _value(query, key, value)[0]
 
 
 def _forward(query, key, value):
-    return _value(query, key, value), (query, key, value)
+    out, sums = _value(query, key, value)
+    return out, (query, key, value, out, sums)
 
 
 def _backward(saved, gradient):
-    gradients = _on_platform(_backward_parts, *(_by_heads(a) for a in (*saved, gradient)))
+    query, key, value, out, sums = saved
+    # Σ_s w[s]·(g·v[s]) is g·out, which spares a pass over the weights (Dao et al. 2022, app. B.4).
+    inner = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    arrays = (_by_heads(a) for a in (query, key, value, gradient))
+    gradients = _on_platform(_backward_parts, *arrays, sums, jnp.swapaxes(inner, 1, 2))
     return tuple(_by_heads(a) for a in gradients)
 
 
@@ -108,15 +116,15 @@ def _join(array: jax.Array, axis: int) -> jax.Array:
     return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
 
 
-def _weights(query, key):
+def _logits(query, key):
     logits = jnp.einsum("bhld,bhsd->bhls", query, key, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1)
+    return logits * query.shape[-1] ** -0.5
 
 
 @jax.jit
-def again_weights(query, key):
-    """`_weights`, under a name by which `runtime.meters` tells that they are computed again."""
-    return _weights(query, key)
+def again_weights(query, key, sums):
+    """The weights, under a name by which `runtime.meters` tells that they are computed again."""
+    return jnp.exp(_logits(query, key) - sums[..., None])
 
 
 def _plan(query, key, limit):
@@ -128,66 +136,80 @@ def _plan(query, key, limit):
 
 
 def _attend_parts(limit, query, key, value, again):
-    """Attention on (B, heads, L, d). `again` transforms what computes a part."""
+    """As `_value`, on (B, heads, L, d). `again` transforms what computes a part."""
     by_head, by_query = _plan(query, key, limit)
 
     @again
     def some(query, key, value):
-        weights = _weights(query, key).astype(value.dtype)
-        return jnp.einsum("bhls,bhsd->bhld", weights, value)
+        logits = _logits(query, key)
+        highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+        weights = jnp.exp(logits - highest)
+        sums = jnp.sum(weights, axis=-1, keepdims=True)
+        out = jnp.einsum(
+            "bhls,bhsd->bhld",
+            weights.astype(value.dtype),
+            value,
+            preferred_element_type=jnp.float32,
+        )
+        return (out / sums).astype(value.dtype), (highest + jnp.log(sums))[..., 0]
 
     def some_heads(query, key, value):
         if by_query == 1:
             return some(query, key, value)
-        out = jax.lax.map(lambda part: some(part, key, value), _cut(query, 2, by_query))
-        return _join(out, 2)
+        parts = jax.lax.map(lambda part: some(part, key, value), _cut(query, 2, by_query))
+        return tuple(_join(a, 2) for a in parts)
 
     if by_head == 1:
         return some_heads(query, key, value)
-    parts = tuple(_cut(array, 1, by_head) for array in (query, key, value))
-    return _join(jax.lax.map(lambda part: some_heads(*part), parts), 1)
+    heads = tuple(_cut(array, 1, by_head) for array in (query, key, value))
+    return tuple(_join(a, 1) for a in jax.lax.map(lambda part: some_heads(*part), heads))
 
 
-def _backward_parts(limit, query, key, value, gradient):
-    """Gradients for query, key and value, (B, heads, L, d), from that of the output."""
+def _backward_parts(limit, query, key, value, gradient, sums, inner):
+    """Gradients for query, key and value, (B, heads, L, d), from that of the output.
+
+    `sums` are those of `_value`; `inner` (B, heads, L) are the products of output and gradient.
+    """
     by_head, by_query = _plan(query, key, limit)
     scale = query.shape[-1] ** -0.5
 
-    def some(query, key, value, gradient):
+    def some(key, value, query, gradient, sums, inner):
         """The gradients for key and value are (B, heads, d, S).
 
         In this order XLA's products on a CPU are six times as fast as in the other one.
         """
-        weights = again_weights(query, key)
+        weights = again_weights(query, key, sums)
         of_weights = jnp.einsum(
             "bhld,bhsd->bhls", gradient, value, preferred_element_type=jnp.float32
         )
-        of_logits = weights * (of_weights - jnp.sum(weights * of_weights, -1, keepdims=True))
-        of_logits = (of_logits * scale).astype(query.dtype)
+        of_logits = (weights * (of_weights - inner[..., None]) * scale).astype(query.dtype)
         return (
             jnp.einsum("bhls,bhsd->bhld", of_logits, key),
             jnp.einsum("bhld,bhls->bhds", query, of_logits),
             jnp.einsum("bhld,bhls->bhds", gradient, weights.astype(value.dtype)),
         )
 
-    def some_heads(query, key, value, gradient):
+    def some_heads(key, value, *of_queries):
         if by_query == 1:
-            return some(query, key, value, gradient)
+            return some(key, value, *of_queries)
 
-        def add(sums, part):
-            of_query, *others = some(part[0], key, value, part[1])
-            return tuple(a + b.astype(a.dtype) for a, b in zip(sums, others, strict=True)), of_query
+        def add(totals, part):
+            of_query, *others = some(key, value, *part)
+            return tuple(
+                a + b.astype(a.dtype) for a, b in zip(totals, others, strict=True)
+            ), of_query
 
         shape = (*key.shape[:2], key.shape[3], key.shape[2])
-        sums = (jnp.zeros(shape, jnp.float32),) * 2
-        parts = tuple(_cut(array, 2, by_query) for array in (query, gradient))
-        sums, of_query = jax.lax.scan(add, sums, parts)
-        return _join(of_query, 2), *(a.astype(key.dtype) for a in sums)
+        totals = (jnp.zeros(shape, jnp.float32),) * 2
+        parts = tuple(_cut(array, 2, by_query) for array in of_queries)
+        totals, of_query = jax.lax.scan(add, totals, parts)
+        return _join(of_query, 2), *(a.astype(key.dtype) for a in totals)
 
+    arrays = (key, value, query, gradient, sums, inner)
     if by_head == 1:
-        of_query, of_key, of_value = some_heads(query, key, value, gradient)
+        of_query, of_key, of_value = some_heads(*arrays)
     else:
-        parts = tuple(_cut(array, 1, by_head) for array in (query, key, value, gradient))
+        parts = tuple(_cut(array, 1, by_head) for array in arrays)
         gradients = jax.lax.map(lambda part: some_heads(*part), parts)
         of_query, of_key, of_value = (_join(a, 1) for a in gradients)
     return of_query, jnp.swapaxes(of_key, 2, 3), jnp.swapaxes(of_value, 2, 3)
