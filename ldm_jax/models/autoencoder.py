@@ -22,7 +22,6 @@ from ldm_jax.models.layers import (
     check_sides,
     conv,
     level_widths,
-    upsample,
 )
 from ldm_jax.models.remat import rematerialised
 
@@ -166,7 +165,7 @@ class Decoder(nn.Module):
                 if resolution in self.attn_resolutions:
                     h = attention(f"up_{level}_attn_{j}")(h)
             if level:
-                h = conv(h.shape[-1], name=f"up_{level}_upsample", **types)(upsample(h))
+                h = conv(h.shape[-1], upsampled=True, name=f"up_{level}_upsample", **types)(h)
         return nn.swish(norm(self.groups, "norm_out", **types)(h))
 
 

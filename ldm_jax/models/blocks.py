@@ -25,10 +25,12 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool = True) -> jax.Array:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        resize = {"": lambda h: h, "up": upsample, "down": average_pool}[self.resize]
         h = nn.silu(GroupNorm(self.groups, name="in_layers_0", **types)(x))
-        h = conv(self.features, name="in_layers_2", **types)(resize(h))
-        x = resize(x)
+        if self.resize == "down":
+            h, x = average_pool(h), average_pool(x)
+        up = self.resize == "up"
+        h = conv(self.features, upsampled=up, name="in_layers_2", **types)(h)
+        x = upsample(x) if up else x
 
         width = 2 * self.features if self.scale_shift_norm else self.features
         dense = Dense(width, kernel_init=uniform_init, name="emb_layers_1", **types)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ldm_jax.models.layers import check_channels, check_sides, conv, upsample
+from ldm_jax.models.layers import check_channels, check_sides, conv
 
 
 class TinyBlock(nn.Module):
@@ -66,8 +66,8 @@ class TinyDecoder(nn.Module):
         layer = 2
         for level, blocks in enumerate(self.blocks):
             if level:
-                h = upsample(h)
-                h = conv(self.width, name=f"layers_{layer + 1}", use_bias=False, **types)(h)
+                options = dict(upsampled=True, use_bias=False, **types)
+                h = conv(self.width, name=f"layers_{layer + 1}", **options)(h)
                 layer += 2
             for _ in range(blocks):
                 h = TinyBlock(name=f"layers_{layer}", **types)(h)

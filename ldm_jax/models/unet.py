@@ -199,10 +199,10 @@ class UNet(nn.Module):
                 if self.resblock_updown:
                     h = _resblock(self, name, h.shape[-1], "up")(h, emb, deterministic)
                 else:
-                    # Half of an odd side was rounded up.
                     height, width = skips[-1].shape[1:3]
-                    doubled = upsample(h)[:, :height, :width]
-                    h = conv(h.shape[-1], name=name, **types)(doubled)
+                    odd = height % 2 or width % 2  # half of an odd side was rounded up
+                    h = upsample(h)[:, :height, :width] if odd else h
+                    h = conv(h.shape[-1], upsampled=not odd, name=name, **types)(h)
 
         h = nn.silu(GroupNorm(self.groups, name="out_0", **types)(h))
         h = conv(self.out_channels, zero_init=True, name="out_2", **types)(h)

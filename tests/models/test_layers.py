@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ldm_jax.models import layers
 from ldm_jax.models.layers import (
     Conv,
     Dense,
@@ -18,6 +19,7 @@ from ldm_jax.models.layers import (
     LayerNorm,
     conv,
     level_widths,
+    upsample,
     width_multiples,
 )
 from tests.conftest import ROOT
@@ -61,6 +63,31 @@ def test_convolution_keeps_size_and_starts_as_in_torch():
     assert abs(kernel.std() / (bound / np.sqrt(3)) - 1) < 0.03
     zero = conv(16, zero_init=True).init(jax.random.key(0), x)["params"]
     assert not np.any(zero["kernel"]) and not np.any(zero["bias"])
+
+
+@pytest.mark.parametrize("fewest", [1, 10**9])
+@pytest.mark.parametrize("options", [{}, dict(use_bias=False)])
+def test_a_convolution_of_an_upsampled_picture(fewest, options, monkeypatch):
+    """Value and gradients, with the sums of taps and without."""
+    monkeypatch.setattr(layers, "FEWEST_PIXELS", fewest)
+    draw = np.random.default_rng(0).normal
+    x = jnp.asarray(draw(size=(2, 5, 4, 3)), jnp.float32)
+    weight = jnp.asarray(draw(size=(2, 10, 8, 6)), jnp.float32)
+    plain, own = conv(6, **options), conv(6, upsampled=True, **options)
+    params = plain.init(jax.random.key(0), x)
+    like = jax.eval_shape(own.init, jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, like) == jax.tree.map(jnp.shape, params)
+
+    def both(layer, resize):
+        def loss(params, x):
+            y = layer.apply(params, resize(x))
+            return jnp.sum(weight * y), y
+
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+
+    found, expected = both(own, lambda x: x), both(plain, upsample)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_widths_that_are_no_multiples_of_the_first():
