@@ -16,9 +16,9 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-# Bytes of float32 weights that are held at a time: what a CPU's caches hold, and elsewhere what
-# memory bears.
-AT_A_TIME = {"cpu": 2**22, "other": 2**29}
+# Bytes of float32 weights that are held at a time: what a CPU's caches hold, and a TPU's memory on
+# the chip; elsewhere what memory bears.
+AT_A_TIME = {"cpu": 2**22, "tpu": 2**25, "other": 2**29}
 FEWEST_QUERIES = 64  # that are worth a product of their own
 
 
@@ -95,7 +95,7 @@ def _on_platform(function, *arrays):
     def of(platform):
         return lambda *arrays: function(AT_A_TIME[platform], *arrays)
 
-    return jax.lax.platform_dependent(*arrays, cpu=of("cpu"), default=of("other"))
+    return jax.lax.platform_dependent(*arrays, cpu=of("cpu"), tpu=of("tpu"), default=of("other"))
 
 
 def _parts(size: int, total: int, limit: int, least: int) -> int:

@@ -1,7 +1,9 @@
-"""What the text of a compiled program says and its cost analysis does not: loops and collectives.
+"""What the text of a compiled program says and its cost analysis does not: loops, collectives, and
+which memory holds an array.
 
-XLA's cost analysis counts the body of a loop once. The text of the program has the instructions of
-every computation, and how often a loop runs.
+XLA's cost analysis counts the body of a loop once, and arrays that the compiler keeps on the chip
+like those of the main memory. The text of the program has the instructions of every computation,
+how often a loop runs, and the memory of every array.
 """
 
 import dataclasses
@@ -11,7 +13,8 @@ from typing import NamedTuple
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](\{[^}]*\})?")
+_ELSEWHERE = "S("  # in the layout of an array that is not in the main memory
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
@@ -28,6 +31,7 @@ class _Instruction(NamedTuple):
     name: str
     kind: str
     size: int  # of the result, bytes
+    main: int  # of them in the main memory
     operands: list[str]
     text: str  # what follows the operands' opening parenthesis
 
@@ -38,11 +42,12 @@ class Traffic:
 
     Attributes:
       sent: bytes sent to other chips, by the kind of collective, as a ring sends them.
-      repeats: bytes of all instructions over those with every loop's body counted once.
+      main: bytes that all instructions read from and write to the main memory, over those that
+        they read and write in any memory with every loop's body counted once.
     """
 
     sent: dict[str, float]
-    repeats: float
+    main: float
 
 
 def traffic(text: str) -> Traffic:
@@ -56,14 +61,15 @@ def traffic(text: str) -> Traffic:
         rounds[name] += 0.0 if inside else count
     sent, moved, once = {}, 0.0, 0.0
     for name, instructions in computations.items():
-        sizes = {each.name: each.size for each in instructions}
+        sizes = {each.name: (each.main, each.size) for each in instructions}
         for each in instructions:
             kind = each.kind.removesuffix("-start")
             if kind in COLLECTIVES and calls[name]:
                 sent[kind] = sent.get(kind, 0.0) + calls[name] * _sent(kind, each)
             if rounds[name] and each.kind not in _FREE and not each.kind.endswith("-done"):
-                size = each.size + sum(sizes.get(operand, 0) for operand in each.operands)
-                moved, once = moved + rounds[name] * size, once + size
+                arrays = [(each.main, each.size), *(sizes.get(o, (0, 0)) for o in each.operands)]
+                main, size = (sum(column) for column in zip(*arrays, strict=True))
+                moved, once = moved + rounds[name] * main, once + size
     return Traffic(sent, moved / once if once else 1.0)
 
 
@@ -78,7 +84,7 @@ def _parsed(text: str) -> tuple[dict[str, list[_Instruction]], str]:
         elif found := _INSTRUCTION.match(line):
             name, kind, rest = found[1], found[3], found[4]
             operands = _NAME.findall(rest[: rest.find(")")])
-            current.append(_Instruction(name, kind, _size(found[2]), operands, rest))
+            current.append(_Instruction(name, kind, *_sizes(found[2]), operands, rest))
     return computations, entry
 
 
@@ -108,15 +114,16 @@ def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> f
     return max((float(found[1]) for found in constants if found), default=1.0)
 
 
-def _size(described: str) -> int:
-    """Bytes of an array or a tuple of arrays, as a type describes them."""
-    total = 0
-    for kind, bits, sides in _ARRAY.findall(described):
-        count = 1
+def _sizes(described: str) -> tuple[int, int]:
+    """Bytes of an array or a tuple of arrays, as a type describes them; those in main memory."""
+    total = main = 0
+    for kind, bits, sides, layout in _ARRAY.findall(described):
+        count = 1 if kind == "pred" else max(int(bits) // 8, 1)
         for side in filter(None, sides.split(",")):
             count *= int(side)
-        total += count * (1 if kind == "pred" else max(int(bits) // 8, 1))
-    return total
+        total += count
+        main += 0 if _ELSEWHERE in layout else count
+    return total, main
 
 
 def _sent(kind: str, each: _Instruction) -> float:

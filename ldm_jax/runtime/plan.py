@@ -80,7 +80,8 @@ class Usage:
       capacity: the memory that a program may use, bytes, as the compiler says if it is not enough;
         else None.
       flops: all that XLA counts. It counts the body of a loop once.
-      accessed: bytes read and written, a loop's body as often as it runs.
+      accessed: bytes read from and written to the main memory, in a loop's body as often as it
+        runs.
       sent: bytes sent to other chips, by the kind of collective.
       seconds: the time that compiling took.
       compiled: the program; None if it does not fit.
@@ -130,7 +131,7 @@ def compile_usage(lowered: Any) -> Usage:
         *parts,
         needed=sum(parts),
         flops=cost.get("flops", 0.0),
-        accessed=cost.get("bytes accessed", 0.0) * moves.repeats,
+        accessed=cost.get("bytes accessed", 0.0) * moves.main,
         sent=moves.sent,
         seconds=spent,
         compiled=compiled,
