@@ -1,9 +1,12 @@
 """The time of attention, value and gradient, beside the definition that keeps all its weights.
 
     python -m benchmarks.attention [--repeats=3]
+    python -m benchmarks.attention --topology=v5e:2x2     # with libtpu: see docs/tpu-plan.md
 
-Prints the least CPU time of all threads in ms, which other programs on the machine disturb less
-than the time on the clock, for shapes of small models, LDM and Stable Diffusion.
+The first prints the least CPU time of all threads in ms, which other programs on the machine
+disturb less than the time on the clock, for shapes of small models, LDM and Stable Diffusion. The
+second compiles for one chip of a TPU slice, with bfloat16 inputs, and prints the gigabytes that the
+program moves between the chip and its memory.
 """
 
 import argparse
@@ -26,6 +29,7 @@ SHAPES = (  # batch, queries, keys, heads, d
     (1, 4096, 4096, 8, 40),
     (1, 4096, 4096, 1, 512),
 )
+LARGE = ((2, 4096, 4096, 8, 40), (8, 4096, 4096, 8, 40), (32, 4096, 4096, 5, 64))
 
 
 def definition(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -45,10 +49,43 @@ def milliseconds(program, arrays: list[jax.Array], repeats: int) -> float:
     return 1e3 * min(spent[1:])
 
 
+def moved(topology: str) -> None:
+    from ldm_jax.runtime.plan import compile_usage, topology_devices
+
+    chip = jax.sharding.SingleDeviceSharding(topology_devices(topology)[0])
+    print("batch, queries, keys, heads, d     value, definition    gradient, definition  (GB)")
+    for shape in LARGE:
+        batch, queries, keys, heads, width = shape
+        arrays = [
+            jax.ShapeDtypeStruct((batch, tokens, heads, width), jnp.bfloat16, sharding=chip)
+            for tokens in (queries, keys, keys)
+        ]
+        programs = [program for function in (attend, definition) for program in both(function)]
+        usages = [compile_usage(program.lower(*arrays)) for program in programs]
+        ours, our_gradient, theirs, their_gradient = (usage.accessed / 1e9 for usage in usages)
+        print(
+            f"{shape!s:30} {ours:9.1f} {theirs:11.1f} {our_gradient:11.1f} {their_gradient:11.1f}",
+            flush=True,
+        )
+
+
+def both(function):
+    """Programs of the value and of the gradient."""
+
+    def loss(*arrays):
+        return jnp.sum(jnp.sin(function(*arrays).astype(jnp.float32)))
+
+    return jax.jit(lambda *arrays: function(*arrays)), jax.jit(jax.grad(loss, (0, 1, 2)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=3)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--topology", default="")
+    asked = parser.parse_args()
+    repeats = asked.repeats
+    if asked.topology:
+        return moved(asked.topology)
     print(f"ldm_jax {ldm_jax.__version__}, jax {jax.__version__}, {jax.devices()[0].device_kind}")
     print("batch, queries, keys, heads, d     value, definition    gradient, definition  (CPU ms)")
     for shape in SHAPES:
@@ -60,11 +97,7 @@ def main() -> None:
         ]
         times = []
         for function in (attend, definition):
-            value = jax.jit(lambda *a, function=function: function(*a))
-            gradient = jax.jit(
-                jax.grad(lambda *a, function=function: jnp.sum(jnp.sin(function(*a))), (0, 1, 2))
-            )
-            times += [milliseconds(program, arrays, repeats) for program in (value, gradient)]
+            times += [milliseconds(program, arrays, repeats) for program in both(function)]
         ours, our_gradient, theirs, their_gradient = times
         print(
             f"{shape!s:30} {ours:9.1f} {theirs:11.1f} {our_gradient:11.1f} {their_gradient:11.1f}",

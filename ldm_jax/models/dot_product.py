@@ -2,8 +2,8 @@
 
 The weights softmax(QKᵀ/√d) of a part of the heads, or of a part of the queries, are computed at a
 time, and again in the backward pass (Rabe & Staats 2021, arXiv 2112.05682; Dao et al. 2022, arXiv
-2205.14135): a training step keeps queries, keys, values, the output, and a number for each query.
-The batch is never cut, so that each device of a mesh keeps its own rows.
+2205.14135): a training step keeps queries, keys, values and the output. The batch is never cut, so
+that each device of a mesh keeps its own rows.
 
 The backward pass is written out, which forbids forward derivatives; `forward_derivatives` allows
 them.
@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 
 # Bytes of float32 weights that are held at a time: what a CPU's caches hold, and a TPU's memory on
-# the chip; elsewhere what memory bears.
+# the chip; elsewhere what memory bears. And the fewest queries that are worth a product of their
+# own: for each part, keys and values are read again and their gradients written.
 AT_A_TIME = {"cpu": 2**22, "tpu": 2**25, "other": 2**29}
-FEWEST_QUERIES = 64  # that are worth a product of their own
+FEWEST_QUERIES = {"cpu": 64, "tpu": 256, "other": 64}
 
 
 _both_ways = contextvars.ContextVar("forward_derivatives", default=False)
@@ -46,36 +47,33 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     Args: query (B, L, heads, d); key and value (B, S, heads, d). Returns (B, L, heads, d).
     """
     if _both_ways.get():
-        return _value(query, key, value, again=jax.checkpoint)[0]
+        return _value(query, key, value, again=jax.checkpoint)
     return _attend(query, key, value)
 
 
 def _value(query, key, value, again=lambda function: function):
-    """The output (B, L, heads, d), and of each softmax the logarithm of its sum (B, heads, L)."""
+    def parts(limits, *arrays):
+        return _attend_parts(limits, *arrays, again)
 
-    def parts(limit, *arrays):
-        return _attend_parts(limit, *arrays, again)
-
-    out, sums = _on_platform(parts, *(_by_heads(a) for a in (query, key, value)))
-    return _by_heads(out), sums
+    return _by_heads(_on_platform(parts, *(_by_heads(a) for a in (query, key, value))))
 
 
 @jax.custom_vjp
 def _attend(query, key, value):
-    return _value(query, key, value)[0]
+    return _value(query, key, value)
 
 
 def _forward(query, key, value):
-    out, sums = _value(query, key, value)
-    return out, (query, key, value, out, sums)
+    out = _value(query, key, value)
+    return out, (query, key, value, out)
 
 
 def _backward(saved, gradient):
-    query, key, value, out, sums = saved
+    query, key, value, out = saved
     # Σ_s w[s]·(g·v[s]) is g·out, which spares a pass over the weights (Dao et al. 2022, app. B.4).
     inner = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     arrays = (_by_heads(a) for a in (query, key, value, gradient))
-    gradients = _on_platform(_backward_parts, *arrays, sums, jnp.swapaxes(inner, 1, 2))
+    gradients = _on_platform(_backward_parts, *arrays, jnp.swapaxes(inner, 1, 2))
     return tuple(_by_heads(a) for a in gradients)
 
 
@@ -93,7 +91,8 @@ def _by_heads(array: jax.Array) -> jax.Array:
 
 def _on_platform(function, *arrays):
     def of(platform):
-        return lambda *arrays: function(AT_A_TIME[platform], *arrays)
+        limits = AT_A_TIME[platform], FEWEST_QUERIES[platform]
+        return lambda *arrays: function(limits, *arrays)
 
     return jax.lax.platform_dependent(*arrays, cpu=of("cpu"), tpu=of("tpu"), default=of("other"))
 
@@ -116,77 +115,81 @@ def _join(array: jax.Array, axis: int) -> jax.Array:
     return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
 
 
-def _logits(query, key):
+def _exponentials(query, key):
+    """softmax(QKᵀ/√d) = weights/sums: weights (B, heads, L, S) in the type of the inputs, and sums
+    (B, heads, L, 1) in float32.
+
+    Dividing is left to what is smaller than the weights. They are rounded at once and summed as
+    they are used, so that a TPU never writes float32 ones to its memory.
+    """
     logits = jnp.einsum("bhld,bhsd->bhls", query, key, preferred_element_type=jnp.float32)
-    return logits * query.shape[-1] ** -0.5
+    logits = logits * query.shape[-1] ** -0.5
+    highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(logits - highest).astype(query.dtype)
+    return weights, jnp.sum(weights, axis=-1, keepdims=True, dtype=jnp.float32)
 
 
 @jax.jit
-def again_weights(query, key, sums):
-    """The weights, under a name by which `runtime.meters` tells that they are computed again."""
-    return jnp.exp(_logits(query, key) - sums[..., None])
+def again_exponentials(query, key):
+    """`_exponentials`, under a name by which `runtime.meters` knows what is computed again."""
+    return _exponentials(query, key)
 
 
-def _plan(query, key, limit):
+def _plan(query, key, limits):
     """Parts of the heads, and of the queries of each part."""
+    limit, fewest = limits
     batch, heads, queries, _ = query.shape
     total = 4 * batch * heads * queries * key.shape[2]
     by_head = _parts(heads, total, limit, 1)
-    return by_head, _parts(queries, total // by_head, limit, FEWEST_QUERIES)
+    return by_head, _parts(queries, total // by_head, limit, fewest)
 
 
-def _attend_parts(limit, query, key, value, again):
-    """As `_value`, on (B, heads, L, d). `again` transforms what computes a part."""
-    by_head, by_query = _plan(query, key, limit)
+def _attend_parts(limits, query, key, value, again):
+    """Attention on (B, heads, L, d). `again` transforms what computes a part."""
+    by_head, by_query = _plan(query, key, limits)
 
     @again
     def some(query, key, value):
-        logits = _logits(query, key)
-        highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-        weights = jnp.exp(logits - highest)
-        sums = jnp.sum(weights, axis=-1, keepdims=True)
-        out = jnp.einsum(
-            "bhls,bhsd->bhld",
-            weights.astype(value.dtype),
-            value,
-            preferred_element_type=jnp.float32,
-        )
-        return (out / sums).astype(value.dtype), (highest + jnp.log(sums))[..., 0]
+        weights, sums = _exponentials(query, key)
+        out = jnp.einsum("bhls,bhsd->bhld", weights, value, preferred_element_type=jnp.float32)
+        return (out / sums).astype(value.dtype)
 
     def some_heads(query, key, value):
         if by_query == 1:
             return some(query, key, value)
-        parts = jax.lax.map(lambda part: some(part, key, value), _cut(query, 2, by_query))
-        return tuple(_join(a, 2) for a in parts)
+        out = jax.lax.map(lambda part: some(part, key, value), _cut(query, 2, by_query))
+        return _join(out, 2)
 
     if by_head == 1:
         return some_heads(query, key, value)
-    heads = tuple(_cut(array, 1, by_head) for array in (query, key, value))
-    return tuple(_join(a, 1) for a in jax.lax.map(lambda part: some_heads(*part), heads))
+    parts = tuple(_cut(array, 1, by_head) for array in (query, key, value))
+    return _join(jax.lax.map(lambda part: some_heads(*part), parts), 1)
 
 
-def _backward_parts(limit, query, key, value, gradient, sums, inner):
+def _backward_parts(limits, query, key, value, gradient, inner):
     """Gradients for query, key and value, (B, heads, L, d), from that of the output.
 
-    `sums` are those of `_value`; `inner` (B, heads, L) are the products of output and gradient.
+    `inner` (B, heads, L) are the products of output and gradient.
     """
-    by_head, by_query = _plan(query, key, limit)
+    by_head, by_query = _plan(query, key, limits)
     scale = query.shape[-1] ** -0.5
 
-    def some(key, value, query, gradient, sums, inner):
+    def some(key, value, query, gradient, inner):
         """The gradients for key and value are (B, heads, d, S).
 
         In this order XLA's products on a CPU are six times as fast as in the other one.
         """
-        weights = again_weights(query, key, sums)
+        weights, sums = again_exponentials(query, key)
+        gradient = (gradient / sums).astype(gradient.dtype)
         of_weights = jnp.einsum(
             "bhld,bhsd->bhls", gradient, value, preferred_element_type=jnp.float32
         )
-        of_logits = (weights * (of_weights - inner[..., None]) * scale).astype(query.dtype)
+        of_logits = scale * weights * (of_weights - inner[..., None] / sums)
+        of_logits = of_logits.astype(query.dtype)
         return (
             jnp.einsum("bhls,bhsd->bhld", of_logits, key),
             jnp.einsum("bhld,bhls->bhds", query, of_logits),
-            jnp.einsum("bhld,bhls->bhds", gradient, weights.astype(value.dtype)),
+            jnp.einsum("bhld,bhls->bhds", gradient, weights),
         )
 
     def some_heads(key, value, *of_queries):
@@ -205,7 +208,7 @@ def _backward_parts(limit, query, key, value, gradient, sums, inner):
         totals, of_query = jax.lax.scan(add, totals, parts)
         return _join(of_query, 2), *(a.astype(key.dtype) for a in totals)
 
-    arrays = (key, value, query, gradient, sums, inner)
+    arrays = (key, value, query, gradient, inner)
     if by_head == 1:
         of_query, of_key, of_value = some_heads(*arrays)
     else:

@@ -67,7 +67,9 @@ def traffic(text: str) -> Traffic:
             if kind in COLLECTIVES and calls[name]:
                 sent[kind] = sent.get(kind, 0.0) + calls[name] * _sent(kind, each)
             if rounds[name] and each.kind not in _FREE and not each.kind.endswith("-done"):
-                arrays = [(each.main, each.size), *(sizes.get(o, (0, 0)) for o in each.operands)]
+                arrays = [(each.main, each.size)]
+                if each.kind != "copy-start":  # whose result has the operand beside the copy
+                    arrays += (sizes.get(operand, (0, 0)) for operand in each.operands)
                 main, size = (sum(column) for column in zip(*arrays, strict=True))
                 moved, once = moved + rounds[name] * main, once + size
     return Traffic(sent, moved / once if once else 1.0)
