@@ -2,14 +2,14 @@
 
     python -m venv .venv-peer
     .venv-peer/bin/pip install torch==2.13.0 diffusers==0.42.1 transformers==5.23.0
-    python -m benchmarks.peers --peer=diffusers --python=.venv-peer/bin/python --repeats=5
+    python -m benchmarks.peers --peer=diffusers --python=.venv-peer/bin/python [--repeats=3]
 
     .venv-dew/bin/pip install dewml          # Python 3.12 or newer
     python -m benchmarks.peers --peer=dew --python=.venv-dew/bin/python [--work=109m:forward]
 
-Each side in its turn does the work twice, and the second time counts. Printed are, of each work,
-medians of the time on the clock, the ratio of the peer's to ours (more than 1: ours is faster),
-seconds until the first result, which includes compiling, the most
+Each side in its turn does the work `--repeats` times, after a time that does not count, in two
+rounds. Printed are, of each work, medians of the time on the clock, the ratio of the peer's to ours
+(more than 1: ours is faster), seconds until the first result, which includes compiling, the most
 memory of the process while it works, and how far apart the first results are, as a part of the
 largest number. diffusers opens our random weights, in its own layout; Dew draws its own, so that
 its results are others. A training step is the mean squared error, its gradient, AdamW and an
@@ -44,6 +44,7 @@ WORKS = {
     "109m": ("forward", "step", "sample", "encode", "decode"),
     "sd15": ("forward", "forward_bfloat16"),
 }
+ROUNDS = 2
 OF_DEW = ("109m:forward", "109m:step")
 
 
@@ -61,7 +62,7 @@ def make(folder: Path, name: str) -> None:
 
 
 class Side:
-    """A process that does a work whenever it is told to."""
+    """A process that does a work as often as it is told."""
 
     def __init__(self, python: str, module: str, folder: Path, work: str):
         self.result = folder / f"{module}.npy"
@@ -81,8 +82,8 @@ class Side:
             raise SystemExit(f"{' '.join(map(str, self.process.args))} ended")
         return json.loads(line)
 
-    def __call__(self) -> dict:
-        print(file=self.process.stdin, flush=True)
+    def __call__(self, repeats: int) -> dict:
+        print(repeats, file=self.process.stdin, flush=True)
         return self._read()
 
     def close(self) -> None:
@@ -95,20 +96,19 @@ def compare(folder: Path, name: str, work: str, peer: str, python: str, repeats:
         Side(sys.executable, "ldm_jax_side", folder, work),
         Side(python, f"{peer}_side", folder, work),
     ]
-    rows = [[side() for side in sides] for _ in range(repeats)]
+    rounds = [[side(repeats) for side in sides] for _ in range(ROUNDS)]
     for side in sides:
         side.close()
-    ours, theirs = (
-        {key: statistics.median(row[key] for row in column) for key in column[0]}
-        for column in zip(*rows, strict=True)
+    (ours, our_peak), (theirs, their_peak) = (
+        (statistics.median(sum((r["seconds"] for r in own), [])), max(r["peak"] for r in own))
+        for own in zip(*rounds, strict=True)
     )
     a, b = (np.load(side.result) for side in sides)
     apart = "" if peer == "dew" else f"{np.max(np.abs(a - b)) / np.max(np.abs(b)):.0e}"
     print(
-        f"| {name} {work} | {ours['seconds']:.2f} s | {theirs['seconds']:.2f} s "
-        f"| {theirs['seconds'] / ours['seconds']:.2f} "
+        f"| {name} {work} | {ours:.2f} s | {theirs:.2f} s | {theirs / ours:.2f} "
         f"| {sides[0].ready['ready']:.1f}, {sides[1].ready['ready']:.1f} s "
-        f"| {ours['peak']:.2f}, {theirs['peak']:.2f} GB | {apart} |",
+        f"| {our_peak:.2f}, {their_peak:.2f} GB | {apart} |",
         flush=True,
     )
     return [side.ready["versions"] for side in sides]
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--peer", choices=["diffusers", "dew"], default="diffusers")
     parser.add_argument("--python", required=True, help="of the peer's environment")
     parser.add_argument("--work", action="append", choices=names)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     asked = parser.parse_args()
     chosen = asked.work or (OF_DEW if asked.peer == "dew" else names)
     versions: list[str] = []

@@ -1,4 +1,4 @@
-"""The side of a peer: makes the work ready, then does it once for each line that it reads.
+"""The side of a peer: makes the work ready, then does it as often as it is told.
 
 It must import in any peer's environment, so it needs NumPy alone.
 """
@@ -28,7 +28,8 @@ def _peak_gigabytes() -> float:
 
 
 def serve(versions: str, works: dict[str, Prepare]) -> None:
-    """Prints one line of JSON when the work is ready, and one each time that it has been done."""
+    """Prints a line of JSON when the work is ready, and one for each line that it reads: a number,
+    of how often to do the work."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("work", choices=list(works))
@@ -41,10 +42,12 @@ def serve(versions: str, works: dict[str, Prepare]) -> None:
     np.save(asked.result, np.float32(result))
     ready = time.perf_counter() - began
     print(json.dumps(dict(versions=versions, ready=ready)), flush=True)
-    for _ in sys.stdin:
-        work()  # the caches and the memory are the other side's
+    for line in sys.stdin:
+        work()  # the caches and the memory were the other side's
         _reset_peak()
-        began = time.perf_counter()
-        work()
-        seconds = time.perf_counter() - began
+        seconds = []
+        for _ in range(int(line)):
+            began = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - began)
         print(json.dumps(dict(seconds=seconds, peak=_peak_gigabytes())), flush=True)
