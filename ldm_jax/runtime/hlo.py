@@ -2,7 +2,7 @@
 which memory holds an array.
 
 XLA's cost analysis counts the body of a loop once, and arrays that the compiler keeps on the chip
-like those of the main memory. The text of the program has the instructions of every computation,
+as if they were in the main memory. The text of the program has the instructions of every computation,
 how often a loop runs, and the memory of every array.
 """
 
@@ -42,8 +42,7 @@ class Traffic:
 
     Attributes:
       sent: bytes sent to other chips, by the kind of collective, as a ring sends them.
-      main: bytes that all instructions read from and write to the main memory, over those that
-        they read and write in any memory with every loop's body counted once.
+      main: bytes that it reads from and writes to the main memory.
     """
 
     sent: dict[str, float]
@@ -59,7 +58,7 @@ def traffic(text: str) -> Traffic:
     for name, count, inside in _runs(computations, entry):
         calls[name] += count
         rounds[name] += 0.0 if inside else count
-    sent, moved, once = {}, 0.0, 0.0
+    sent, main = {}, 0.0
     for name, instructions in computations.items():
         sizes = {each.name: (each.main, each.size) for each in instructions}
         for each in instructions:
@@ -67,12 +66,60 @@ def traffic(text: str) -> Traffic:
             if kind in COLLECTIVES and calls[name]:
                 sent[kind] = sent.get(kind, 0.0) + calls[name] * _sent(kind, each)
             if rounds[name] and each.kind not in _FREE and not each.kind.endswith("-done"):
-                arrays = [(each.main, each.size)]
-                if each.kind != "copy-start":  # whose result has the operand beside the copy
-                    arrays += (sizes.get(operand, (0, 0)) for operand in each.operands)
-                main, size = (sum(column) for column in zip(*arrays, strict=True))
-                moved, once = moved + rounds[name] * main, once + size
-    return Traffic(sent, moved / once if once else 1.0)
+                main += rounds[name] * sum(_accesses(each, sizes, computations))
+    return Traffic(sent, main)
+
+
+def _accesses(
+    each: _Instruction,
+    sizes: dict[str, tuple[int, int]],
+    computations: dict[str, list[_Instruction]],
+) -> Iterator[float]:
+    """Bytes in the main memory of each array that an instruction reads or writes.
+
+    Of an array that it slices, or writes a slice of, the slice counts.
+    """
+    if each.kind == "copy-start":  # its result has the operand beside the copy
+        yield each.main
+        return
+    body, names = [each], each.operands
+    if each.kind == "fusion":
+        body = computations[_CALLED.search(each.text)[1]]
+        numbered = {i.text.partition(")")[0]: i.name for i in body if i.kind == "parameter"}
+        names = [numbered.get(str(number), "") for number in range(len(each.operands))]
+    inside = {i.name: i for i in body}
+    arrays = [(each.main, each.size, _written(body[-1], inside))]
+    for operand, name in zip(each.operands, names, strict=True):
+        main, size = sizes.get(operand, (0, 0))
+        arrays.append((main, size, _read(name, size, body)))
+    for main, size, touched in arrays:
+        yield touched * main / max(size, 1)
+
+
+def _read(name: str, size: int, body: list[_Instruction]) -> int:
+    """Bytes of an array that the instructions of a computation read."""
+    read = 0
+    for user in body:
+        if name not in user.operands:
+            continue
+        if user.kind == "bitcast":
+            read += _read(user.name, size, body)
+        elif user.kind == "dynamic-slice" and user.operands[0] == name:
+            read += user.size
+        elif user.kind != "dynamic-update-slice" or user.operands[0] != name:
+            return size
+    return min(read, size)
+
+
+def _written(result: _Instruction, inside: dict[str, _Instruction]) -> int:
+    """Bytes that a computation writes, for its result."""
+    if result.kind == "tuple":
+        return sum(_written(inside[name], inside) for name in result.operands if name in inside)
+    if result.kind == "bitcast" and result.operands[0] in inside:
+        return _written(inside[result.operands[0]], inside)
+    if result.kind == "dynamic-update-slice" and result.operands[1] in inside:
+        return inside[result.operands[1]].size
+    return result.size
 
 
 def _parsed(text: str) -> tuple[dict[str, list[_Instruction]], str]:

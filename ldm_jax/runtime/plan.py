@@ -131,7 +131,7 @@ def compile_usage(lowered: Any) -> Usage:
         *parts,
         needed=sum(parts),
         flops=cost.get("flops", 0.0),
-        accessed=cost.get("bytes accessed", 0.0) * moves.main,
+        accessed=moves.main,
         sent=moves.sent,
         seconds=spent,
         compiled=compiled,
