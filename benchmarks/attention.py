@@ -62,9 +62,11 @@ def moved(topology: str) -> None:
         ]
         programs = [program for function in (attend, definition) for program in both(function)]
         usages = [compile_usage(program.lower(*arrays)) for program in programs]
-        ours, our_gradient, theirs, their_gradient = (usage.accessed / 1e9 for usage in usages)
+        ours, our_gradient, theirs, their_gradient = (
+            f"{usage.accessed / 1e9:.1f}" if usage.fits else "too large" for usage in usages
+        )
         print(
-            f"{shape!s:30} {ours:9.1f} {theirs:11.1f} {our_gradient:11.1f} {their_gradient:11.1f}",
+            f"{shape!s:30} {ours:>9} {theirs:>11} {our_gradient:>11} {their_gradient:>11}",
             flush=True,
         )
 

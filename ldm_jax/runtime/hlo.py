@@ -2,8 +2,8 @@
 which memory holds an array.
 
 XLA's cost analysis counts the body of a loop once, and arrays that the compiler keeps on the chip
-as if they were in the main memory. The text of the program has the instructions of every computation,
-how often a loop runs, and the memory of every array.
+as if they were in the main memory. The text of the program has the instructions of every
+computation, how often a loop runs, and the memory of every array.
 """
 
 import dataclasses

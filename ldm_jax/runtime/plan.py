@@ -111,7 +111,7 @@ def compile_usage(lowered: Any) -> Usage:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
+        found = _TOO_LARGE.search(str(error))
         if found is None:
             raise
         needed, capacity = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
@@ -183,6 +183,11 @@ def roofline(usage: Usage, model_flops: float, chip: Chip) -> Bound:
     return Bound(times, model_flops / chip.flops / max(times.values()))
 
 
+# The compiler says it in two ways: of the whole program, or of its temporaries alone.
+_SIZE = r"\(?([\d.]+)([KMGT]?)\)?"
+_TOO_LARGE = re.compile(
+    rf"(?:Used|required for HLO temporaries) {_SIZE} (?:of|exceeds available HBM) {_SIZE}"
+)
 _UNITS = {"": 1.0} | {unit: 2.0 ** (10 * i) for i, unit in enumerate("KMGT", 1)}
 
 

@@ -60,15 +60,26 @@ def test_what_a_program_needs():
 
 
 class TooLarge:
+    def __init__(self, message):
+        self.message = message
+
     def compile(self):
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. "
-            "Exceeded hbm capacity by 5.75G."
-        )
+        raise jax.errors.JaxRuntimeError(self.message)
 
 
-def test_a_program_that_does_not_fit():
-    usage = compile_usage(TooLarge())
+USED = (
+    "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. "
+    "Exceeded hbm capacity by 5.75G."
+)
+REQUIRED = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+    "required for HLO temporaries (21.50G) exceeds available HBM (15.75G). HLO module: jit_loss."
+)
+
+
+@pytest.mark.parametrize("message", [USED, REQUIRED])
+def test_a_program_that_does_not_fit(message):
+    usage = compile_usage(TooLarge(message))
     assert not usage.fits
     assert (usage.needed, usage.capacity) == (21.5 * 2**30, 15.75 * 2**30)
 
