@@ -4,6 +4,7 @@
     .venv-peer/bin/pip install torch==2.13.0 diffusers==0.42.1 transformers==5.23.0
     python -m benchmarks.peers --peer=diffusers --python=.venv-peer/bin/python [--repeats=3]
 
+    python -m venv .venv-dew
     .venv-dew/bin/pip install dewml          # Python 3.12 or newer
     python -m benchmarks.peers --peer=dew --python=.venv-dew/bin/python [--work=109m:forward]
 
@@ -92,6 +93,7 @@ class Side:
 
 
 def compare(folder: Path, name: str, work: str, peer: str, python: str, repeats: int) -> list[str]:
+    """Prints the row of a work; returns the versions of both sides."""
     sides = [
         Side(sys.executable, "ldm_jax_side", folder, work),
         Side(python, f"{peer}_side", folder, work),

@@ -198,9 +198,8 @@ def _backward_parts(limits, query, key, value, gradient, inner):
 
         def add(totals, part):
             of_query, *others = some(key, value, *part)
-            return tuple(
-                a + b.astype(a.dtype) for a, b in zip(totals, others, strict=True)
-            ), of_query
+            both = zip(totals, others, strict=True)
+            return tuple(a + b.astype(a.dtype) for a, b in both), of_query
 
         shape = (*key.shape[:2], key.shape[3], key.shape[2])
         totals = (jnp.zeros(shape, jnp.float32),) * 2
