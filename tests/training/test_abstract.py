@@ -1,4 +1,7 @@
-"""Tasks of shapes alone are those of real data and weights, and nothing is read for them."""
+"""Tasks of shapes alone are those of real data and weights, and nothing is read for them.
+
+So every variant of every config is traced: its data, a step's gradients and the loss on them.
+"""
 
 import jax
 import numpy as np
@@ -61,6 +64,13 @@ def test_the_shapes_are_those_of_a_real_task(name, pictures, tmp_path):
     assert described(task.frozen) == described(real.frozen)
     loaded = jax.eval_shape(real.init, jax.random.key(0), real.loaded)
     assert described(abstract_state(task, config)[1].params) == described(loaded)
+    for phase in {task.phase(0), task.phase(1)}:
+        grads, metrics = jax.eval_shape(
+            lambda *arguments, phase=phase: task.gradients(*arguments, phase),
+            loaded, task.frozen, batch, jax.random.key(0),
+        )  # fmt: skip
+        assert described(grads) == described(loaded)
+        assert metrics["loss"].shape == ()
 
 
 @pytest.mark.parametrize("how", ["memory", "shards"])

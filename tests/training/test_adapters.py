@@ -181,15 +181,6 @@ def run(base, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.long
-def test_a_run_that_dies_ends_where_an_uninterrupted_one_does(base, run, tmp_path, interrupted):
-    interrupted(lora(base), tmp_path / "run", step=3)
-    assert not (tmp_path / "run" / "lora.safetensors").exists()
-    train(lora(base), tmp_path / "run")
-    for name in ("lora.safetensors", "model.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes()
-
-
 def pictures(pipe):
     return pipe(["a pear", "a kiwi"], steps=2, seed=3)
 

@@ -155,15 +155,6 @@ def test_previews_and_metrics_compare_with_the_first_words(trained):
     assert (preview[:half] != preview[half:]).any()
 
 
-@pytest.mark.long
-def test_a_run_that_dies_ends_where_an_uninterrupted_one_does(base, trained, tmp_path, interrupted):
-    interrupted(invert(base), tmp_path / "run", step=3)
-    assert not (tmp_path / "run" / "learned_embeds.safetensors").exists()
-    train(invert(base), tmp_path / "run")
-    for name in ("learned_embeds.safetensors", "model.safetensors", "a1111/mine.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (trained / name).read_bytes()
-
-
 def test_a_base_that_has_gone_or_changed_is_named(run, tmp_path):
     moved = tmp_path / "gone.safetensors"
     state = open_state(run / "model.safetensors")

@@ -47,21 +47,27 @@ def lines(workdir: Path) -> list[dict]:
     return [{key: line[key] for key in line.keys() - timing} for line in read]
 
 
+def exported(workdir: Path) -> dict[Path, bytes]:
+    """Every file of weights: the model, and a LoRA, an embedding or a ControlNet beside it."""
+    files = workdir.rglob("*.safetensors")
+    return {path.relative_to(workdir): path.read_bytes() for path in files}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("file", FILES)
 def test_a_run_killed_after_its_first_step_ends_as_it_would_have(file, pictures, tmp_path):
     config = small(file, pictures)
     metrics = ldm_jax.train(config, tmp_path)
-    whole, measured = open_any(tmp_path), lines(tmp_path)
+    whole, measured, files = open_any(tmp_path), lines(tmp_path), exported(tmp_path)
 
     # As a kill in the second step leaves it.
     shutil.rmtree(tmp_path / "checkpoints" / "2")
-    for left in tmp_path.glob("*.safetensors"):
-        left.unlink()
+    for name in files:
+        (tmp_path / name).unlink()
     assert ldm_jax.train(config, tmp_path) == metrics
-    again = open_any(tmp_path)
     assert lines(tmp_path) == measured
-    jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
+    jax.tree.map(np.testing.assert_array_equal, open_any(tmp_path).params, whole.params)
+    assert exported(tmp_path) == files
 
     own = config.data.held_out and config.data.source != "folder"
     found, images = evaluate(tmp_path, source="" if own else "emoji", count=2, steps=2)
