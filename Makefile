@@ -52,7 +52,7 @@ demo: $(RUNTIME)  ## train text-to-image on scenes, then draw and measure it and
 	@echo "The bundled model:       out/shipped/grid.png"
 
 test: lint  ## lint, then every test except the long ones
-	$(BIN)/python -m pytest -m "not long" -n 2 --durations=10
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist=loadfile --durations=10
 
 long: $(TEST)  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m long -n 2 --durations=20

@@ -6,6 +6,8 @@ Layouts: "compvis" (CompVis' code; for CLIP it contains transformers' names, for
 TAESD's own), "diffusers", and for CLIP also "openclip".
 """
 
+import functools
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -171,6 +173,12 @@ _BUILD: dict[str, Callable[..., tuple[nn.Module, list, dict]]] = {
 
 def shapes(network: str, fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Leaf path ("a/b/kernel") → shape of a network with these fields; nothing is computed."""
+    return dict(_shapes(network, json.dumps(fields, sort_keys=True)))
+
+
+@functools.lru_cache(maxsize=64)  # tracing Stable Diffusion XL's UNet takes seconds
+def _shapes(network: str, fields: str) -> dict[str, tuple[int, ...]]:
+    fields = json.loads(fields)
     try:
         module, inputs, named = _BUILD[network](**tuples(fields))
     except TypeError as error:

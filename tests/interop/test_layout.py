@@ -6,7 +6,6 @@ import json
 import tracemalloc
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from ldm_jax.models.unet import UNet
 from scripts.write_goldens import random_weights, uniform
 from tests.interop.make_names import GOLDEN, TOKENS
 from tests.interop.systems import SYSTEMS, system
-from tests.models.conftest import distance
+from tests.models.conftest import distance, run_once
 from tests.models.test_autoencoder import NETWORKS as AUTOENCODERS
 from tests.models.test_autoencoder import SMALL as AUTOENCODER
 from tests.models.test_clip import COMMON
@@ -184,7 +183,7 @@ def test_what_is_read_computes_the_same(name):
         inputs = uniform("x", (2, 3, 8, 4)).transpose(0, 2, 3, 1), jnp.array([10, 990])
     else:
         module, inputs = TextTransformer(**fields), (jnp.asarray(TOKENS),)
-    computed = jax.jit(module.apply)({"params": params}, *inputs)
+    computed = run_once(module.apply, {"params": params}, *inputs)
     with np.load(GOLDEN / "outputs.npz") as file:
         expected = file[name]
     expected = np.moveaxis(expected, 1, -1) if expected.ndim == 4 else expected
@@ -238,10 +237,10 @@ def test_new_attention_order(heads):
     expected = guided_attention(x, here, 4)
     block = AttentionBlock(4)
     given = x.transpose(0, 2, 1).reshape(2, 2, 3, 64).astype(np.float32)
-    found = jax.jit(block.apply)({"params": params["middle_block_1"]}, given)
+    found = run_once(block.apply, {"params": params["middle_block_1"]}, given)
     np.testing.assert_allclose(found.reshape(2, 6, 64), expected.transpose(0, 2, 1), atol=1e-5)
     legacy, _ = read_params(weights, slots("unet", fields, "compvis"))
-    other = jax.jit(block.apply)({"params": legacy["middle_block_1"]}, given)
+    other = run_once(block.apply, {"params": legacy["middle_block_1"]}, given)
     assert distance(other.reshape(2, 6, 64), expected.transpose(0, 2, 1)) > 1e-2
     equal(write_params(params, where), weights)
 
