@@ -29,8 +29,10 @@ def forward_bfloat16(folder, inputs):
     return forward(folder, inputs, "bfloat16")
 
 
-def step(folder, inputs):
+def step(folder, inputs, dtype=None):
+    """Parameters are float32; the network computes in `dtype`."""
     task, params = _denoising(folder, inputs)
+    task.unet = task.unet.clone(dtype=dtype or task.unet.dtype)
     rule = make_optimizer(ConfigDict(common.optimizer()), 1000, ("unet",))
     state, count = init_state(task, rule, 0, params), 0
     program = jax.jit(make_train_step(task, rule, 0, 0.999, None), donate_argnums=0)
@@ -45,6 +47,10 @@ def step(folder, inputs):
     return work
 
 
+def step_bfloat16(folder, inputs):
+    return step(folder, inputs, jnp.bfloat16)
+
+
 def encode(folder, inputs):
     first_stage = ldm_jax.load(folder).first_stage
     return lambda: first_stage.encode(inputs["image"])
@@ -55,14 +61,23 @@ def decode(folder, inputs):
     return lambda: first_stage.decode(inputs["latents"])
 
 
-def sample(folder, inputs):
-    pipeline, latents = ldm_jax.load(folder), inputs["noise"][:1]
-    side = 8 * latents.shape[1]
-    options = dict(steps=25, guidance=7.5, sampler="ddim", height=side, width=side)
+def sample(folder, inputs, dtype="float32"):
+    pipeline, latents = ldm_jax.load(folder, dtype), inputs["noise"][:1]
+    side, steps = 8 * latents.shape[1], int(inputs["steps"])
+    options = dict(steps=steps, guidance=7.5, sampler="ddim", height=side, width=side)
     return lambda: pipeline("a red apple", latents=latents, **options)
+
+
+def sample_bfloat16(folder, inputs):
+    return sample(folder, inputs, "bfloat16")
+
+
+def peak():
+    return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
 if __name__ == "__main__":
     versions = f"ldm_jax {ldm_jax.__version__}, jax {jax.__version__}"
-    works = (forward, forward_bfloat16, step, encode, decode, sample)
-    serve(versions, {work.__name__: work for work in works})
+    works = (forward, forward_bfloat16, step, step_bfloat16, encode, decode, sample)
+    works = {work.__name__: work for work in (*works, sample_bfloat16)}
+    serve(versions, works, None if jax.default_backend() == "cpu" else peak)

@@ -27,9 +27,11 @@ def _peak_gigabytes() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1e6
 
 
-def serve(versions: str, works: dict[str, Prepare]) -> None:
+def serve(
+    versions: str, works: dict[str, Prepare], accelerator: Callable[[], float] | None = None
+) -> None:
     """Prints a line of JSON when the work is ready, and one for each line that it reads: a number,
-    of how often to do the work."""
+    of how often to do the work. `accelerator`: the most bytes of its memory until now."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("work", choices=list(works))
@@ -50,4 +52,5 @@ def serve(versions: str, works: dict[str, Prepare]) -> None:
             began = time.perf_counter()
             work()
             seconds.append(time.perf_counter() - began)
-        print(json.dumps(dict(seconds=seconds, peak=_peak_gigabytes())), flush=True)
+        peak = accelerator() / 1e9 if accelerator else _peak_gigabytes()
+        print(json.dumps(dict(seconds=seconds, peak=peak)), flush=True)

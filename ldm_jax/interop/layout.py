@@ -178,9 +178,8 @@ def shapes(network: str, fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=64)  # tracing Stable Diffusion XL's UNet takes seconds
 def _shapes(network: str, fields: str) -> dict[str, tuple[int, ...]]:
-    fields = json.loads(fields)
     try:
-        module, inputs, named = _BUILD[network](**tuples(fields))
+        module, inputs, named = _BUILD[network](**tuples(json.loads(fields)))
     except TypeError as error:
         raise ValueError(f"{network}: {error}") from error
     variables = jax.eval_shape(module.init, jax.random.key(0), *inputs, **named)
