@@ -6,6 +6,7 @@ PLAN_VENV := .venv-plan
 PLAN_FLAGS ?= --config=configs/txt2img.py --topology=v5e:2x2
 WORKDIR ?= runs/demo
 DEMO_FLAGS ?=
+DEMO_COUNT ?= 128
 PROMPTS := --prompt="a cat left of a star" --prompt="two red apples" --prompt="a rocket above a house" --prompt="a dog"
 
 # The Python of the environment that is there already, else the newest that can make one.
@@ -45,9 +46,9 @@ demo: $(RUNTIME)  ## train text-to-image on scenes, then draw and measure it and
 	$(BIN)/python sample.py --model=$(WORKDIR) $(PROMPTS) --out=$(WORKDIR)/pictures
 	$(BIN)/python sample.py $(PROMPTS) --out=out/shipped
 	@echo "Scenes with combinations that were never trained, drawn and read: the model just trained"
-	$(BIN)/python evaluate.py --model=$(WORKDIR) --count=128 --out=$(WORKDIR)/unseen
+	$(BIN)/python evaluate.py --model=$(WORKDIR) --count=$(DEMO_COUNT) --out=$(WORKDIR)/unseen
 	@echo "The same of the bundled model, with ten times as many kinds of object"
-	$(BIN)/python evaluate.py --count=128 --out=out/unseen
+	$(BIN)/python evaluate.py --count=$(DEMO_COUNT) --out=out/unseen
 	@echo "The model just trained:  $(WORKDIR)/pictures/grid.png, its run: $(WORKDIR)/report.html"
 	@echo "The bundled model:       out/shipped/grid.png"
 

@@ -6,6 +6,7 @@ by empty modules. torchvision, which PyPI builds for CUDA, lacks two of its oper
 without CUDA, and does not start unless they are declared.
 """
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -30,6 +31,10 @@ _OPERATORS.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tens
 import diffusers  # noqa: E402
 import diffusers.training_utils  # noqa: E402  it must not meet the empty modules below
 import torchvision  # noqa: E402, F401  nor must this
+
+# Looking for garbage among what these imports made takes long.
+gc.freeze()
+gc.set_threshold(20_000, 10, 10)
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 

@@ -26,6 +26,10 @@ use_compile_cache(CACHE)
 keep_programs(None)  # tests count what is traced
 ROOT = Path(ldm_jax.__file__).parents[1]
 
+# A twelfth of the time went into looking for garbage among what the imports made.
+gc.freeze()
+gc.set_threshold(20_000, 10, 10)
+
 MAPPINGS = Path("/proc/self/maps")  # of Linux
 
 

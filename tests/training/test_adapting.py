@@ -31,6 +31,7 @@ MODEL = tiny_models.config(
     context_dim=16,
 )
 TRACED = (
+    *(("finetune", "", ""), ("textual_inversion", "sdxl", ""), ("distill", "lora", "")),
     *(("lora", "sd15", ""), ("dreambooth", "sd15", ""), ("dreambooth", "sdxl", "")),
     *(("textual_inversion", "sd15", ""), ("controlnet", "sd15", ""), ("controlnet", "sdxl", "t2i")),
     *(("distill", "sd15", ""), ("distill", "sdxl", "")),

@@ -14,14 +14,15 @@ from tests.training.variants import SIZE, names, photographs, reduced
 
 REFUSED = {"published:taesd": "autoencoder.kind='tiny' imitates the latents of a larger"}
 SHORT = ("published:taesd", "published:sgm-mnist_cond")  # `make long` has the others
-# One of each kind. The others differ from these in numbers: tests/training/test_abstract.py traces
-# all, and tests/training/test_resuming.py trains the smallest of each config.
+# One of each kind. The others differ from these in numbers, or in conditions that
+# tests/test_pipeline_kinds.py draws with: tests/training/test_abstract.py traces all, and
+# tests/training/test_resuming.py trains the smallest of each config.
 TRAINED = ("autoencoder:decoder", "autoencoder:vq", "txt2img:meanflow")
 TRAINED += tuple(
     f"published:{name}"
     for name in (
-        *("taesd", "rdm768", "sd1", "sd2-depth", "sd2-unclip-h", "sd2-upscaler", "sdxl-base"),
-        *("sgm-mnist_cond", "adm-64", "mlperf_sd2"),
+        *("taesd", "rdm768", "sd2-upscaler", "sdxl-base", "sgm-mnist_cond", "adm-64"),
+        *("mlperf_sd2",),
     )
 )
 
@@ -43,8 +44,6 @@ def drawn(model, rng):
     enlarged = getattr(getattr(told.get("low_resolution"), "network", None), "factor", 1) * side
     arrays = {
         "low_resolution": (1, enlarged, enlarged, 3),
-        "depth": (1, side, side, 1),
-        "image_embedding": (1, 32),
         "neighbours": (1, 4, 32),
     }
     conditions = {n: rng.standard_normal(s) for n, s in arrays.items() if n in needs}
