@@ -12,7 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ldm_jax.interop.files import open_state, write_safetensors
-from ldm_jax.interop.layout import LAYOUTS, read_params, slots, write_params
+from ldm_jax.interop.layout import LAYOUTS, read_params, shapes, slots, write_params
 from ldm_jax.interop.networks import networks
 from ldm_jax.interop.reports import Report
 from ldm_jax.models.blocks import AttentionBlock
@@ -304,6 +304,18 @@ def test_a_vector_is_read_wherever_it_goes_in():
     weights = random_weights(NAMES["unet_unclip"])
     network, fields, _ = NAMED["unet_unclip"]
     assert read_params(weights, slots(network, fields, "diffusers"))[1] == Report()
+
+
+def test_a_network_is_traced_once(monkeypatch):
+    """However its fields are ordered; and what a caller does to the answer is its own."""
+    fields = dict(width=48, depth=1, heads=2, vocab_size=11, max_length=7)
+    found = shapes("clip", fields)
+    expected = dict(found)
+    found.clear()
+    monkeypatch.delattr("jax.eval_shape")
+    assert shapes("clip", dict(reversed(fields.items()))) == expected
+    with pytest.raises(AttributeError, match="eval_shape"):
+        shapes("clip", fields | dict(width=64))
 
 
 def test_open_clip():
