@@ -32,7 +32,8 @@ MODEL = tiny_models.config(
 )
 TRACED = (
     *(("finetune", "", ""), ("textual_inversion", "sdxl", ""), ("distill", "lora", "")),
-    *(("lora", "sd15", ""), ("dreambooth", "sd15", ""), ("dreambooth", "sdxl", "")),
+    *(("lora", "sd15", ""), ("lora", "sdxl", ""), ("dreambooth", "lora", "")),
+    *(("dreambooth", "sd15", ""), ("dreambooth", "sdxl", "")),
     *(("textual_inversion", "sd15", ""), ("controlnet", "sd15", ""), ("controlnet", "sdxl", "t2i")),
     *(("distill", "sd15", ""), ("distill", "sdxl", "")),
 )

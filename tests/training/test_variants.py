@@ -20,10 +20,7 @@ SHORT = ("published:taesd", "published:sgm-mnist_cond")  # `make long` has the o
 TRAINED = ("autoencoder:decoder", "autoencoder:vq", "txt2img:meanflow")
 TRAINED += tuple(
     f"published:{name}"
-    for name in (
-        *("taesd", "rdm768", "sd2-upscaler", "sdxl-base", "sgm-mnist_cond", "adm-64"),
-        *("mlperf_sd2",),
-    )
+    for name in (*("taesd", "rdm768", "sd2-upscaler", "sdxl-base", "sgm-mnist_cond", "mlperf_sd2"),)
 )
 
 
