@@ -32,7 +32,7 @@ import diffusers  # noqa: E402
 import diffusers.training_utils  # noqa: E402  it must not meet the empty modules below
 import torchvision  # noqa: E402, F401  nor must this
 
-# Looking for garbage among what these imports made takes long.
+# As in tests/conftest.py.
 gc.freeze()
 gc.set_threshold(20_000, 10, 10)
 

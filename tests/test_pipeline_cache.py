@@ -42,9 +42,12 @@ def test_which_steps_run_the_whole_unet():
     assert refreshed(7, 4, 0, active).tolist() == [True, True, False, False, True, True, False]
 
 
-def test_it_is_the_textbook_loop(pipe):
+@pytest.mark.parametrize(
+    "guidance",
+    [pytest.param(1.0, marks=pytest.mark.long), Guidance(3.0, interval=(0.3, 0.8))],
+)
+def test_it_is_the_textbook_loop(pipe, guidance):
     """DDIM written out; features of one step, of each side of guidance, serve the next."""
-    guidance = Guidance(3.0, interval=(0.3, 0.8))
     model, steps, side = pipe.model, 6, 8
     noise = pipe.noise(3)
     drawn = pipe("a red apple", steps=steps, sampler=CACHED, guidance=guidance, latents=noise)
@@ -57,7 +60,7 @@ def test_it_is_the_textbook_loop(pipe):
     outer = jax.jit(lambda *given, deep: model.unet.apply(params, *given, branch=1, deep=deep)[0])
     x, kept, fresh = noise.reshape(1, side, side, -1), {}, 0
     for i in range(steps):
-        on = run.guidance.active[i]
+        on = run.guidance is not None and (run.guidance.active is None or run.guidance.active[i])
         outputs, t = [], jnp.full(1, levels.t[i])
         for k, context in enumerate(contexts if on else contexts[:1]):
             if refresh[i]:
@@ -70,7 +73,7 @@ def test_it_is_the_textbook_loop(pipe):
         eps = outputs[-1] + scale * (outputs[0] - outputs[-1]) if on else outputs[0]
         a, s = levels.alpha[i], levels.sigma[i]
         x = run.table["x"][i] * x + run.table["b"][i, 0] * (x - s * eps) / a
-    assert fresh == 1 + 2 + 2 + 1
+    assert fresh == (2 if run.guidance is None else 1 + 2 + 2 + 1)
     np.testing.assert_allclose(drawn, pipe.decode(x), atol=2e-5)
     plain = pipe("a red apple", steps=steps, sampler="ddim", guidance=guidance, latents=noise)
     assert np.abs(plain - drawn).max() > 1e-3

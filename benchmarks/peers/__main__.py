@@ -21,17 +21,19 @@ import argparse
 
 from benchmarks.peers.turns import System, compare
 
-NARROW = dict(model_channels=128, channel_mult=(1, 2, 4), attention_resolutions=(1, 2, 4))
 SYSTEMS = {
     "109m": System(
         name="sd1",
         latents=(8, 32, 32, 4),
         steps=25,
         works={
-            **{"forward": (8, "images"), "step": (8, "images"), "sample": (25, "steps")},
-            **{"encode": (1, "images"), "decode": (1, "images")},
+            "forward": (8, "images"),
+            "step": (8, "images"),
+            "sample": (25, "steps"),
+            "encode": (1, "images"),
+            "decode": (1, "images"),
         },
-        fields=NARROW,
+        fields=dict(model_channels=128, channel_mult=(1, 2, 4), attention_resolutions=(1, 2, 4)),
     ),
     "sd15": System(
         name="sd1",

@@ -44,6 +44,7 @@ class System(NamedTuple):
         unet = published.unet | self.fields
         first_stage = dict(kind="kl") | published.autoencoder.fields | self.autoencoder
         config = model(unet, first_stage, published.conditions, size=published.size)
+        config = json.loads(json.dumps(config))  # lists, as in a file
         diffusers.write(folder, config, random_params(config, scale=0.02))
         shape, rng = self.latents, np.random.default_rng(0)
         context = (shape[0], 77, unet["context_dim"])
@@ -86,16 +87,10 @@ class Side:
 
 def _rounds(starts: list[tuple], repeats: int, together: bool) -> Iterator[tuple[Side, list[dict]]]:
     """Each side and what it measured. `together`: both stand ready, and work by turns."""
-    if together:
-        sides = [Side(*start) for start in starts]
+    for group in [starts] if together else [[start] for start in starts]:
+        sides = [Side(*start) for start in group]
         rounds = [[side(repeats) for side in sides] for _ in range(ROUNDS)]
         for side, *own in zip(sides, *rounds, strict=True):
-            side.close()
-            yield side, own
-    else:
-        for start in starts:
-            side = Side(*start)
-            own = [side(repeats) for _ in range(ROUNDS)]
             side.close()
             yield side, own
 

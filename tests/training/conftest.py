@@ -6,8 +6,7 @@ import shutil
 import pytest
 
 from ldm_jax.training import loop
-from ldm_jax.training.diffusion_task import DiffusionTask
-from tests.training.least_squares import Crash, Task, steps
+from tests.training.least_squares import Task, steps
 
 
 @pytest.fixture
@@ -41,24 +40,3 @@ def whole(tmp_path_factory):
 def resumable(whole, tmp_path):
     """A copy of a run that has done 20 of 30 steps."""
     return shutil.copytree(whole[1], tmp_path / "run")
-
-
-@pytest.fixture
-def interrupted(monkeypatch):
-    """interrupted(config, workdir, step) trains a diffusion model until this step, and crashes."""
-
-    def interrupted(config, workdir, step):
-        whole = DiffusionTask.batches
-
-        def dying(task, start):
-            for number, batch in whole(task, start):
-                if number == step:
-                    raise Crash
-                yield number, batch
-
-        with monkeypatch.context() as patch:
-            patch.setattr(DiffusionTask, "batches", dying)
-            with pytest.raises(Crash):
-                loop.train(config, workdir)
-
-    return interrupted

@@ -1,6 +1,7 @@
 """Tasks of shapes alone are those of real data and weights, and nothing is read for them.
 
-So every variant of every config is traced: its data, a step's gradients and the loss on them.
+So every variant of every config but those that are `REFUSED` is traced: its data, and the loss and
+gradients of a step. tests/training/test_variants.py has those two.
 """
 
 import jax

@@ -1,8 +1,9 @@
 """Every variant of every config that starts from a model: data, two steps, export, load, draw.
 
-On a folder of small pictures. Those that differ from another in numbers alone are traced, not
-compiled. The variants scenes, and smoke, the same for fewer steps, are trained in tests of their
-own: test_adapters, test_inversion, test_control, test_t2i, test_distillation and test_resuming.
+On a folder of small pictures. One of each method is trained; the others, which differ from it or
+from those of test_resuming in the model, the text encoders or the numbers, are traced. The variants
+scenes, and smoke, the same for fewer steps, are trained in tests of their own: test_adapters,
+test_inversion, test_control, test_t2i, test_distillation and test_resuming.
 """
 
 from pathlib import Path

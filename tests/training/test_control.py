@@ -14,7 +14,6 @@ from ldm_jax.conditions.requests import inputs_for
 from ldm_jax.convert import convert
 from ldm_jax.interop.files import open_state
 from ldm_jax.interop.native import save_model
-from ldm_jax.training.loop import train
 from ldm_jax.training.optimizer import make_optimizer
 from ldm_jax.training.state import init_state
 from ldm_jax.training.tasks import make_task
@@ -59,14 +58,6 @@ def run(base, tmp_path_factory):
     about, params = task.export(moved)
     save_model(workdir / "model.safetensors", about, params)
     task.adapters.write(workdir / task.adapters.file, moved, task.resolved)
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def trained(base, tmp_path_factory):
-    """A run of four steps, uninterrupted."""
-    workdir = tmp_path_factory.mktemp("control") / "run"
-    train(control(base), workdir)
     return workdir
 
 
