@@ -50,7 +50,8 @@ def milliseconds(program, arrays: list[jax.Array], repeats: int) -> float:
 
 
 def moved(topology: str) -> None:
-    from ldm_jax.runtime.plan import compile_usage, topology_devices
+    from ldm_jax.runtime.plan import compile_usage
+    from ldm_jax.runtime.topologies import topology_devices
 
     chip = jax.sharding.SingleDeviceSharding(topology_devices(topology)[0])
     print("batch, queries, keys, heads, d     value, definition    gradient, definition  (GB)")

@@ -1,11 +1,12 @@
-"""What a training needs of a TPU slice, from the TPU's compiler, on a machine without one.
+"""What a training needs of a TPU slice or of GPUs, from their compiler, on a machine without them.
 
     python -m ldm_jax.plan --config=configs/published.py:sd2 --topology=v5p:2x2x2 --batch=256
 
 It compiles the training step and the program that draws, for the slice's chips, and prints what
 they need of each: memory, FLOPs, bytes, the least time. No data, weights or parameters are needed
-or made. The compiler is libtpu: pip install 'jax[tpu]', in an environment of its own. Without
---topology it compiles for the devices that are there, and also measures. See docs/tpu-plan.md.
+or made. A TPU's compiler is libtpu: pip install 'jax[tpu]', in an environment of its own; that of
+GPUs (--topology=h100:8) comes with 'jax[cuda12]'. Without --topology it compiles for the devices
+that are there, and also measures. See docs/tpu-plan.md.
 
 With --suggest it looks for the batch, the recomputation and the mesh that train fastest, and prints
 a table of what it has compiled.
@@ -28,14 +29,16 @@ from ldm_jax.runtime.plan import (
     measure,
     roofline,
     size,
-    topology_devices,
 )
 from ldm_jax.runtime.suggestions import LIMIT, Choice, Outcome, fsdp_sizes, ranked, search
+from ldm_jax.runtime.topologies import topology_devices
 from ldm_jax.training.program import Lowered, lower_sampler, lower_step, state_bytes
 from ldm_jax.training.tasks import make_task
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/TASK.py[:variant].")
-TOPOLOGY = flags.DEFINE_string("topology", "", "A TPU slice, v5e:4x4; empty: the devices here.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "A TPU slice, v5e:4x4, or a host's GPUs, h100:8; empty: the devices here."
+)
 BATCH = flags.DEFINE_integer("batch", 0, "Of training, on all chips; 0: the config's.", 0)
 PROGRAMS = flags.DEFINE_list("programs", ["train", "sample"], "What to compile: train, sample.")
 PICTURES = flags.DEFINE_integer("pictures", 1, "Drawn at once for each part of a batch.", 1)
@@ -73,7 +76,7 @@ def main():
     shape = ", ".join(f"{axis} {count}" for axis, count in mesh.shape.items())
     print(f"{name} on {where}: {mesh.size} chips ({shape})", flush=True)
     for title, lowered in programs(config, mesh):
-        usage = compile_usage(lowered.lowered)
+        usage = compile_usage(lowered.lowered, chip and chip.memory)
         seconds = None if TOPOLOGY.value or not usage.fits else measure(usage.compiled)
         lines = report(lowered, usage, chip, mesh.size, seconds, PRICE.value)
         print(f"\n{title} (compiled in {usage.seconds:.0f} s)", flush=True)
@@ -109,8 +112,8 @@ def suggest(config: Any, devices: list[Any], measured: bool) -> None:
     def compiled(choice: Choice) -> Outcome:
         own, mesh = changed(choice)
         lowered = lower_step(make_task(own, abstract=True), own, mesh)
-        usage = compile_usage(lowered.lowered)
-        if not usage.fits or usage.needed > capacity:
+        usage = compile_usage(lowered.lowered, capacity)
+        if not usage.fits:
             return Outcome(choice, usage.needed, 0.0, seconds=usage.seconds)
         if measured:
             time, by = measure(usage.compiled), "measured"
@@ -183,7 +186,8 @@ def report(
     for part in ("arguments", "temporaries", "outputs", "code"):
         yield f"  {part}", size(getattr(usage, part))
     own = program.flops / chips
-    yield "model's TFLOP a chip", f"{own / TERA:.4g}, XLA counts {usage.flops / TERA:.4g}"
+    counted = f", XLA counts {usage.flops / TERA:.4g}" if usage.flops else ""
+    yield "model's TFLOP a chip", f"{own / TERA:.4g}{counted}"
     yield "accessed a chip", size(usage.accessed)
     kinds = ", ".join(f"{kind} {size(sent)}" for kind, sent in sorted(usage.sent.items()))
     yield "sent by a chip", kinds or "nothing"

@@ -7,7 +7,8 @@ import pytest
 
 from ldm_jax.runtime.mesh import make_mesh
 from ldm_jax.runtime.meters import CHIPS
-from ldm_jax.runtime.plan import compile_usage, roofline, topology_devices
+from ldm_jax.runtime.plan import compile_usage, roofline
+from ldm_jax.runtime.topologies import topology_devices
 from ldm_jax.training.program import abstract_state, lower_sampler, lower_step
 from ldm_jax.training.tasks import make_task
 from tests.conftest import ROOT

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from ldm_jax.models import fused_attention
+
 # Bytes of float32 weights that are held at a time: what a CPU's caches hold, and a TPU's memory on
 # the chip; elsewhere what memory bears. And the fewest queries that are worth a product of their
 # own: for each part, keys and values are read again and their gradients written.
@@ -42,13 +44,15 @@ def forward_derivatives() -> Iterator[None]:
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Multi-head attention softmax(QKᵀ/√d)V (Vaswani et al. 2017, eq. 1), softmax in float32.
 
-    Has no forward derivatives but within `forward_derivatives`.
+    In half precision on a GPU or a TPU it may be a kernel: see `fused_attention`. Has no forward
+    derivatives but within `forward_derivatives`.
 
     Args: query (B, L, heads, d); key and value (B, S, heads, d). Returns (B, L, heads, d).
     """
     if _both_ways.get():
         return _value(query, key, value, again=jax.checkpoint)
-    return _attend(query, key, value)
+    kernel = fused_attention.kernel(query, key) or _attend
+    return kernel(query, key, value)
 
 
 def _value(query, key, value, again=lambda function: function):

@@ -195,13 +195,30 @@ def _cond(eqn: Any) -> float:
     return max(map(_alone, eqn.params["branches"]))
 
 
+# Of the products of splash attention's kernels for the gradient, the share that is not again what
+# another one computes: QKᵀ in both, and the gradient of the weights in the second.
+SPLASH_OWN = {"splash_mha_dkv": 3 / 4, "splash_mha_dq": 1 / 3}
+
+
 def _kernel(eqn: Any) -> float:
-    grid = eqn.params["grid_mapping"].grid
-    return math.prod(map(int, grid)) * _alone(eqn.params["jaxpr"])
+    grid, name = eqn.params["grid_mapping"].grid, str(eqn.params.get("name"))
+    own = next((share for start, share in SPLASH_OWN.items() if name.startswith(start)), 1.0)
+    return own * math.prod(map(int, grid)) * _alone(eqn.params["jaxpr"])
 
 
 def _shard_map(eqn: Any) -> float:
     return eqn.params["mesh"].size * _alone(eqn.params["jaxpr"])
+
+
+def _attention(eqn: Any) -> float:
+    """cuDNN's, forward: two products; its operands (B, L, heads, d) and (B, S, heads, d)."""
+    query, key = (operand.aval.shape for operand in eqn.invars[:2])
+    return 4.0 * math.prod(query) * key[1]
+
+
+def _attention_gradient(eqn: Any) -> float:
+    """Four products; the fifth is that of the forward pass, again."""
+    return 2.0 * _attention(eqn)
 
 
 # Equations whose jaxpr runs several times, or not at all.
@@ -212,7 +229,12 @@ REPEATED = {
     "pallas_call": _kernel,
     "shard_map": _shard_map,
 }
-COUNTED = REPEATED | {"dot_general": _dot, "conv_general_dilated": _convolution}
+COUNTED = REPEATED | {
+    "dot_general": _dot,
+    "conv_general_dilated": _convolution,
+    "dot_product_attention_fwd_wrapper": _attention,
+    "dot_product_attention_bwd_wrapper": _attention_gradient,
+}
 
 
 def _flops(eqn: Any) -> float:

@@ -1,12 +1,7 @@
-"""What a program needs of a chip, before there is one: compiled for the description of a slice.
-
-libtpu's compiler runs on any x86-64 Linux machine; a slice is described by a name such as "v5e:4x4"
-(jax.experimental.topologies). A program that XLA lowered for the devices of such a slice compiles
-as it does on them, and cannot run.
-"""
+"""What a program needs of a chip, before there is one: compiled for devices that are described
+(`runtime/topologies.py`), or for those that are there."""
 
 import dataclasses
-import importlib.util
 import math
 import os
 import re
@@ -16,58 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from ldm_jax.runtime.hlo import traffic
 from ldm_jax.runtime.meters import Chip, chip_of
-
-# The number of sides that a family's slices have, and an example of each.
-FAMILIES = {"v5e": (2, "v5e:4x4"), "v5p": (3, "v5p:2x2x2"), "v6e": (2, "v6e:4x4")}
-# Without these, libtpu asks a cloud's metadata server which TPU it is on, and warns; and only one
-# process at a time may load it, as if it used a TPU.
-_NO_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-}
-
-
-def topology_devices(name: str) -> list[Any]:
-    """The devices of a TPU slice, "family:AxB" or "family:AxBxC", as a compiler's targets.
-
-    Raises:
-      ValueError: libtpu knows no such slice; says how one is written.
-      ImportError: libtpu is not installed.
-    """
-    family, _, sides = name.partition(":")
-    examples = ", ".join(f"{family} ({example})" for family, (_, example) in FAMILIES.items())
-    written = (
-        "a slice is written family:sides, its chips along each side of the grid; families and "
-        f"examples: {examples}"
-    )
-    dimensions, example = FAMILIES.get(family, (0, ""))
-    if not dimensions:
-        raise ValueError(f"--topology={name}: no family {family!r}; {written}")
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sides) or sides.count("x") + 1 != dimensions:
-        raise ValueError(
-            f"--topology={name}: slices of {family} have {dimensions} sides, as in {example}"
-        )
-    if importlib.util.find_spec("libtpu") is None:
-        raise ImportError(
-            f"--topology={name} needs the TPU compiler, which runs without a TPU: pip install "
-            f"'jax[tpu]=={jax.__version__}', in an environment of its own"
-        )
-    for variable, value in _NO_TPU.items():
-        os.environ.setdefault(variable, value)
-    try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    except jax.errors.JaxRuntimeError as error:
-        if "INVALID_ARGUMENT" not in str(error):
-            raise
-        raise ValueError(f"--topology={name}: {_first_line(error)}; {written}") from error
-    return list(described.devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +23,8 @@ class Usage:
     Attributes:
       arguments, outputs, temporaries, code: memory, bytes; outputs without those that take the
         place of arguments.
-      capacity: the memory that a program may use, bytes, as the compiler says if it is not enough;
-        else None.
-      flops: all that XLA counts. It counts the body of a loop once.
+      capacity: the memory that a program may use, bytes, if it is not enough; else None.
+      flops: all that XLA counts; 0 if it does not. It counts the body of a loop once.
       accessed: bytes read from and written to the main memory, in a loop's body as often as it
         runs.
       sent: bytes sent to other chips, by the kind of collective.
@@ -104,9 +49,11 @@ class Usage:
         return self.compiled is not None
 
 
-def compile_usage(lowered: Any) -> Usage:
+def compile_usage(lowered: Any, capacity: float | None = None) -> Usage:
     """Compiles a lowered program and reads what it needs; one that does not fit in memory has only
-    `needed` and `capacity`."""
+    `needed` and `capacity`.
+
+    A TPU's compiler knows what fits; for others `capacity` says it: of a device, bytes."""
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -118,7 +65,8 @@ def compile_usage(lowered: Any) -> Usage:
         spent = time.perf_counter() - began
         return Usage(needed=needed, capacity=capacity, seconds=spent)
     spent = time.perf_counter() - began
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    # Of a program for a GPU that is not there, there is no cost analysis.
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     moves = traffic(compiled.as_text())
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     parts = (
@@ -127,9 +75,12 @@ def compile_usage(lowered: Any) -> Usage:
         memory.temp_size_in_bytes,
         memory.generated_code_size_in_bytes,
     )
+    needed = sum(parts)
+    if capacity is not None and needed > capacity:
+        return Usage(needed=needed, capacity=capacity, seconds=spent)
     return Usage(
         *parts,
-        needed=sum(parts),
+        needed=needed,
         flops=cost.get("flops", 0.0),
         accessed=moves.main,
         sent=moves.sent,
@@ -196,10 +147,6 @@ def size(count: float) -> str:
     power = min(int(math.log2(max(count, 1)) // 10), 4)
     unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
     return f"{count / 2.0 ** (10 * power):.4g} {unit}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
 
 
 def measure(compiled: Any, runs: int = 3, clock: Callable[[], float] = time.perf_counter) -> float:

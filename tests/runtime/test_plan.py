@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ldm_jax.runtime import plan
+from ldm_jax.runtime import topologies
 from ldm_jax.runtime.meters import Chip
-from ldm_jax.runtime.plan import Usage, compile_usage, measure, roofline, size, topology_devices
+from ldm_jax.runtime.plan import Usage, compile_usage, measure, roofline, size
+from ldm_jax.runtime.topologies import topology_devices
 
 CHIP = Chip("toy", flops=100.0, memory=1000.0, bandwidth=10.0, interconnect=5.0)
 
@@ -25,6 +26,7 @@ CHIP = Chip("toy", flops=100.0, memory=1000.0, bandwidth=10.0, interconnect=5.0)
         ("v5e:2x2x2", "slices of v5e have 2 sides"),
         ("v5p:2x2", "slices of v5p have 3 sides, as in v5p:2x2x2"),
         ("v5e:0x4", "slices of v5e have 2 sides"),
+        ("h100:2x8", "h100:2x8: slices of h100 have 1 side, as in h100:8"),
     ],
 )
 def test_an_unknown_topology(name, message):
@@ -33,9 +35,13 @@ def test_an_unknown_topology(name, message):
 
 
 def test_without_the_compiler(monkeypatch):
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"v5e:2x2 needs .*: pip install 'jax\[tpu\]==\d"):
         topology_devices("v5e:2x2")
+    with pytest.raises(
+        ImportError, match=r"h100:8 needs the GPU .*: pip install 'jax\[cuda12\]==\d"
+    ):
+        topology_devices("h100:8")
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
