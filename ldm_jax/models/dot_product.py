@@ -108,14 +108,17 @@ def _parts(size: int, total: int, limit: int, least: int) -> int:
 
 
 def _cut(array: jax.Array, axis: int, parts: int) -> jax.Array:
-    """The parts of an axis, as a new first axis."""
-    shape = (*array.shape[:axis], parts, -1, *array.shape[axis + 1 :])
-    return jnp.moveaxis(array.reshape(shape), axis, 0)
+    """The parts of an axis, as a new first axis: of 6 in 3 parts, 0 and 3, 1 and 4, 2 and 5.
+
+    So each device of a mesh that splits the axis has its share of every part.
+    """
+    shape = (*array.shape[:axis], -1, parts, *array.shape[axis + 1 :])
+    return jnp.moveaxis(array.reshape(shape), axis + 1, 0)
 
 
 def _join(array: jax.Array, axis: int) -> jax.Array:
     """The inverse of `_cut`."""
-    array = jnp.moveaxis(array, 0, axis)
+    array = jnp.moveaxis(array, 0, axis + 1)
     return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
 
 
@@ -140,9 +143,10 @@ def again_exponentials(query, key):
 
 
 def _plan(query, key, limits):
-    """Parts of the heads, and of the queries of each part."""
+    """Parts of the heads, and of the queries of each part, of what each device has."""
     limit, fewest = limits
-    batch, heads, queries, _ = query.shape
+    batch, heads, queries, width = query.shape
+    batch, heads = fused_attention.share((batch, queries, heads, width)) or (batch, heads)
     total = 4 * batch * heads * queries * key.shape[2]
     by_head = _parts(heads, total, limit, 1)
     return by_head, _parts(queries, total // by_head, limit, fewest)

@@ -8,7 +8,6 @@ the default device.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,25 +101,20 @@ def _splash_pays(query: jax.Array, key: jax.Array, kind: str) -> bool:
     long = min(queries, keys) >= SPLASH_TOKENS and not queries % BLOCK and not keys % BLOCK
     if not fits or not long or kind not in SPLASH_FROM:
         return False
-    rows = _rows(query.shape)
-    return rows > 0 and 4 * rows * 256 * keys >= SPLASH_FROM[kind]
+    own = share(query.shape)
+    return own is not None and 4 * own[0] * 256 * keys >= SPLASH_FROM[kind]
 
 
-def _axes() -> tuple[Any, tuple[str, ...]]:
-    """The mesh in use, and its axes that split the batch."""
+def share(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """(rows of the batch, heads) of arrays (B, tokens, heads, d) that each device of the mesh in
+    use has; None if they do not divide over it."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh, tuple(axis for axis in mesh.axis_names if axis != HEADS_AXIS)
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    """Rows of a batch that each device of the mesh in use has; 0 if it cannot be split."""
-    mesh, axes = _axes()
-    parts, heads = 1, 1
-    for axis in mesh.axis_names:
-        parts *= mesh.shape[axis] if axis in axes else 1
-        heads *= mesh.shape[axis] if axis not in axes else 1
+    (batch, _, heads, _), of_heads = shape, mesh.shape.get(HEADS_AXIS, 1)
+    of_batch = mesh.size // of_heads if mesh.axis_names else 1
     auto = all(kind == AxisType.Auto for kind in mesh.axis_types)
-    return 0 if not auto or shape[0] % parts or shape[2] % heads else shape[0] // parts
+    if not auto or batch % of_batch or heads % of_heads:
+        return None
+    return batch // of_batch, heads // of_heads
 
 
 def splash(
@@ -131,11 +125,11 @@ def splash(
 
     `interpret` runs the kernel anywhere, slowly.
     """
-    mesh, axes = _axes()
+    names = jax.sharding.get_abstract_mesh().axis_names
     attend = functools.partial(_splash, interpret=interpret)
-    if not mesh.empty:
-        heads = HEADS_AXIS if HEADS_AXIS in mesh.axis_names else None
-        spec = PartitionSpec(axes or None, None, heads)
+    if names:
+        of_batch = tuple(axis for axis in names if axis != HEADS_AXIS)
+        spec = PartitionSpec(of_batch, None, HEADS_AXIS if HEADS_AXIS in names else None)
         attend = jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     return attend(query, key, value)
 
