@@ -1,12 +1,13 @@
 """The time of attention, value and gradient, beside the definition that keeps all its weights.
 
     python -m benchmarks.attention [--repeats=3]
-    python -m benchmarks.attention --topology=v5e:2x2     # with libtpu: see docs/tpu-plan.md
+    python -m benchmarks.attention --topology=v5e:2x2     # or h100:1: see docs/tpu-plan.md
 
 The first prints the least CPU time of all threads in ms, which other programs on the machine
 disturb less than the time on the clock, for shapes of small models, LDM and Stable Diffusion. The
-second compiles for one chip of a TPU slice, with bfloat16 inputs, and prints the gigabytes that the
-program moves between the chip and its memory.
+second compiles for one chip of a TPU slice or one GPU, with bfloat16 inputs, and prints the
+gigabytes that the program moves between the chip and its memory. Of a kernel (cuDNN's or splash
+attention) these are its operands and results, each once.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import ldm_jax
 from ldm_jax.models.dot_product import attend
@@ -53,7 +55,8 @@ def moved(topology: str) -> None:
     from ldm_jax.runtime.plan import compile_usage
     from ldm_jax.runtime.topologies import topology_devices
 
-    chip = jax.sharding.SingleDeviceSharding(topology_devices(topology)[0])
+    mesh = Mesh(np.array(topology_devices(topology)[:1]), ("data",), axis_types=(AxisType.Auto,))
+    chip = NamedSharding(mesh, PartitionSpec())
     print("batch, queries, keys, heads, d     value, definition    gradient, definition  (GB)")
     for shape in LARGE:
         batch, queries, keys, heads, width = shape
@@ -62,7 +65,9 @@ def moved(topology: str) -> None:
             for tokens in (queries, keys, keys)
         ]
         programs = [program for function in (attend, definition) for program in both(function)]
-        usages = [compile_usage(program.lower(*arrays)) for program in programs]
+        with jax.set_mesh(mesh):
+            lowered = [program.lower(*arrays) for program in programs]
+        usages = [compile_usage(program) for program in lowered]
         ours, our_gradient, theirs, their_gradient = (
             f"{usage.accessed / 1e9:.1f}" if usage.fits else "too large" for usage in usages
         )

@@ -57,11 +57,7 @@ def main():
     unknown = [name for name in PROGRAMS.value if name not in ("train", "sample")]
     if unknown:
         raise ValueError(f"--programs={unknown[0]}: choose from train, sample")
-    if TOPOLOGY.value:
-        jax.config.update("jax_platforms", "cpu")  # a TPU that is there stays free
-        devices = topology_devices(TOPOLOGY.value)
-    else:
-        devices = jax.devices()
+    devices = topology_devices(TOPOLOGY.value) if TOPOLOGY.value else jax.devices()
     if BATCH.value:
         config.train.batch_size = BATCH.value
     if SUGGEST.value:

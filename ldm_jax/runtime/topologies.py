@@ -83,7 +83,7 @@ FAMILIES |= {name: (1, f"{name}:8") for name in GPUS}
 
 def topology_devices(name: str) -> list[Any]:
     """The devices of a TPU slice, "family:AxB" or "family:AxBxC", or the GPUs of a host,
-    "family:N", as a compiler's targets.
+    "family:N", as a compiler's targets. From then on jax itself uses the CPU alone.
 
     Raises:
       ValueError: there is no such slice; says how one is written.
@@ -109,6 +109,8 @@ def topology_devices(name: str) -> list[Any]:
             f"--topology={name} needs the {kind} compiler, which runs without a {kind}: pip "
             f"install 'jax[{extra}]=={jax.__version__}', in an environment of its own"
         )
+    # A chip that is there stays free; and without one, jax does not register a GPU's compiler else.
+    jax.config.update("jax_platforms", "cpu")
     if gpu is not None:
         options = dict(topology=f"1x1x{sides}", target_config=gpu.description())
         return list(topologies.get_topology_desc("", "cuda", **options).devices)
