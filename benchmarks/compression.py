@@ -43,9 +43,9 @@ from ldm_jax.training.tasks import make_task
 
 log = logging.getLogger("ldm_jax.benchmarks")
 
-COUNT = 128  # pictures of each measurement
+COUNT = 256  # pictures of each measurement
 STEPS = (5, 10, 20, 50, 100, 200)
-MOST = {1: 20, 2: 50}  # steps of the factors that draw slowest
+MOST = {1: 50, 2: 100}  # steps of the factors that draw slowest
 COLORS = {1: "#555555", 2: "#aa00aa", 4: "#dd5500", 8: "#1177bb", 16: "#009900", 32: "#aa8800"}
 WIDTH, HEIGHT, LEFT, BELOW = 520, 400, 62, 48
 

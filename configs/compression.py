@@ -26,17 +26,17 @@ from configs import autoencoder as first_stage
 from configs import class2img, common
 from ldm_jax.training.sweeps import Earlier
 
-SECONDS = 120  # of a processor, for the training of each diffusion model
+SECONDS = 480  # of a processor, for the training of each diffusion model
 # By factor, the most telling first. `step`: seconds of a processor for a step of 32 pictures,
 # measured on an AMD EPYC (Zen 4). All have 64 channels at the lowest resolution, where attention
 # is, and 1.0 to 1.2 million parameters. `evaluations`: during training.
 UNETS = {
-    8: dict(model_channels=32, channel_mult=(1, 2), step=0.116, evaluations=8),
-    1: dict(model_channels=16, channel_mult=(1, 2, 2, 2, 4), step=1.40, evaluations=2),
-    4: dict(model_channels=32, channel_mult=(1, 1, 2), step=0.225, evaluations=6),
-    16: dict(model_channels=64, channel_mult=(1,), step=0.087, evaluations=8),
-    32: dict(model_channels=64, channel_mult=(1,), step=0.083, evaluations=8),
-    2: dict(model_channels=32, channel_mult=(1, 1, 1, 2), step=0.592, evaluations=2),
+    8: dict(model_channels=32, channel_mult=(1, 2), step=0.079, evaluations=12),
+    1: dict(model_channels=16, channel_mult=(1, 2, 2, 2, 4), step=0.886, evaluations=4),
+    4: dict(model_channels=32, channel_mult=(1, 1, 2), step=0.136, evaluations=12),
+    16: dict(model_channels=64, channel_mult=(1,), step=0.057, evaluations=12),
+    32: dict(model_channels=64, channel_mult=(1,), step=0.064, evaluations=12),
+    2: dict(model_channels=32, channel_mult=(1, 1, 1, 2), step=0.371, evaluations=6),
 }
 # Patches of at most 8 pixels, then levels of half the sides.
 AUTOENCODERS = {
@@ -51,7 +51,7 @@ AUTOENCODERS = {
 def scenes() -> dict:
     """One object of ten kinds on one of three grounds."""
     grounds = ("white", "beige", "light blue")
-    few = dict(kinds=10, objects=(1, 1), grounds=grounds, train_scenes=768, held_out_scenes=128)
+    few = dict(kinds=10, objects=(1, 1), grounds=grounds, train_scenes=8192, held_out_scenes=128)
     return common.scenes(**common.COMPOSED | few)
 
 
@@ -66,9 +66,9 @@ def autoencoder(factor: int) -> ml_collections.ConfigDict:
     width = dict(z_channels=channels(factor), embed_dim=channels(factor))
     config.autoencoder.update(fields, encoder_ch=2 * fields["ch"], **width)
     # Little, as the paper's 1e-6: a short training with much makes smears of objects.
-    config.loss.update(kl_weight=1e-4, disc_start=700)  # the latter: never
-    config.train.update(steps=700, log_every=70, checkpoint_every=350, preview_every=0)
-    config.evaluators.reconstruction.every = 175
+    config.loss.update(kl_weight=1e-4, disc_start=1000)  # the latter: never
+    config.train.update(steps=1000, log_every=100, checkpoint_every=500, preview_every=0)
+    config.evaluators.reconstruction.every = 250
     return config
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import compression
-from configs.compression import AUTOENCODERS, UNETS, get_config, sweep
+from configs.compression import AUTOENCODERS, SECONDS, UNETS, get_config, sweep
 from ldm_jax.models.build import make_autoencoder
 from ldm_jax.training.sweeps import Earlier
 from tests.conftest import ROOT
@@ -39,7 +39,7 @@ def test_twice_the_factor_gives_half_the_numbers(factor):
 def test_models_train_for_the_same_time():
     for factor, fields in UNETS.items():
         seconds = get_config(f"f{factor}").train.steps * fields["step"]
-        assert seconds == pytest.approx(120, rel=0.08), factor
+        assert seconds == pytest.approx(SECONDS, rel=0.08), factor
 
 
 @pytest.fixture
