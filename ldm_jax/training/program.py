@@ -26,6 +26,7 @@ from ldm_jax.training.abstract import batch_shapes, input_shapes
 from ldm_jax.training.accumulation import check_parts
 from ldm_jax.training.ema import more_averages
 from ldm_jax.training.optimizer import make_optimizer
+from ldm_jax.training.precision import compute_type
 from ldm_jax.training.state import State, Task, init_state, make_train_step
 from ldm_jax.training.trainable import merge
 
@@ -151,12 +152,15 @@ def lower_step(task: Task, config: Any, mesh: Mesh) -> Lowered:
 def lower_sampler(task: Any, config: Any, mesh: Mesh, count: int, steps: int | None) -> Lowered:
     """The program that draws `count` pictures with the model of an abstract diffusion task: with
     the sampler, guidance and, for `steps` None, steps of the config, and all parameters on every
-    device."""
+    device, in the type of `config.precision`, as `loading.load` has them."""
     own = task.resolved["sampling"]
     sampling, guidance = Sampling.of(None, own), Guidance.of(None, own["guidance"])
     run = plan(task.model.diffusion, steps or own["steps"], sampling, guidance)
     _, state = abstract_state(task, config)
-    params = _placed(merge(task.frozen, state.params), replicated(mesh))
+    params = merge(task.frozen, state.params)
+    if (dtype := compute_type(config)) is not None:
+        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
+    params = _placed(params, replicated(mesh))
     index = jax.ShapeDtypeStruct((count,), np.int32)
     inputs, index = _placed(
         (input_shapes(task, task.model.embedders, count), index), batch_sharding(mesh)

@@ -139,6 +139,15 @@ def test_a_step_and_a_sampler_on_a_mesh():
     assert three.flops - two.flops == two.flops - one.flops > 0
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_sampler_s_parameters_have_the_type_of_the_networks(precision):
+    config = variant("txt2img:smoke")
+    config.precision = precision
+    lowered = lower_sampler(make_task(config, abstract=True), config, make_mesh({}), 8, 1).lowered
+    weights = lowered.args_info[0][0]
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(weights)} == {precision}
+
+
 @pytest.mark.parametrize("setting", [dict(remat="blocks"), dict(accumulate=2)], ids=str)
 def test_the_models_flops_are_those_of_the_plain_step(setting):
     def flops(**settings):
