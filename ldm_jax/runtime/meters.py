@@ -121,17 +121,28 @@ def _walk(
         inner = _inlined(eqn)
         if inner is not None:
             results, flops = _walk(*inner, operands, seen, fresh)
-            if eqn.params.get("name", "").startswith(AGAIN):
+            if eqn.primitive.name == "shard_map":
+                flops *= eqn.params["mesh"].size
+            elif eqn.params.get("name", "").startswith(AGAIN):
                 flops = 0.0
         else:
-            key = (eqn.primitive.name, _parameters(eqn.params), operands)
-            results, flops = seen.get(key), 0.0
-            if results is None:
-                results = seen[key] = [next(fresh) for _ in eqn.outvars]
-                flops = _flops(eqn)
-        names |= zip(eqn.outvars, results, strict=True)
+            key = _key(eqn, operands)
+            flops = 0.0 if key in seen else _flops(eqn)
+            results = seen.setdefault(key, [])
+            # A kernel may also return what a gradient needs, after its results.
+            results += [next(fresh) for _ in range(len(eqn.outvars) - len(results))]
+        names |= zip(eqn.outvars, results, strict=False)
         total += flops
     return [name(atom) for atom in jaxpr.outvars], total
+
+
+def _key(eqn: Any, operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Equal for equations that compute the same."""
+    if eqn.primitive.name == ATTENTION:
+        return ATTENTION, operands
+    if eqn.primitive.name == "pallas_call":
+        return _name(eqn).partition("_residuals")[0].removesuffix("_no"), operands
+    return eqn.primitive.name, _parameters(eqn.params), operands
 
 
 def _parameters(params: dict[str, Any]) -> str:
@@ -200,14 +211,17 @@ def _cond(eqn: Any) -> float:
 SPLASH_OWN = {"splash_mha_dkv": 3 / 4, "splash_mha_dq": 1 / 3}
 
 
+def _name(kernel: Any) -> str:
+    return str(kernel.params.get("name"))
+
+
 def _kernel(eqn: Any) -> float:
-    grid, name = eqn.params["grid_mapping"].grid, str(eqn.params.get("name"))
+    grid, name = eqn.params["grid_mapping"].grid, _name(eqn)
     own = next((share for start, share in SPLASH_OWN.items() if name.startswith(start)), 1.0)
     return own * math.prod(map(int, grid)) * _alone(eqn.params["jaxpr"])
 
 
-def _shard_map(eqn: Any) -> float:
-    return eqn.params["mesh"].size * _alone(eqn.params["jaxpr"])
+ATTENTION = "dot_product_attention_fwd_wrapper"
 
 
 def _attention(eqn: Any) -> float:
@@ -227,12 +241,11 @@ REPEATED = {
     "while": _while,
     "cond": _cond,
     "pallas_call": _kernel,
-    "shard_map": _shard_map,
 }
 COUNTED = REPEATED | {
     "dot_general": _dot,
     "conv_general_dilated": _convolution,
-    "dot_product_attention_fwd_wrapper": _attention,
+    ATTENTION: _attention,
     "dot_product_attention_bwd_wrapper": _attention_gradient,
 }
 
