@@ -69,14 +69,17 @@ def test_data_parallelism_sends_the_gradients_once(steps):
         assert whole == pytest.approx(gradient, rel=0.01)
 
 
-def test_the_roofline_of_a_sampler():
+def test_ten_times_the_steps_of_drawing():
+    """They need no more memory, for nothing of a trajectory is kept, and more products."""
     config = smoke()
     mesh = make_mesh(config.mesh, topology_devices("v5e:2x2"))
     task = make_task(config, abstract=True)
-    times = []
+    needed, times = [], []
     for count in (2, 20):
         lowered = lower_sampler(task, config, mesh, mesh.size, count)
         usage = compile_usage(lowered.lowered)
-        assert usage.fits
-        times.append(roofline(usage, lowered.flops / mesh.size, CHIPS["TPU v5e"]).seconds)
+        needed.append(usage.needed)
+        bound = roofline(usage, lowered.flops / mesh.size, CHIPS["TPU v5e"])
+        times.append(bound.times["products"])
+    assert needed[1] == pytest.approx(needed[0], rel=0.02)
     assert 2.0 < times[1] / times[0] < 10.5
