@@ -13,6 +13,7 @@ Variants
 
     f1, f2, f4, f8, f16, f32                  a diffusion model alone, on --config.first_stage
     f2-autoencoder … f32-autoencoder          its first stage
+    f8-vector                                 f8, with the class added to the embedding of the time
     study                                     f8; its sweep is of all (default)
     smoke, smoke-f8, smoke-f8-autoencoder, …  the same with a few steps of tiny networks, for tests
 """
@@ -95,6 +96,15 @@ def diffusion(factor: int) -> ml_collections.ConfigDict:
     return config
 
 
+def vector() -> ml_collections.ConfigDict:
+    """f8 without cross-attention: its class is a vector, added to the embedding of the time."""
+    config = diffusion(8)
+    config.conditioning.label.output = "vector"
+    config.unet.update(context_dim=None, use_spatial_transformer=True)
+    config.unet.update(num_classes="sequential", adm_in_channels=64)
+    return config
+
+
 def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """A few steps of a tiny network."""
     config.data.scenes.update(train_scenes=32, held_out_scenes=32)
@@ -116,6 +126,7 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 VARIANTS = {"study": partial(diffusion, 8)}
 VARIANTS |= {f"f{factor}": partial(diffusion, factor) for factor in UNETS}
 VARIANTS |= {f"f{factor}-autoencoder": partial(autoencoder, factor) for factor in AUTOENCODERS}
+VARIANTS["f8-vector"] = vector
 VARIANTS |= {f"smoke-{name}": lambda make=make: smoke(make()) for name, make in VARIANTS.items()}
 VARIANTS["smoke"] = VARIANTS["smoke-study"]
 get_config = common.chooser("compression", VARIANTS, "study")
@@ -131,6 +142,8 @@ def sweep(variant: str) -> list[dict]:
             settings.append({"variant": first})
             second["first_stage"] = Earlier(first)
         settings.append(second)
+    if variant != "smoke":
+        settings.append({"variant": "f8-vector", "first_stage": Earlier("f8-autoencoder")})
     return settings
 
 

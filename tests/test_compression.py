@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 def test_each_diffusion_model_follows_its_first_stage():
     settings = sweep("study")
     names = [setting["variant"] for setting in settings]
-    assert {f"f{factor}" for factor in UNETS} < set(names) and len(names) == 11
+    assert {f"f{factor}" for factor in UNETS} < set(names) and len(names) == 12
     for factor in AUTOENCODERS:
         first, second = f"f{factor}-autoencoder", f"f{factor}"
         at = names.index(first)
