@@ -5,9 +5,9 @@
 Rombach et al. 2022, §4.1, compare downsampling factors from 1 (pixels) to 32; docs/compression.md
 says what came out of it here. The autoencoders train on the same number of pictures. Then on each a
 UNet of about a million parameters trains for the same processor time, in which a UNet of pixels
-sees a twelfth of the pictures that one of 8×8 latents sees. At the end `results.md` has a table of
-the runs, and `compression.md`, `training.png` and `steps.png` have the comparison. The same command
-goes on where it was stopped.
+sees an eleventh of the pictures that one of 8×8 latents sees. At the end `results.md` has a table
+of the runs, and `compression.md`, `training.png` and `steps.png` have the comparison. The same
+command goes on where it was stopped.
 
 Variants
 

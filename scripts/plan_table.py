@@ -2,8 +2,8 @@
 
     python -m scripts.plan_table [--log=plan.jsonl] [--rows=REGEX]
 
-Needs libtpu: see docs/tpu-plan.md, whose table it prints. A row takes minutes to an hour; rows in
-`--log` are not compiled again, and `--rows` chooses by their names, as in --rows='sd1 v5e'.
+Needs libtpu: see docs/tpu-plan.md. A row takes minutes to an hour; rows in `--log` are not compiled
+again, and `--rows` chooses by their names, as in --rows='sd1 v5e'. Prints a table of them all.
 """
 
 import argparse
